@@ -1,0 +1,82 @@
+"""The command: parses, and is the only place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from echod.signals import StopSignals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from echod.sources import Loaded, Problem
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+
+
+def main() -> int:
+    """Run the `echod` command, and return its exit code."""
+    signals = StopSignals()
+    # Imported below and not at the top, here and in _serve: these take a third of a second, and a signal in that time
+    # is to be honoured too.
+    from echod import options, render, sources  # noqa: PLC0415
+
+    command, config, values = options.parse(sys.argv[1:])
+    if command != "serve":
+        signals.release()
+    try:
+        loaded = sources.load(values, config or os.environ.get(sources.CONFIG_VARIABLE) or None)
+    except sources.SettingsInvalid as error:
+        return _fail(EXIT_CONFIG, error.problems)
+    if problems := list(_unusable(loaded)):
+        return _fail(EXIT_CONFIG, problems)
+    if command == "serve":
+        return _serve(loaded, signals)
+    for variable in loaded.unknown_variables:
+        _say(f"warning: {variable} names no setting")
+    sys.stdout.write("configuration OK\n" if command == "check" else render.toml(loaded))
+    return EXIT_OK
+
+
+def _serve(loaded: Loaded, signals: StopSignals) -> int:
+    from echod import daemon, listeners, logs  # noqa: PLC0415
+
+    log = logs.Log(loaded.settings.log)
+    try:
+        log.capture()
+        return daemon.serve(loaded, log.logger, signals)
+    except listeners.ListenError as error:
+        return _fail(EXIT_UNAVAILABLE, error.problems)
+    except Exception:
+        log.logger.exception("crashed")
+        return EXIT_FAILURE
+    finally:
+        log.close()
+
+
+def _unusable(loaded: Loaded) -> Iterator[Problem]:
+    """Yield what is right by itself, and yet cannot be had on this machine."""
+    from echod import daemon, logs  # noqa: PLC0415
+    from echod.sources import Problem  # noqa: PLC0415
+
+    settings = loaded.settings
+    if settings.loop == "uvloop" and not daemon.has_uvloop():
+        message = "uvloop is not installed: install it, or choose auto or asyncio"
+        yield Problem(loaded.origins["loop",], "loop", message)
+    if message := logs.unusable(settings.log.file):
+        yield Problem(loaded.origins["log", "file"], "log.file", message)
+
+
+def _fail(code: int, problems: Iterable[object]) -> int:
+    for problem in problems:
+        _say(str(problem))
+    return code
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"echod: {line}\n")

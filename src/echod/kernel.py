@@ -1,0 +1,86 @@
+"""What the kernel knows about a connection: queues, acknowledgements, round trips.
+
+The kernel's counters are the ground for everything echod says about delivery. A byte that a transport has taken may
+still be lost; one that the peer's kernel has acknowledged has arrived. All of this works on a connected socket, and
+still on one that the peer has reset, until it is closed.
+
+Sources: tcp(7), socket(7), and struct tcp_info in linux/tcp.h.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import resource
+import socket
+import struct
+import sys
+import termios
+from typing import NamedTuple
+
+# Offsets into struct tcp_info; the kernel only ever appends to it.
+_STATE = struct.Struct("B")
+_UNACKED = struct.Struct("24xI")
+_DETAILS = struct.Struct("68xI28xI16xQ")
+_TCP_CLOSE = 7
+
+_ON = struct.pack("ii", 1, 0)
+
+
+class TcpInfo(NamedTuple):
+    """One connection's TCP_INFO."""
+
+    rtt_ms: float
+    """Smoothed round trip, milliseconds."""
+    retransmits: int
+    """Segments sent again, over the connection's life."""
+    acked: int
+    """Bytes the peer has acknowledged; our FIN counts as one."""
+
+
+def tcp_info(sock: socket.socket) -> TcpInfo | None:
+    """Return the connection's TCP_INFO, or None where the kernel has none."""
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
+        return None
+    rtt, retransmits, acked = _DETAILS.unpack_from(
+        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    )
+    return TcpInfo(rtt / 1000, retransmits, acked)
+
+
+def is_reset(sock: socket.socket) -> bool:
+    """Tell whether the connection is gone, for one whose both sides have not both sent FIN."""
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
+        return False
+    (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    return bool(state == _TCP_CLOSE)
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes were given to the kernel and not acknowledged by the peer (SIOCOUTQ); a FIN is one."""
+    if sys.platform == "darwin":  # pragma: no cover (macOS only)
+        return sock.getsockopt(socket.SOL_SOCKET, 0x1024)  # SO_NWRITE
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))
+    return int(count)
+
+
+def waiting_connections(listening: socket.socket) -> int | None:
+    """Return how many connections wait in a listening socket's queue, or None where the kernel does not tell."""
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
+        return None
+    (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
+    return int(count)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Make the next close send RST and drop what is unsent (SO_LINGER with a time of 0)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ON)
+
+
+def raise_descriptor_limit() -> int:
+    """Raise RLIMIT_NOFILE to its hard limit where that is allowed; return the limit in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # pragma: no cover (macOS refuses an unlimited one)
+        return soft
+    return hard

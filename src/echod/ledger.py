@@ -1,0 +1,173 @@
+"""What was done, counted and logged: one line for each connection, and the receipt of a drain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from structlog.typing import FilteringBoundLogger
+
+    from echod.session import Delivery, EchoSession, Reason
+
+Choice = Literal["all", "nonempty", "failed", "none"]
+
+_GOOD_ENDS = frozenset({"eof", "quiet"})
+
+
+@dataclass(slots=True)
+class Account:
+    """Running totals of one listener's connections."""
+
+    accepted: int = 0
+    empty: int = 0
+    """Connections that sent no byte: health checks and port scans, for the most part."""
+    accept_pauses: int = 0
+    received: int = 0
+    sent: int = 0
+    acked: int = 0
+    discarded: int = 0
+    reasons: Counter[Reason] = field(default_factory=Counter)
+
+    def snapshot(self) -> Account:
+        """Return a copy that later entries do not change."""
+        return replace(self, reasons=self.reasons.copy())
+
+    def add(self, reason: Reason, delivery: Delivery) -> None:
+        """Count one connection's end."""
+        self.reasons[reason] += 1
+        self.empty += not delivery.received
+        self.received += delivery.received
+        self.sent += delivery.sent
+        self.acked += delivery.acked
+        self.discarded += delivery.discarded
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a drain did. Each client is in one of `completed`, `quiet`, `cut`, `aborted` and `failed`."""
+
+    clients: int
+    """Clients connected when the drain began, or accepted since."""
+    completed: int
+    """Closed, or reset, by themselves."""
+    quiet: int
+    """Closed because they had been silent, all their echo acknowledged."""
+    cut: int
+    """Still at work at the deadline, and closed then, after all they had sent by then was echoed."""
+    aborted: int
+    """Reset, because they did not take their echo."""
+    failed: int
+    """Closed by an exception."""
+    unsent_bytes: int
+    """Received, never taken by the kernel for sending."""
+    unacked_bytes: int
+    """Sent, not acknowledged when the connection was closed."""
+    discarded_bytes: int
+    """Received after our FIN."""
+    seconds: float
+
+    @classmethod
+    def between(cls, before: Account, after: Account, present: int, seconds: float) -> Self:
+        """Derive the receipt from the account before and after a drain that began with `present` clients."""
+        outcomes = Counter[str]()
+        for reason, count in (after.reasons - before.reasons).items():
+            outcomes[_OUTCOMES[reason]] += count
+        received = after.received - before.received
+        sent = after.sent - before.sent
+        acked = after.acked - before.acked
+        return cls(
+            clients=present + after.accepted - before.accepted,
+            completed=outcomes["completed"],
+            quiet=outcomes["quiet"],
+            cut=outcomes["cut"],
+            aborted=outcomes["aborted"],
+            failed=outcomes["failed"],
+            unsent_bytes=received - sent,
+            unacked_bytes=sent - acked,
+            discarded_bytes=after.discarded - before.discarded,
+            seconds=round(seconds, 3),
+        )
+
+    @classmethod
+    def total(cls, receipts: Iterable[Receipt]) -> Self:
+        """Add up the receipts of several servers that drained side by side."""
+        rows = [asdict(receipt) for receipt in receipts]
+        seconds = max((row.pop("seconds") for row in rows), default=0.0)
+        sums = Counter[str]()
+        for row in rows:
+            sums.update(row)
+        return cls(**{name: sums[name] for name in cls.__slots__ if name != "seconds"}, seconds=seconds)
+
+
+_OUTCOMES: Mapping[Reason, str] = {
+    "eof": "completed",
+    "reset": "completed",
+    "idle": "quiet",
+    "quiet": "quiet",
+    "cut": "cut",
+    "stalled": "aborted",
+    "aborted": "aborted",
+    "fault": "failed",
+    "failed": "failed",
+}
+
+
+class Ledger:
+    """One listener's account and its lines in the log.
+
+    Args:
+        log: the logger, bound to the listener's name.
+        connections: which closed connections get a line.
+
+    """
+
+    def __init__(self, log: FilteringBoundLogger, connections: Choice) -> None:
+        self.log = log
+        self.account = Account()
+        self._connections = connections
+
+    def close(
+        self,
+        session: EchoSession,
+        peer: str,
+        opened: float,
+        now: float,
+        failure: BaseException | None,
+    ) -> None:
+        """Enter a connection that has ended; the times are the loop's."""
+        reason, delivery = session.reason, session.delivery
+        assert reason is not None
+        assert delivery is not None
+        self.account.add(reason, delivery)
+        if failure is not None:
+            self.log.error("client_failed", peer=peer, exc_info=failure)
+        if self._wants(reason, delivery):
+            fields: dict[str, object] = {
+                "peer": peer,
+                "seconds": round(now - opened, 3),
+                "received": delivery.received,
+                "sent": delivery.sent,
+                "acked": delivery.acked,
+                "discarded_bytes": delivery.discarded,
+                "reason": reason,
+            }
+            if session.tcp_info is not None:
+                fields["rtt_ms"] = session.tcp_info.rtt_ms
+                fields["retransmits"] = session.tcp_info.retransmits
+            self.log.info("client_closed", **fields)
+
+    def _wants(self, reason: Reason, delivery: Delivery) -> bool:
+        match self._connections:
+            case "all":
+                return True
+            case "nonempty":
+                return delivery.received > 0
+            case "failed":
+                return reason not in _GOOD_ENDS or delivery.acked < delivery.received
+            case "none":
+                return False
+

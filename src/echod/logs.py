@@ -1,0 +1,225 @@
+"""The log: structlog events, each one line, written by a thread so that no reader of the log can stop the echo."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+    from echod.settings import LogSettings
+
+# Lines of at most this many bytes wait to be written; as many again may be in the write that is under way.
+_QUEUE_BYTES = 1024 * 1024
+
+# Seconds waited before lines are taken from the queue: under load, one write and one wake-up then do for many.
+_GATHER = 0.005
+
+_CLOSE_TIMEOUT = 1.0
+
+
+class LogWriter:
+    """Writes lines to a descriptor, from a thread of its own.
+
+    `write` never waits. While the descriptor takes nothing, a mebibyte of lines is kept and what comes then is
+    dropped; a line that cannot be written (a closed pipe, a full disk) is dropped too. When lines flow again, one more
+    says how many there were.
+
+    Args:
+        descriptor: to be written to, blocking or not; it stays open.
+        notice: renders the line that tells of so many dropped ones.
+
+    """
+
+    def __init__(self, descriptor: int, notice: Callable[[int], bytes]) -> None:
+        self._descriptor = descriptor
+        self._notice = notice
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._lines: list[bytes] = []
+        self._size = 0
+        self._dropped = 0
+        self._torn = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: bytes) -> None:
+        """Queue one line, newline included, or drop it."""
+        with self._lock:
+            if self._size + len(line) > _QUEUE_BYTES:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._size += len(line)
+            first = len(self._lines) == 1
+        if first:
+            self._wake.set()
+
+    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
+        """Write what is queued, giving up after `timeout` seconds."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            self._wake.wait()
+            # Read before the lines are taken, so that the last round takes all that came before close().
+            closing = self._closing
+            if not closing:
+                time.sleep(_GATHER)
+            self._wake.clear()
+            with self._lock:
+                lines, self._lines, self._size = self._lines, [], 0
+                dropped, self._dropped = self._dropped, 0
+            lost = self._write_lines(lines)
+            dropped += lost
+            if dropped and (lost or self._write_lines([self._notice(dropped)])):
+                with self._lock:
+                    self._dropped += dropped
+
+    def _write_lines(self, lines: list[bytes]) -> int:
+        """Write lines, and return how many of them were not wholly written."""
+        if self._torn:
+            lines = [b"\n", *lines]  # the end of the line that an error cut short
+        data = rest = memoryview(b"".join(lines))
+        try:
+            while rest:
+                rest = rest[self._write_some(rest) :]
+        except OSError:
+            written = len(data) - len(rest)
+            whole = 0
+            for line in lines:
+                if written < len(line):
+                    break
+                written -= len(line)
+                whole += 1
+            lost = len(lines) - whole - (self._torn and not whole)
+            self._torn = written > 0 or (self._torn and not whole)
+            return lost
+        self._torn = False
+        return 0
+
+    def _write_some(self, data: memoryview) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:  # somebody who shares the descriptor made it non-blocking
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLOUT)
+            poll.poll()
+            return 0
+
+
+class Log:
+    """The log of the process.
+
+    Args:
+        settings: level, format and file.
+
+    Raises:
+        OSError: the file cannot be opened for appending.
+
+    """
+
+    def __init__(self, settings: LogSettings) -> None:
+        self._file = None if settings.file == "-" else open(settings.file, "ab", buffering=0)  # noqa: SIM115, PTH123
+        descriptor = sys.__stderr__.fileno() if self._file is None else self._file.fileno()
+        terminal = os.isatty(descriptor)
+        form = settings.format
+        if form == "auto":
+            form = "console" if terminal else "json"
+        processors = [_order, *_renderers(form, colors=terminal)]
+        self._writer = LogWriter(descriptor, lambda lines: _notice(processors, lines))
+        self.logger: FilteringBoundLogger = structlog.wrap_logger(
+            _Lines(self._writer),
+            processors=processors,
+            wrapper_class=structlog.make_filtering_bound_logger(settings.level),
+        ).bind()
+
+    def capture(self) -> None:
+        """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""
+        logging.captureWarnings(capture=True)
+        logging.basicConfig(level=logging.WARNING, handlers=[_Bridge(self.logger)])
+        sys.unraisablehook = lambda args: self.logger.error(
+            "exception_ignored", message=args.err_msg, exc_info=args.exc_value
+        )
+
+    def close(self) -> None:
+        """Write what is queued, within a second, and close the file."""
+        self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def unusable(file: str) -> str | None:
+    """Tell why a log file cannot be appended to, as far as that shows without creating it; None if it can."""
+    path = Path(file)
+    if file == "-" or (not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
+        return None
+    return f"{file!r} cannot be written"
+
+
+class _Lines:
+    """What structlog calls an output: takes rendered lines of any level."""
+
+    def __init__(self, writer: LogWriter) -> None:
+        self._writer = writer
+
+    def info(self, line: str) -> None:
+        self._writer.write(_encode(line))
+
+    debug = warning = error = critical = info
+
+
+class _Bridge(logging.Handler):
+    """Passes the records of `logging` on to structlog."""
+
+    def __init__(self, logger: FilteringBoundLogger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # structlog has names for the standard levels only.
+        level = min(record.levelno // 10, 5) * 10
+        self._logger.log(level, record.getMessage().strip(), logger=record.name, exc_info=record.exc_info)
+
+
+def _renderers(form: str, *, colors: bool) -> list[Processor]:
+    if form == "console":
+        # Not its default formatter: that may show local variables, and they can hold payload.
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain, sort_keys=False)]
+    if form == "json":
+        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    return [structlog.processors.format_exc_info, structlog.processors.LogfmtRenderer()]
+
+
+def _order(_: object, level: str, event: EventDict) -> EventDict:
+    """Put the time, the level and the event in front, where a reader looks for them."""
+    timestamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return {"timestamp": timestamp, "level": level, "event": event.pop("event"), **event}
+
+
+def _notice(processors: list[Processor], lines: int) -> bytes:
+    event: Any = {"event": "log_lines_dropped", "lines": lines}
+    for processor in processors:
+        event = processor(None, "warning", event)
+    return _encode(event)
+
+
+def _encode(line: str) -> bytes:
+    return line.encode(errors="backslashreplace") + b"\n"

@@ -1,0 +1,121 @@
+"""The command line's grammar, built from the settings' model."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import echod
+from echod import render
+from echod.settings import Key, Settings, is_section, leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_EPILOG = """\
+Faults and listeners have names, so their options do too: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS.
+Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEOUT. The command line has precedence, then
+the environment, then the file.
+
+exit codes: 0 stopped gracefully; 1 unexpected failure; 2 the command line could not be parsed; 69 an address could not be
+opened; 78 the settings are invalid; 130, 143 a second SIGINT, SIGTERM forced the stop
+"""
+
+
+class CommandLine(NamedTuple):
+    """A parsed command line."""
+
+    command: str
+    config: str | None
+    options: dict[Key, tuple[str, object]]
+    """The settings given, by key, each with its option as it was written."""
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Parse the arguments.
+
+    A setting's option is `--` and its dotted key, with dashes or underscores. Whether there is such a key, and whether
+    the value is right, is for the settings to say.
+
+    Args:
+        arguments: those after the command's name.
+
+    Raises:
+        SystemExit: with 2 for what cannot be parsed, with 0 after --help and --version.
+
+    """
+    parser = _parser()
+    known = parser._option_string_actions  # noqa: SLF001  (there is no public way to ask)
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if not option.startswith("--") or option in known:
+            continue
+        if "." in option:
+            parser.add_argument(option, dest="options", action=_Set, help=argparse.SUPPRESS)
+        else:
+            near = difflib.get_close_matches(option, known, 1)
+            parser.error(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+    parsed = parser.parse_args(arguments)
+    return CommandLine(parsed.command, parsed.config, parsed.options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="echod",
+        description="A TCP echo daemon (RFC 862) that returns every byte and says exactly what it did.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(options={})
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("serve", "check", "config"),
+        default="serve",
+        help="serve (the default): be the daemon; check: tell what is wrong with the settings; config: show the "
+        "settings in force",
+    )
+    parser.add_argument("--version", action="version", version=f"echod {echod.__version__}")
+    parser.add_argument(
+        "--config", metavar="FILE", help="the settings' file, TOML (default: the variable ECHOD_CONFIG, else none)"
+    )
+    for group, keys in _groups():
+        section = parser.add_argument_group(group)
+        for key, text in keys:
+            option = f"--{'.'.join(key)}"
+            spellings = dict.fromkeys((option.replace("_", "-"), option))
+            action = _Append if key == ("listen",) else _Set
+            section.add_argument(*spellings, dest="options", action=action, metavar="VALUE", help=text)
+    return parser
+
+
+def _groups() -> Iterator[tuple[str, list[tuple[Key, str]]]]:
+    groups: dict[str, list[tuple[Key, str]]] = {}
+    for key, field in leaves():
+        text = f"{field.description} (default: {render.value(field.default)})".replace("%", "%%")
+        title = Settings.model_fields[key[0]].description if len(key) > 1 else "settings"
+        groups.setdefault(f"{key[0]}: {title}" if len(key) > 1 else "settings", []).append((key, text))
+    yield from groups.items()
+
+
+class _Set(argparse.Action):
+    def __call__(self, _: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        assert option is not None
+        namespace.options[_key(option)] = option, value
+
+
+class _Append(argparse.Action):
+    def __call__(self, _: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        assert option is not None
+        _, values = namespace.options.get(_key(option), (option, []))
+        namespace.options[_key(option)] = option, [*values, *value.split(",")]
+
+
+def _key(option: str) -> Key:
+    parts = option.removeprefix("--").split(".")
+    section = Settings.model_fields.get(parts[0])
+    # What is a name, in a table of names, is kept as written.
+    names = {1} if section is not None and is_section(section) and section.default == {} else set()
+    return tuple(part if index in names else part.replace("-", "_") for index, part in enumerate(parts))

@@ -1,0 +1,253 @@
+"""The server: listening sockets, the listener task, the registry of client tasks, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from echod import addresses, kernel
+from echod.client import Client
+from echod.drain import Drain, DrainSettings
+from echod.faults import FaultSession
+from echod.ledger import Receipt
+from echod.session import EchoSession, SessionSettings
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from echod.faults import Fault
+    from echod.ledger import Ledger
+
+# Connections taken at one wake-up, so that those who are already served get their turn in between.
+_BATCH = 64
+
+# Errors of accept(2) that concern the one connection that was to be accepted, which is gone by then.
+_GONE = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.EPERM,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ETIMEDOUT,
+    }
+)
+
+# The pause after an accept that failed for want of descriptors or memory: doubling, seconds.
+_FIRST_PAUSE = 0.005
+_LAST_PAUSE = 1.0
+
+_LONGEST_SWEEP = 1.0
+
+
+class ServerSettings(NamedTuple):
+    """What a server takes of the settings."""
+
+    max_connections: int
+    """At this many clients it stops accepting."""
+    idle_timeout: float
+    """Seconds without a byte either way; 0: for ever."""
+    write_timeout: float
+    """Seconds in which a client takes nothing of the echo that holds up its reading."""
+    session: SessionSettings
+    drain: DrainSettings
+    fault: Fault | None = None
+
+
+class Server:
+    """Echo to everyone who connects to some listening sockets.
+
+    The caller binds and listens; from then on the sockets are the server's. `start` it in a running loop, then either
+    `shutdown` (graceful) or `abort` it; both end with every socket closed and every client's task awaited.
+
+    Args:
+        sockets: listening stream sockets, non-blocking: usually one, or one for each address family.
+        settings: the limits and timeouts.
+        ledger: where the clients' ends are entered.
+
+    """
+
+    def __init__(
+        self, sockets: Sequence[socket.socket], settings: ServerSettings, ledger: Ledger
+    ) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self._sockets = list(sockets)
+        self._clients: dict[asyncio.Task[None], Client] = {}
+        self._room = asyncio.Event()
+        self._aborted = asyncio.Event()
+        self._pause = _FIRST_PAUSE
+        self._paused_since: float | None = None
+        self._drain: Drain | None = None
+
+    @property
+    def clients(self) -> int:
+        """The number of connected clients."""
+        return len(self._clients)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = self._loop.create_task(self._listen())
+        self._sweeper = self._loop.create_task(self._sweep())
+
+    async def shutdown(self) -> Receipt:
+        """Stop gracefully and tell what became of the clients.
+
+        Goes on accepting for `delay` seconds; takes in everyone who has completed the handshake, and closes the
+        sockets in the same step; lets the clients finish, under the drain's timeouts; awaits every client's task.
+        Not waited for is what the kernel goes on sending after the last close, nor who is in the middle of a
+        handshake: a `delay` is for them.
+        """
+        started = self._loop.time()
+        present = self.clients
+        before = self.ledger.account.snapshot()
+        settings = self.settings.drain
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.delay):
+                await self._aborted.wait()
+        await _cancel(self._listener)
+        self._drain = Drain(self._clients.values(), self._accept_rest, settings)
+        if self._aborted.is_set():
+            self._drain.hurry()
+        if not await self._drain.run():
+            waiting = [kernel.waiting_connections(sock) for sock in self._sockets]
+            self.ledger.log.warning("backlog_abandoned", clients=waiting)
+            for sock in self._sockets:
+                sock.close()
+        if self._clients:
+            await asyncio.wait(self._clients)
+        await _cancel(self._sweeper)
+        seconds = self._loop.time() - started
+        return Receipt.between(before, self.ledger.account, present, seconds)
+
+    def abort(self) -> None:
+        """Make a `shutdown` that is under way end now, resetting every client. Idempotent."""
+        self._aborted.set()
+        if self._drain is not None:
+            self._drain.hurry()
+
+    # Accepting
+
+    async def _listen(self) -> None:
+        """Be the listener task: have connections accepted while there is room, wait while there is none.
+
+        Accepting itself is a plain callback. A coroutine on `sock_accept` that is cancelled in the iteration in which
+        its accept has succeeded loses that connection, on every loop.
+        """
+        while True:
+            # Its result: the seconds after which to try again, or None where only a client's leaving helps.
+            self._obstacle: asyncio.Future[float | None] = self._loop.create_future()
+            for sock in self._sockets:
+                self._loop.add_reader(sock, self._accept, sock)
+            try:
+                timeout = await self._obstacle
+            finally:
+                for sock in self._sockets:
+                    self._loop.remove_reader(sock)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._room.wait()
+
+    def _accept(self, sock: socket.socket) -> None:
+        for _ in range(_BATCH):
+            if self.clients >= self.settings.max_connections:
+                self._hold("max_connections", None)
+                return
+            try:
+                connection, peer = sock.accept()
+            except BlockingIOError:
+                self._unhold()
+                return
+            except OSError as error:
+                if error.errno in _GONE:
+                    continue
+                self._hold(errno.errorcode.get(error.errno or 0, str(error)), self._pause)
+                self._pause = min(2 * self._pause, _LAST_PAUSE)
+                return
+            self._pause = _FIRST_PAUSE
+            self._admit(connection, peer)
+
+    def _hold(self, cause: str, seconds: float | None) -> None:
+        """Stop accepting until a client leaves, or for some seconds. Who comes meanwhile waits in the backlog."""
+        if self._obstacle.done():
+            return
+        if self._paused_since is None:
+            self._paused_since = self._loop.time()
+            self.ledger.account.accept_pauses += 1
+            self.ledger.log.warning("accept_paused", cause=cause, clients=self.clients)
+        # Here and not where it is waited for: a client may leave in between.
+        self._room.clear()
+        self._obstacle.set_result(seconds)
+
+    def _unhold(self) -> None:
+        """Note that nobody waits any more. Not earlier: one in for one out is still a pause to those outside."""
+        if self._paused_since is not None:
+            seconds = round(self._loop.time() - self._paused_since, 3)
+            self._paused_since = None
+            self.ledger.log.info("accept_resumed", seconds=seconds, clients=self.clients)
+
+    def _accept_rest(self) -> bool:
+        """Empty the backlog and close the sockets; return whether descriptors sufficed.
+
+        Both are one step without an await, as closing resets whoever is in the backlog. The cap does not hold here:
+        these clients have been let in by the kernel already.
+        """
+        while self._sockets:
+            try:
+                self._admit(*self._sockets[-1].accept())
+            except BlockingIOError:
+                self._sockets.pop().close()
+            except OSError as error:
+                if error.errno not in _GONE:
+                    return False
+        return True
+
+    # Clients
+
+    def _admit(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+        self.ledger.account.accepted += 1
+        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
+        ended: asyncio.Future[None] = self._loop.create_future()
+        if self.settings.fault is None:
+            session = EchoSession(sock, self.settings.session, ended)
+        else:
+            session = FaultSession(sock, self.settings.session, ended, self.settings.fault)
+        client = Client(session, addresses.from_sockaddr(peer), self._loop.time())
+        task = self._loop.create_task(client.run())
+        self._clients[task] = client
+        task.add_done_callback(self._depart)
+
+    def _depart(self, task: asyncio.Task[None]) -> None:
+        """Strike a client off the registry. Every task's exception comes by here, so none can hide another."""
+        client = self._clients.pop(task)
+        self.ledger.close(client.session, client.peer, client.opened, self._loop.time(), task.exception())
+        self._room.set()
+        if self._drain is not None:
+            self._drain.client_left()
+
+    async def _sweep(self) -> None:
+        """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""
+        while True:
+            timeouts = (self.settings.idle_timeout, self.settings.write_timeout)
+            await asyncio.sleep(min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout)))
+            now = self._loop.time()
+            for client in self._clients.values():
+                reason = client.overdue(now, *timeouts)
+                if reason == "stalled":
+                    client.session.abort(reason)
+                elif reason is not None:
+                    client.session.finish(reason)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,277 @@
+"""One client's bytes: the hot path, and the close that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+
+from echod import kernel
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Reason = Literal["eof", "reset", "idle", "stalled", "quiet", "cut", "aborted", "fault", "failed"]
+
+# The poll of a lingering connection: the kernel has no event for "all is acknowledged".
+_FIRST_POLL = 0.002
+_LAST_POLL = 0.1
+
+
+class SessionSettings(NamedTuple):
+    """What a session takes of the settings."""
+
+    write_buffer: int
+    """High-water mark, bytes: above it reading pauses, to go on at a quarter of it."""
+    linger_timeout: float
+    """Seconds without progress after our FIN until the connection is closed."""
+
+
+class Delivery(NamedTuple):
+    """How far one client's echo got, in bytes: received >= sent >= acked."""
+
+    received: int
+    """Read from the client, to be echoed."""
+    sent: int
+    """Taken by the kernel for sending."""
+    acked: int
+    """Acknowledged by the client's kernel."""
+    discarded: int
+    """Read after our FIN, and not echoed."""
+
+
+class EchoSession(asyncio.Protocol):
+    """Return to one client what it sends (RFC 862).
+
+    The session ends in one of three ways, each with one `reason`:
+
+    - `finish`: stop reading, write out what was read, send FIN, then discard what still comes until the client has
+      everything and has closed too, or `linger_timeout` passes without progress. Closing at once instead would
+      answer unread input with RST, which destroys echo that is on its way.
+    - `abort`: RST at once.
+    - the client resets the connection.
+
+    `ended` is done when the connection is closed; it holds an exception when that was no fault of the network's.
+    """
+
+    __slots__ = (
+        "delivery",
+        "discarded",
+        "ended",
+        "eof",
+        "failure",
+        "paused",
+        "reason",
+        "received",
+        "settings",
+        "sock",
+        "tcp_info",
+        "transport",
+    )
+
+    def __init__(
+        self, sock: socket.socket, settings: SessionSettings, ended: asyncio.Future[None]
+    ) -> None:
+        self.sock = sock
+        self.settings = settings
+        self.ended = ended
+        self.transport: asyncio.Transport | None = None
+        self.received = 0
+        self.discarded = 0
+        self.paused = False
+        self.eof = False
+        self.reason: Reason | None = None
+        self.failure: Exception | None = None
+        self.delivery: Delivery | None = None
+        self.tcp_info: kernel.TcpInfo | None = None
+
+    def __call__(self) -> Self:
+        """Be the protocol factory of oneself: a session exists before its transport."""
+        return self
+
+    # What the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start echoing, unless the session was ended while the transport was being made."""
+        transport = cast("asyncio.Transport", transport)  # uvloop's are none by inheritance
+        self.transport = transport
+        transport.set_write_buffer_limits(high=self.settings.write_buffer)
+        if (reason := self.reason) is not None:
+            self.reason = None
+            if reason == "aborted":
+                self.abort(reason)
+            else:
+                self.finish(reason)
+
+    def data_received(self, data: bytes) -> None:
+        """Echo. This method and the transport under it are all that a message costs."""
+        self.received += len(data)
+        self.transport.write(data)  # type: ignore[union-attr]  # set in connection_made
+
+    def pause_writing(self) -> None:
+        """Stop reading from a client that does not read its echo."""
+        self.paused = True
+        self._connected.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Read again; or, once the session is finished, send FIN: its mark is 0, so all is written."""
+        self.paused = False
+        if self.reason is None:
+            self._connected.resume_reading()
+        else:
+            self._send_fin()
+
+    def eof_received(self) -> bool:
+        """Go on writing to a client that has closed its own direction."""
+        self.eof = True
+        self.finish("eof")
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take the final counts, while the socket is still open, and report the end."""
+        if isinstance(exc, OSError):
+            if self.reason in {None, "eof"}:
+                self.reason = "reset"
+        elif exc is not None:
+            self.reason, self.failure = "failed", exc
+        self._settle()
+        self.transport = None
+        if self.failure is not None:
+            self.ended.set_exception(self.failure)
+        else:
+            self.ended.set_result(None)
+
+    # What the client's life calls
+
+    def finish(self, reason: Reason) -> None:
+        """Begin the close that loses nothing; without effect on a session that is ending already."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        if self.transport is None:
+            return  # connection_made goes on from here
+        self.transport.pause_reading()
+        if self.transport.get_write_buffer_size():
+            self.transport.set_write_buffer_limits(high=0)  # resume_writing goes on from here
+        else:
+            self._send_fin()
+
+    def abort(self, reason: Reason) -> None:
+        """Reset the connection now; what the client has not got is lost, and counted."""
+        if self.ended.done():
+            return
+        self.reason = reason
+        if self.transport is None:
+            return  # connection_made goes on from here
+        self._settle()  # asyncio's transport drops its buffer before connection_lost
+        kernel.reset_on_close(self.sock)
+        self.transport.abort()
+
+    def end(self) -> None:
+        """Stop lingering: reset a client that left echo in our write buffer, close all others.
+
+        What the kernel holds by then it goes on sending after the close, if the client sends nothing more.
+        """
+        if self.unsent():
+            self.abort("aborted")
+        elif self.transport is not None:
+            self.transport.close()
+
+    def unsent(self) -> int:
+        """Return the number of bytes received and not yet taken by the kernel."""
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
+
+    def undelivered(self) -> int:
+        """Return the number of bytes received and not yet acknowledged, a FIN counting as one."""
+        if self.transport is None:
+            return 0
+        return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
+
+    # How it ends
+
+    @property
+    def _connected(self) -> asyncio.Transport:
+        assert self.transport is not None
+        return self.transport
+
+    def _send_fin(self) -> None:
+        # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:  # ENOTCONN: the client's reset arrived first
+            self.abort("reset")
+            return
+        if self.eof and not kernel.unacknowledged(self.sock):
+            self._connected.close()
+        else:
+            Linger(self, self._connected)
+
+    def _settle(self) -> None:
+        if self.delivery is not None:
+            return
+        self.tcp_info = kernel.tcp_info(self.sock)
+        waiting = kernel.unacknowledged(self.sock)
+        if self.tcp_info is None:  # pragma: no cover (Linux has it)
+            sent = self.received - self.unsent()
+            acked = max(0, sent - waiting)
+        else:
+            # Not the transport's figures: asyncio's drops its buffer before it reports a reset. Our FIN is the one
+            # byte that these can be too high by, and only where all else was sent.
+            acked = min(self.tcp_info.acked, self.received)
+            sent = min(self.tcp_info.acked + waiting, self.received)
+        self.delivery = Delivery(self.received, sent, acked, self.discarded)
+
+
+class Linger(asyncio.Protocol):
+    """A connection after our FIN: takes the session's place at the transport and closes it in time.
+
+    Discards what comes, and closes at the client's EOF with nothing unacknowledged, or when `linger_timeout` passes
+    in which the number of unacknowledged bytes did not fall.
+    """
+
+    __slots__ = ("_expiry", "_least", "_loop", "_poll_after", "_session", "_timer", "_transport")
+
+    def __init__(self, session: EchoSession, transport: asyncio.Transport) -> None:
+        self._session = session
+        self._transport = transport
+        self._loop = session.ended.get_loop()
+        self._least = kernel.unacknowledged(session.sock)
+        self._expiry = self._loop.time() + session.settings.linger_timeout
+        self._poll_after = _FIRST_POLL
+        self._timer = self._loop.call_later(self._poll_after, self._poll)
+        transport.set_protocol(self)
+        if not session.eof:
+            transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        """Count and drop."""
+        self._session.discarded += len(data)
+
+    def eof_received(self) -> bool:
+        """Close, or wait on for the acknowledgement of our last bytes."""
+        self._session.eof = True
+        if not kernel.unacknowledged(self._session.sock):
+            self._transport.close()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hand the end over to the session."""
+        self._timer.cancel()
+        self._session.connection_lost(exc)
+
+    def _poll(self) -> None:
+        left = kernel.unacknowledged(self._session.sock)
+        now = self._loop.time()
+        if left < self._least:
+            self._least = left
+            self._expiry = now + self._session.settings.linger_timeout
+        if self._session.eof and not left:
+            self._transport.close()
+        elif self._session.eof and kernel.is_reset(self._session.sock):
+            # The transport stopped polling the socket at its EOF, so nobody else will notice.
+            self._session.abort("reset")
+        elif now >= self._expiry:
+            self._transport.close()
+        else:
+            self._poll_after = min(2 * self._poll_after, _LAST_POLL)
+            self._timer = self._loop.call_later(min(self._poll_after, self._expiry - now), self._poll)

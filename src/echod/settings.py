@@ -1,0 +1,196 @@
+"""The settings: one frozen model, from which the help, the reference page and all validation come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from echod import addresses
+
+PREFIX = "ECHOD_"
+
+Key = tuple[str, ...]
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        kind = "number_type"
+        raise PydanticCustomError(kind, "Input should be a number")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        kind = "finite_number"
+        raise PydanticCustomError(kind, "Input should be a finite number")
+    return value
+
+
+def _address(text: str) -> str:
+    addresses.parse(text)
+    return text
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(ge=0)]
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
+Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LimitsSettings(_Section):
+    """What clients may use."""
+
+    max_connections: Count = Field(
+        10_000,
+        description="Clients of each listener. At this number it stops accepting, and clients wait in the backlog.",
+    )
+    backlog: Count = Field(
+        4096,
+        description="Connections that wait to be accepted, for each listening socket. The kernel's own limit is "
+        "net.core.somaxconn.",
+    )
+    idle_timeout: Seconds = Field(
+        0.0, description="Close a client after this many seconds without a byte either way. 0: never."
+    )
+    write_timeout: PositiveSeconds = Field(
+        30.0,
+        description="Reset a client that has not taken a byte for this many seconds while its echo waits and its "
+        "reading is paused.",
+    )
+    write_buffer: Size = Field(
+        ByteSize(64 * 1024),
+        description="The high-water mark of each client's write buffer. Above it, reading from the client pauses.",
+    )
+
+
+class ShutdownSettings(_Section):
+    """How a stop goes."""
+
+    delay: Seconds = Field(
+        0.0,
+        description="Seconds from the signal on in which new clients are still accepted: time for a load balancer to "
+        "look away.",
+    )
+    quiet_period: Seconds = Field(
+        2.0,
+        description="A client that is silent for this many seconds of the drain, and has all its echo, counts as done.",
+    )
+    drain_timeout: Seconds = Field(
+        7.0, description="Seconds that the other clients get to finish. Then they are cut off, after their echo."
+    )
+    linger_timeout: Seconds = Field(
+        1.0,
+        description="Seconds without progress, after our FIN, until a connection is closed. In a drain, also the "
+        "seconds after drain_timeout until it ends.",
+    )
+
+
+class LogSettings(_Section):
+    """What is logged, how and where."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The lowest level that is logged."
+    )
+    format: Literal["auto", "console", "json", "logfmt"] = Field(
+        "auto", description="The form of a line. auto: console on a terminal, json elsewhere."
+    )
+    file: str = Field(
+        "-", min_length=1, description='The file that lines are appended to. "-": standard error.'
+    )
+    connections: Literal["all", "nonempty", "failed", "none"] = Field(
+        "nonempty",
+        description="Which closed connections get a line. nonempty: those that sent a byte. failed: those that did "
+        "not end well.",
+    )
+
+
+class FaultSettings(_Section):
+    """A named way to misbehave; a listener takes one with `fault`."""
+
+    trigger: str = Field(
+        min_length=1,
+        description="The message that sets the fault off: what one read returns, so TCP may split or join what the "
+        "client wrote.",
+    )
+    action: Literal["raise"] = Field(description="raise: an exception in the client's session.")
+
+
+class ListenerSettings(_Section):
+    """A listener with settings of its own. Its name is the table's."""
+
+    address: Address = Field(description=f"Where to listen: {addresses.FORMS}.")
+    fault: str = Field("", description="The name of the fault it shows. Empty: none.")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__"
+    )
+
+    loop: Literal["auto", "uvloop", "asyncio"] = Field(
+        "auto", description="The event loop. auto: uvloop where it is installed."
+    )
+    listen: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_split)] = Field(
+        ("127.0.0.1:8000",),
+        description=f"Addresses to listen on, each {addresses.FORMS}. Port 0 takes a free one. The default applies "
+        "only where no listener has a table.",
+    )
+    limits: LimitsSettings = Field(LimitsSettings(), description="What clients may use.")
+    shutdown: ShutdownSettings = Field(ShutdownSettings(), description="How a stop goes.")
+    log: LogSettings = Field(LogSettings(), description="What is logged, how and where.")
+    faults: dict[str, FaultSettings] = Field(
+        {}, description="Named ways to misbehave: a table for each, [faults.NAME]."
+    )
+    listeners: dict[str, ListenerSettings] = Field(
+        {},
+        description="Listeners with settings of their own, beside those of listen: a table for each, [listeners.NAME].",
+    )
+
+    @classmethod
+    def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[Any, ...]:
+        """Take only what the constructor is given: echod.sources reads the rest, to know where each value is from."""
+        return (sources["init_settings"],)
+
+    def all_listeners(self) -> dict[str, ListenerSettings]:
+        """Return every listener by its name, which for an address of `listen` is the address."""
+        return {text: ListenerSettings(address=text) for text in self.listen} | self.listeners
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Tell whether a field holds a table, of fixed keys or of names."""
+    return get_origin(field.annotation) is dict or (
+        isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    )
+
+
+def leaves(model: type[BaseModel] = Settings, path: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
+    """Yield the key and field of every setting with a fixed place, in the model's order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, (*path, name))
+        elif not is_section(field):
+            yield (*path, name), field

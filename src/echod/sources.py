@@ -1,0 +1,231 @@
+"""Where settings come from: the command line, the environment, the file; merged in that order, each value's origin kept."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+
+from echod import addresses
+from echod.settings import PREFIX, Key, Settings, is_section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from pydantic_core import ErrorDetails
+
+CONFIG_VARIABLE = "ECHOD_CONFIG"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with the settings."""
+
+    source: str
+    """The file, variable or option; empty where it is the settings as a whole."""
+    key: str
+    """Dotted; empty where a source as a whole is meant."""
+    message: str
+
+    def __str__(self) -> str:
+        """Return the line for the user."""
+        return ": ".join(part for part in self if part)
+
+
+class SettingsInvalid(Exception):
+    """The settings cannot be used; `problems` has everything that is wrong with them."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
+class Loaded(NamedTuple):
+    """Settings, and how they came about."""
+
+    settings: Settings
+    origins: Mapping[Key, str]
+    """Where each value was set that is not a default."""
+    unknown_variables: tuple[str, ...]
+    """`ECHOD_` variables that name no setting, as Kubernetes injects them for a service called echod."""
+
+
+def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loaded:
+    """Read and validate the settings: command line over environment over file over defaults.
+
+    Args:
+        options: the command line's values by key, each with the option as it was written.
+        config: the file, or None.
+
+    Raises:
+        SettingsInvalid: with every problem of every source.
+
+    """
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    origins: dict[Key, str] = {}
+    if config is not None:
+        _overlay(values, origins, _read_file(config, problems), lambda _: config)
+    _overlay(values, origins, _read_environment(problems), _variable)
+    for key, (option, value) in options.items():
+        _overlay(values, origins, _nest(key, value), lambda _, option=option: option)  # type: ignore[misc]
+    if values.get("listeners"):
+        values.setdefault("listen", ())
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        problems += (_problem(details, origins) for details in error.errors())
+    problems += _conflicts(values, origins)
+    if problems:
+        raise SettingsInvalid(problems)
+    return Loaded(settings, origins, tuple(_unknown_variables()))
+
+
+# The sources
+
+
+def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
+    path = Path(file)
+    try:
+        path.open("rb").close()  # the source below takes a file that is not there for an empty one
+        return TomlConfigSettingsSource(Settings, toml_file=path)()
+    except OSError as error:
+        message = f"cannot be read: {os.strerror(error.errno or 0)}"
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text: byte {error.start}"
+    except tomllib.TOMLDecodeError as error:
+        last = path.read_bytes().count(b"\n") + 1
+        message = f"is not TOML: {error}".replace("at end of document", f"at line {last}, the end of the file")
+    problems.append(Problem(file, "", message))
+    return {}
+
+
+def _read_environment(problems: list[Problem]) -> dict[str, Any]:
+    source = EnvSettingsSource(Settings)
+    variables = dict(source.env_vars)
+    for name, field in Settings.model_fields.items():
+        # The source would take JSON here, a second way to write each value.
+        variable = _variable((name,))
+        if is_section(field) and variables.pop(variable.lower(), None) is not None:
+            problems.append(Problem(variable, "", f"is a section: set {variable}__KEY for each key"))
+    source.env_vars = variables
+    return source()
+
+
+def _variable(key: Key) -> str:
+    return PREFIX + "__".join(key).upper()
+
+
+def _unknown_variables() -> Iterator[str]:
+    for variable in sorted(os.environ):
+        name = variable.removeprefix(PREFIX).partition("__")[0].lower()
+        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE and name not in Settings.model_fields:
+            yield variable
+
+
+# Merging them
+
+
+def _nest(key: Key, value: object) -> dict[str, Any]:
+    table: dict[str, Any] = {key[-1]: value}
+    for name in reversed(key[:-1]):
+        table = {name: table}
+    return table
+
+
+def _overlay(
+    values: dict[str, Any],
+    origins: dict[Key, str],
+    upper: Mapping[str, Any],
+    origin: Callable[[Key], str],
+    path: Key = (),
+) -> None:
+    """Lay one source's values over those below, table by table."""
+    for name, value in upper.items():
+        key = (*path, name)
+        origins[key] = origin(key)
+        if isinstance(value, dict):
+            if not isinstance(values.get(name), dict):
+                values[name] = {}
+            _overlay(values[name], origins, value, origin, key)
+        else:
+            values[name] = value
+
+
+# What is wrong with them
+
+
+def _problem(details: ErrorDetails, origins: Mapping[Key, str]) -> Problem:
+    key = tuple(str(part) for part in details["loc"])
+    match details["type"]:
+        case "extra_forbidden":
+            message = _unknown(key)
+        case "missing":
+            message = "is missing"
+        case "model_type" | "dict_type":
+            message = "should be a table"
+        case "value_error":  # ours, and it names the value
+            message = details["msg"].removeprefix("Value error, ")
+        case _:
+            message = f"{details['msg'].replace('Input should', 'should')}, not {details['input']!r}"
+    return Problem(_origin(key, origins), ".".join(key), message)
+
+
+def _origin(key: Key, origins: Mapping[Key, str]) -> str:
+    """Return where a key was set, or else the nearest table above it."""
+    lengths = range(len(key), 0, -1)
+    return next((origins[key[:length]] for length in lengths if key[:length] in origins), "")
+
+
+def _unknown(key: Key) -> str:
+    model: Any = Settings
+    for name in key[:-1]:
+        # A table of names holds tables of one model, whatever the name.
+        model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[name].annotation
+    return f"unknown key; {_hint(key[-1], model.model_fields)}"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, 1):
+        return f"did you mean {near[0]!r}?"
+    return f"there are: {', '.join(known)}" if known else "there are none"
+
+
+def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterator[Problem]:
+    """Yield what is wrong between values that may be right one by one; others are passed over here."""
+    listen = values.get("listen")
+    if isinstance(listen, str):
+        listen = listen.split(",")
+    tables = {name: table for name, table in _table(values, "listeners").items() if isinstance(table, dict)}
+    places: list[tuple[Key, object]] = [
+        *((("listen",), text) for text in (listen if isinstance(listen, list) else ())),
+        *((("listeners", name, "address"), table.get("address")) for name, table in tables.items()),
+    ]
+    if listen == [] and not values.get("listeners"):
+        yield Problem(_origin(("listen",), origins), "listen", "there is no address to listen on")
+    seen: set[addresses.TcpAddress] = set()
+    for key, text in places:
+        try:
+            address = addresses.parse(str(text).strip())
+        except addresses.AddressError:
+            continue
+        if address in seen and (address.port or key == ("listen",)):
+            yield Problem(_origin(key, origins), ".".join(key), f"{str(text).strip()!r} is listened on already")
+        seen.add(address)
+    faults = _table(values, "faults")
+    for name, table in tables.items():
+        fault = table.get("fault")
+        if isinstance(fault, str) and fault and fault not in faults:
+            key = ("listeners", name, "fault")
+            yield Problem(_origin(key, origins), ".".join(key), f"no fault is named {fault!r}; {_hint(fault, faults)}")
+
+
+def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = values.get(name)
+    return table if isinstance(table, dict) else {}

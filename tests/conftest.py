@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import Daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def loop_name(request: pytest.FixtureRequest) -> str:
+    """Return each loop's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def start(loop_name: str) -> Iterator[Callable[..., Daemon]]:
+    """Return a function that starts a daemon on the loop under test; it is killed after the test."""
+    daemons: list[Daemon] = []
+
+    def start(*arguments: str, **options: object) -> Daemon:
+        daemon = Daemon("--loop", loop_name, *arguments, **options)  # type: ignore[arg-type]
+        daemons.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in daemons:
+        daemon.kill()

@@ -1,0 +1,183 @@
+"""The real command in a subprocess, and its log as events to wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+Event = dict[str, Any]
+
+# The longest that any single wait may take, seconds: a bound for failures, not a duration that tests count on.
+PATIENCE = 30.0
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment without settings of echod's, and with some more variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
+    return kept | dict(extra or {})
+
+
+def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "echod", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(env), check=False
+    )
+
+
+class Daemon:
+    """A running `echod serve`; its standard error is read as JSON lines.
+
+    Args:
+        arguments: of the command.
+        env: more variables.
+        python: options of the interpreter.
+        prepare: called in the child before it starts.
+        listen: an address, or None where the arguments say.
+        read_log: whether the log is read; if not, `log_pipe` is its reading end.
+
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        python: tuple[str, ...] = (),
+        prepare: Callable[[], None] | None = None,
+        listen: str | None = "127.0.0.1:0",
+        read_log: bool = True,
+    ) -> None:
+        self._news = threading.Condition()
+        self.events: list[Event] = []
+        self.raw: list[str] = []
+        listening = ("--listen", listen) if listen else ()
+        self.process = subprocess.Popen(
+            [sys.executable, *python, "-m", "echod", *listening, *arguments],
+            stderr=subprocess.PIPE,
+            env=clean_environment(env),
+            preexec_fn=prepare,  # noqa: PLW1509  (no threads hold locks in the children these tests make)
+        )
+        assert self.process.stderr is not None
+        self.log_pipe = self.process.stderr
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        if read_log:
+            self._reader.start()
+            try:
+                self.wait_for("listening")
+            except BaseException:
+                self.kill()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        if error is not None:
+            sys.stderr.write("".join(self.raw[-30:]))
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Return the first listening address."""
+        host, _, port = self.wait_for("listening")["address"].rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def connect(self, timeout: float | None = PATIENCE, receive_buffer: int | None = None) -> socket.socket:
+        """Return a connected client."""
+        host, port = self.address
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.settimeout(timeout)
+        sock.connect((host, port))
+        return sock
+
+    def wait_for(self, event: str, *, count: int = 1, **fields: object) -> Event:
+        """Wait for the `count`th event of that name with these fields, and return it."""
+
+        def found() -> list[Event]:
+            return [line for line in self.events if line["event"] == event and fields.items() <= line.items()]
+
+        with self._news:
+            if not self._news.wait_for(lambda: len(found()) >= count or self._ended, PATIENCE) or len(found()) < count:
+                message = f"no {event} {fields} in the log:\n{''.join(self.raw[-50:])}"
+                raise AssertionError(message)
+        return found()[count - 1]
+
+    def all(self, event: str) -> list[Event]:
+        """Return all events of that name so far."""
+        return [line for line in self.events if line["event"] == event]
+
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for the end of the process and of its log; return its exit code."""
+        code = self.process.wait(timeout)
+        if self._reader.is_alive():
+            self._reader.join(PATIENCE)
+        return code
+
+    def stop(self) -> int:
+        """Send SIGTERM and wait."""
+        self.send_signal()
+        return self.wait()
+
+    def kill(self) -> None:
+        """Make sure that nothing is left."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+        if self._reader.is_alive():
+            self._reader.join(PATIENCE)
+        self.log_pipe.close()
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time the process has used."""
+        with open(f"/proc/{self.pid}/stat", encoding="ascii") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> int:
+        """Return the resident memory of the process, bytes."""
+        with open(f"/proc/{self.pid}/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _read(self) -> None:
+        for line in self.log_pipe:
+            text = line.decode()
+            with self._news:
+                self.raw.append(text)
+                with contextlib.suppress(json.JSONDecodeError):
+                    self.events.append(json.loads(text))
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that has no event: another process's state, as the kernel shows it."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
