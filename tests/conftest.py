@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from harness import Daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from harness import Start
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
@@ -19,12 +21,12 @@ def loop_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def start(loop_name: str) -> Iterator[Callable[..., Daemon]]:
+def start(loop_name: str) -> Iterator[Start]:
     """Return a function that starts a daemon on the loop under test; it is killed after the test."""
     daemons: list[Daemon] = []
 
-    def start(*arguments: str, **options: object) -> Daemon:
-        daemon = Daemon("--loop", loop_name, *arguments, **options)  # type: ignore[arg-type]
+    def start(*arguments: str, **options: Any) -> Daemon:
+        daemon = Daemon("--loop", loop_name, *arguments, **options)
         daemons.append(daemon)
         return daemon
 

@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,12 @@ def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Com
     return subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(env), check=False
     )
+
+
+class Start(Protocol):
+    """The fixture `start`."""
+
+    def __call__(self, *arguments: str, **options: Any) -> Daemon: ...
 
 
 class Daemon:
@@ -108,8 +115,32 @@ class Daemon:
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.settimeout(timeout)
-        sock.connect((host, port))
+        try:
+            sock.connect((host, port))
+        except OSError:
+            sock.close()
+            raise
         return sock
+
+    def echo(self, message: bytes) -> None:
+        """Be a client that sends one message, takes its echo, and closes."""
+        with self.connect() as client:
+            client.sendall(message)
+            assert receive(client, len(message)) == message
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+
+    def ledger(self) -> dict[int, Event]:
+        """Return the lines of the closed connections so far, by the client's port."""
+        return {int(line["peer"].rpartition(":")[2]): line for line in self.all("client_closed")}
+
+    def receipt(self) -> Event:
+        """Return the drain's receipt, having seen that it counts each client once."""
+        receipt = self.wait_for("drained")
+        assert receipt["clients"] == sum(
+            receipt[part] for part in ("completed", "quiet", "cut", "aborted", "failed")
+        )
+        return receipt
 
     def wait_for(self, event: str, *, count: int = 1, **fields: object) -> Event:
         """Wait for the `count`th event of that name with these fields, and return it."""
@@ -181,3 +212,17 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Receive so many bytes, or those until EOF."""
+    data = bytearray()
+    while len(data) < size and (more := sock.recv(size - len(data))):
+        data += more
+    return bytes(data)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
