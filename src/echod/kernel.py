@@ -63,10 +63,10 @@ def unacknowledged(sock: socket.socket) -> int:
     return int(count)
 
 
-def waiting_connections(listening: socket.socket) -> int | None:
-    """Return how many connections wait in a listening socket's queue, or None where the kernel does not tell."""
+def waiting_connections(listening: socket.socket) -> int:
+    """Return how many connections wait in a listening socket's queue; 0 where the kernel does not tell."""
     if sys.platform != "linux":  # pragma: no cover (Linux only)
-        return None
+        return 0
     (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
     return int(count)
 

@@ -118,7 +118,7 @@ class Server:
         if self._aborted.is_set():
             self._drain.hurry()
         if not await self._drain.run():
-            waiting = [kernel.waiting_connections(sock) for sock in self._sockets]
+            waiting = sum(kernel.waiting_connections(sock) for sock in self._sockets)
             self.ledger.log.warning("backlog_abandoned", clients=waiting)
             for sock in self._sockets:
                 sock.close()

@@ -55,6 +55,7 @@ class EchoSession(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_large",
         "delivery",
         "discarded",
         "ended",
@@ -74,6 +75,7 @@ class EchoSession(asyncio.Protocol):
     ) -> None:
         self.sock = sock
         self.settings = settings
+        self._large = settings.write_buffer
         self.ended = ended
         self.transport: asyncio.Transport | None = None
         self.received = 0
@@ -105,8 +107,11 @@ class EchoSession(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Echo. This method and the transport under it are all that a message costs."""
-        self.received += len(data)
+        size = len(data)
+        self.received += size
         self.transport.write(data)  # type: ignore[union-attr]  # set in connection_made
+        if size > self._large:
+            self._weigh()
 
     def pause_writing(self) -> None:
         """Stop reading from a client that does not read its echo."""
@@ -117,6 +122,7 @@ class EchoSession(asyncio.Protocol):
         """Read again; or, once the session is finished, send FIN: its mark is 0, so all is written."""
         self.paused = False
         if self.reason is None:
+            self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
             self._connected.resume_reading()
         else:
             self._send_fin()
@@ -193,6 +199,14 @@ class EchoSession(asyncio.Protocol):
     def _connected(self) -> asyncio.Transport:
         assert self.transport is not None
         return self.transport
+
+    def _weigh(self) -> None:
+        """Pause reading after a read larger than the write buffer, if any of it is unsent.
+
+        The transport keeps all of what it read in memory until the last byte is sent, and counts only what is unsent.
+        """
+        if not self.paused and self._connected.get_write_buffer_size():
+            self._connected.set_write_buffer_limits(high=0)
 
     def _send_fin(self) -> None:
         # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
