@@ -81,12 +81,16 @@ class Daemon:
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         if read_log:
-            self._reader.start()
-            try:
-                self.wait_for("listening")
-            except BaseException:
-                self.kill()
-                raise
+            self.start_reading()
+
+    def start_reading(self) -> None:
+        """Read the log from now on, and wait until the daemon listens."""
+        self._reader.start()
+        try:
+            self.wait_for("listening")
+        except BaseException:
+            self.kill()
+            raise
 
     def __enter__(self) -> Self:
         return self

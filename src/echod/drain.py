@@ -79,8 +79,9 @@ class Drain:
                 self._dismiss_quiet(now)
                 next_look = now + tick
             await self._wait_until(min(next_look, cut))
-        for client in self._clients:
-            client.session.finish("cut")
+        if not self._hurried:
+            for client in self._clients:
+                client.session.finish("cut")
         end = cut + self._settings.linger_timeout
         while self._clients and not self._hurried and self._loop.time() < end:
             await self._wait_until(end)

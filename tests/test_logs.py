@@ -1,0 +1,321 @@
+"""The log: what is in it, and that nobody who reads it can hold up or end the echo."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from echod.logs import LogWriter
+from harness import PATIENCE, Daemon, clean_environment, receive, reset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness import Start
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port that was free a moment ago, for where the log, which tells it, cannot be read."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def connected(port: int) -> socket.socket:
+    """Return a client of a daemon that may only just be starting."""
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE)
+        except ConnectionRefusedError:
+            continue
+
+
+def serve_one(port: int) -> None:
+    with connected(port) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+def test_log_that_nobody_reads(start: Start, free_port: int) -> None:
+    """With a full log pipe, 20,000 connections are served; lines are dropped, and counted rightly."""
+    connections = 20_000
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    for _ in range(connections):
+        serve_one(free_port)
+    daemon.start_reading()
+    dropped = daemon.wait_for("log_lines_dropped")["lines"]
+    assert dropped > 1000
+    assert daemon.stop() == 0
+    assert len(daemon.all("log_lines_dropped")) == 1
+    assert len(daemon.all("client_closed")) + dropped == connections
+    assert daemon.wait_for("stopped")["connections"] == connections
+
+
+def test_closed_log_pipe(start: Start, free_port: int) -> None:
+    """Whoever closes the log's pipe does not end the echo, and the exit code is that of a good stop."""
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    daemon.log_pipe.close()
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_full_disk(start: Start, free_port: int) -> None:
+    """A log file that takes nothing more does not end the echo."""
+    daemon = start("--log.file", "/dev/full", listen=f"127.0.0.1:{free_port}", read_log=False)
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_reader_stuck_at_the_end(start: Start, free_port: int) -> None:
+    """A full pipe delays the exit by a second at most."""
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    serve_one(free_port)
+    filler = os.dup(daemon.log_pipe.fileno())
+    fcntl.fcntl(filler, fcntl.F_SETPIPE_SZ, 4096)
+    os.close(filler)
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_file(start: Start, tmp_path: Path) -> None:
+    """Lines are appended to `log.file`, in each format; the level holds."""
+    for form in ("json", "logfmt", "console"):
+        path = tmp_path / form
+        path.write_text("before\n")
+        port_file = ("--log.file", str(path), "--log.format", form)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = int(sock.getsockname()[1])
+        daemon = start(*port_file, listen=f"127.0.0.1:{port}", read_log=False)
+        serve_one(port)
+        assert daemon.stop() == 0
+        first, *lines = path.read_text().splitlines()
+        assert first == "before"
+        (closed,) = (line for line in lines if "client_closed" in line)
+        match form:
+            case "json":
+                assert list(json.loads(closed))[:3] == ["timestamp", "level", "event"]
+                assert json.loads(closed)["received"] == 1
+            case "logfmt":
+                assert " level=info event=client_closed " in closed
+                assert " received=1 " in closed
+            case _:
+                assert "\x1b" not in closed
+                assert "received=1" in closed.split()
+
+
+def test_level(start: Start, tmp_path: Path) -> None:
+    """Below `log.level` nothing is logged."""
+    daemon = start("--log.level", "warning", "--log.file", str(tmp_path / "log"), read_log=False)
+    until_listening(daemon)
+    assert daemon.stop() == 0
+    assert (tmp_path / "log").read_bytes() == b""
+
+
+def until_listening(daemon: Daemon) -> None:
+    """Wait until the daemon has a listening socket, as the kernel shows it."""
+    from harness import until
+
+    until(lambda: "0A" in {line.split()[3] for line in Path(f"/proc/{daemon.pid}/net/tcp").read_text().splitlines()})
+
+
+@pytest.mark.parametrize(
+    ("choice", "reasons"),
+    [("all", ["eof", "eof", "reset"]), ("nonempty", ["eof", "reset"]), ("failed", ["reset"]), ("none", [])],
+)
+def test_connections(start: Start, choice: str, reasons: list[str]) -> None:
+    """`log.connections` chooses the lines; all are counted whatever it says."""
+    daemon = start("--log.connections", choice)
+    daemon.echo(b"hello")
+    daemon.connect().close()
+    with daemon.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        reset(client)
+    assert daemon.stop() == 0
+    assert sorted(line["reason"] for line in daemon.all("client_closed")) == reasons
+    totals = daemon.wait_for("stopped")
+    assert (totals["connections"], totals["empty"], totals["received"], totals["acked"]) == (3, 1, 10, 10)
+
+
+def test_ledger_line(start: Start) -> None:
+    """The line of a connection has what was promised, and no payload."""
+    daemon = start("--listeners.lab.address", "127.0.0.1:0", listen=None)
+    with daemon.connect() as client:
+        port = client.getsockname()[1]
+        client.sendall(b"secret")
+        assert receive(client, 6) == b"secret"
+    line = daemon.wait_for("client_closed")
+    assert daemon.stop() == 0
+    assert line["listener"] == "lab"
+    assert line["peer"] == f"127.0.0.1:{port}"
+    counts = ("received", "sent", "acked", "discarded_bytes", "reason", "retransmits")
+    assert [line[name] for name in counts] == [6, 6, 6, 0, "eof", 0]
+    assert 0 < line["rtt_ms"] < 1000
+    assert 0 <= line["seconds"] < PATIENCE
+    assert "secret" not in "".join(daemon.raw)
+
+
+SCRIPT = """
+import asyncio, logging, sys, warnings
+from echod.logs import Log
+from echod.settings import LogSettings
+log = Log(LogSettings(format={form!r}))
+log.capture()
+{body}
+log.close()
+"""
+
+
+def log_of(body: str, form: str = "json", *python: str) -> str:
+    """Return what a small program with echod's log writes to standard error."""
+    program = SCRIPT.format(form=form, body=body)
+    result = subprocess.run(
+        [sys.executable, *python, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        check=True,
+    )
+    return result.stderr
+
+
+def test_what_others_say_is_logged() -> None:
+    """Python's warnings, lines of `logging` and exceptions in destructors arrive as log lines."""
+    body = """
+warnings.warn("be warned")
+logging.getLogger("asyncio").error("it is %s", "slow")
+logging.getLogger("odd").log(55, "odd level")
+logging.getLogger("chatty").info("not this")
+class Bad:
+    def __del__(self): raise ValueError("in a destructor")
+Bad()
+"""
+    warning, error, odd, ignored = map(json.loads, log_of(body).splitlines())
+    assert (warning["level"], warning["logger"]) == ("warning", "py.warnings")
+    assert "UserWarning: be warned" in warning["event"]
+    assert (error["level"], error["event"], error["logger"]) == ("error", "it is slow", "asyncio")
+    assert odd["level"] == "critical"
+    assert (ignored["event"], ignored["level"]) == ("exception_ignored", "error")
+    assert "ValueError: in a destructor" in ignored["exception"]
+
+
+@pytest.mark.parametrize("form", ["json", "logfmt", "console"])
+def test_no_line_breaks_in_a_line(form: str) -> None:
+    """A value with a line break, or one that is no text, cannot forge or break a line."""
+    text = log_of("log.logger.info('event', value='a\\nlevel=critical', bad='\\udc80')", form)
+    assert len(text.splitlines()) == 1
+    assert text.endswith("\n")
+
+
+def test_console_on_a_terminal() -> None:
+    """On a terminal, `auto` means lines for a person, with colours."""
+    master, slave = os.openpty()
+    program = SCRIPT.format(form="auto", body="log.logger.info('hello', number=1)")
+    subprocess.run([sys.executable, "-c", program], stderr=slave, timeout=PATIENCE, env=clean_environment(), check=True)
+    os.close(slave)
+    line = os.read(master, 10_000).decode()
+    os.close(master)
+    assert "\x1b[" in line
+    assert "hello" in line
+
+
+class Pipe:
+    """A writer onto a pipe."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 4096)
+        self.writer = LogWriter(self.writing, lambda lines: b"dropped %d\n" % lines)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    for descriptor in (pipe.reading, pipe.writing):
+        os.close(descriptor)
+
+
+def read_all(descriptor: int, count: int) -> list[bytes]:
+    """Read lines until there are so many."""
+    data = b""
+    while data.count(b"\n") < count:
+        data += os.read(descriptor, 1 << 20)
+    return data.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_writer_drops_and_counts(pipe: Pipe, blocking: bool) -> None:
+    """What does not fit the queue is dropped, and told of behind the lines that did."""
+    os.set_blocking(pipe.writing, blocking)
+    line = b"x" * 999 + b"\n"
+    total = 5000
+    for _ in range(total):
+        pipe.writer.write(line)
+    lines: list[bytes] = []
+    while not (lines and lines[-1].startswith(b"dropped")):
+        lines += read_all(pipe.reading, 1)
+    kept = b"".join(lines).count(line)
+    assert kept + int(lines[-1].split()[1]) == total
+    assert kept >= 1024 * 1024 // 1000
+    pipe.writer.close()
+
+
+def test_writer_ends_a_torn_line(tmp_path: Path) -> None:
+    """After an error in the middle of a line, the next one begins at its own start, and the loss is counted."""
+    program = """
+import resource, signal, sys, threading
+from echod.logs import LogWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (25, resource.RLIM_INFINITY))
+out = open(sys.argv[1], "ab", buffering=0)
+writer = LogWriter(out.fileno(), lambda lines: b"dropped %d\\n" % lines)
+for _ in range(4):
+    writer.write(b"123456789\\n")
+while not writer._dropped:
+    pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+writer.write(b"next\\n")
+writer.close()
+out.close()
+"""
+    path = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
+    assert path.read_bytes() == b"123456789\n123456789\n12345\nnext\ndropped 2\n"
+
+
+def test_writer_keeps_counting_while_it_fails(tmp_path: Path) -> None:
+    """A notice that could not be written is no loss of the count."""
+    program = """
+import resource, signal, sys
+from echod.logs import LogWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+out = open(sys.argv[1], "ab", buffering=0)
+writer = LogWriter(out.fileno(), lambda lines: b"dropped %d\\n" % lines)
+for number in range(1, 4):
+    writer.write(b"lost\\n")
+    while writer._dropped != number:
+        pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+writer.write(b"next\\n")
+writer.close()
+out.close()
+"""
+    path = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
+    assert path.read_bytes() == b"next\ndropped 3\n"
