@@ -51,6 +51,7 @@ class Daemon:
         arguments: of the command.
         env: more variables.
         python: options of the interpreter.
+        module: what it is to run.
         prepare: called in the child before it starts.
         listen: an address, or None where the arguments say.
         read_log: whether the log is read; if not, `log_pipe` is its reading end.
@@ -62,6 +63,7 @@ class Daemon:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         python: tuple[str, ...] = (),
+        module: tuple[str, ...] = ("-m", "echod"),
         prepare: Callable[[], None] | None = None,
         listen: str | None = "127.0.0.1:0",
         read_log: bool = True,
@@ -71,7 +73,7 @@ class Daemon:
         self.raw: list[str] = []
         listening = ("--listen", listen) if listen else ()
         self.process = subprocess.Popen(
-            [sys.executable, *python, "-m", "echod", *listening, *arguments],
+            [sys.executable, *python, *module, *listening, *arguments],
             stderr=subprocess.PIPE,
             env=clean_environment(env),
             preexec_fn=prepare,  # noqa: PLW1509  (no threads hold locks in the children these tests make)

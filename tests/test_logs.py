@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.logs import LogWriter
-from harness import PATIENCE, Daemon, clean_environment, receive, reset
+from harness import PATIENCE, Daemon, clean_environment, receive, reset, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,8 +126,6 @@ def test_level(start: Start, tmp_path: Path) -> None:
 
 def until_listening(daemon: Daemon) -> None:
     """Wait until the daemon has a listening socket, as the kernel shows it."""
-    from harness import until
-
     until(lambda: "0A" in {line.split()[3] for line in Path(f"/proc/{daemon.pid}/net/tcp").read_text().splitlines()})
 
 

@@ -165,7 +165,7 @@ class Ledger:
             case "all":
                 return True
             case "nonempty":
-                return delivery.received > 0
+                return delivery.received > 0 or reason == "failed"
             case "failed":
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
             case "none":

@@ -97,26 +97,30 @@ def _open_once(address: TcpAddress, backlog: int) -> list[socket.socket]:
         # Some resolvers name an address twice, and IPv4 goes first whatever their order: one order on every host.
         for family, _, _, _, sockaddr in sorted(dict.fromkeys(found), key=lambda info: info[0] == socket.AF_INET6):
             try:
-                sock = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
-                _prepare(sock)
-                sock.bind((sockaddr[0], port, *sockaddr[2:]))
-                sock.listen(backlog)
+                sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog)
             except OSError as error:
                 # A host without IPv6 still has names with IPv6 addresses, localhost to begin with.
                 if not sockets or family != socket.AF_INET6 or error.errno not in _NO_IPV6:
                     raise
                 continue
+            opened.enter_context(sock)
             port = sock.getsockname()[1]
             sockets.append(sock)
         opened.pop_all()
         return sockets
 
 
-def _prepare(sock: socket.socket) -> None:
-    sock.setblocking(False)  # noqa: FBT003  (its only parameter)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if sock.family == socket.AF_INET6:
-        # Each family has a socket of its own, so that a peer's IPv4 address never shows as an IPv6 one.
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+def _bind(family: int, sockaddr: tuple[str | int, ...], backlog: int) -> socket.socket:
+    with contextlib.ExitStack() as opened:
+        sock = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family == socket.AF_INET6:
+            # Each family has a socket of its own, so that a peer's IPv4 address never shows as an IPv6 one.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
+        sock.listen(backlog)
+        opened.pop_all()
+        return sock

@@ -55,6 +55,7 @@ class EchoSession(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_fin_sent",
         "_large",
         "delivery",
         "discarded",
@@ -76,6 +77,7 @@ class EchoSession(asyncio.Protocol):
         self.sock = sock
         self.settings = settings
         self._large = settings.write_buffer
+        self._fin_sent = False
         self.ended = ended
         self.transport: asyncio.Transport | None = None
         self.received = 0
@@ -215,6 +217,7 @@ class EchoSession(asyncio.Protocol):
         except OSError:  # ENOTCONN: the client's reset arrived first
             self.abort("reset")
             return
+        self._fin_sent = True
         if self.eof and not kernel.unacknowledged(self.sock):
             self._connected.close()
         else:
@@ -229,10 +232,9 @@ class EchoSession(asyncio.Protocol):
             sent = self.received - self.unsent()
             acked = max(0, sent - waiting)
         else:
-            # Not the transport's figures: asyncio's drops its buffer before it reports a reset. Our FIN is the one
-            # byte that these can be too high by, and only where all else was sent.
-            acked = min(self.tcp_info.acked, self.received)
-            sent = min(self.tcp_info.acked + waiting, self.received)
+            # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
+            sent = self.tcp_info.acked + waiting - self._fin_sent
+            acked = min(self.tcp_info.acked, sent)
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
 
 

@@ -1,0 +1,79 @@
+"""Nothing is left: no task, no exception, no warning, no descriptor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crowd import Crowd, Stuck
+from harness import receive, reset, until
+
+if TYPE_CHECKING:
+    from harness import Daemon, Start
+
+
+def descriptors(daemon: Daemon) -> int:
+    """Return how many descriptors the daemon has open."""
+    return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+
+
+@pytest.mark.parametrize("python", [(), ("-X", "dev")])
+def test_all_ends(start: Start, python: tuple[str, ...]) -> None:
+    """Clients end in every way there is, in Python's development mode and asyncio's debug mode too.
+
+    Every warning of theirs would be a line of the log: a task exception never retrieved, a socket never closed.
+    """
+    daemon = start(
+        *("--faults.boom.trigger", "boom", "--faults.boom.action", "raise"),
+        *("--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "boom"),
+        *("--limits.idle-timeout", "3", "--limits.write-timeout", "3", "--log.connections", "all"),
+        *("--shutdown.quiet-period", "0.2", "--shutdown.drain-timeout", "0.6", "--shutdown.linger-timeout", "0.4"),
+        python=python,
+        listen=None,
+    )
+    daemon.echo(b"eof")
+    until(lambda: len(daemon.all("client_closed")) == 1)
+    before = descriptors(daemon)
+    with Crowd() as crowd:
+        for seed in range(20):
+            crowd.add(daemon.connect(), 20_000, seed)
+        crowd.finish()
+        resetting = [daemon.connect() for _ in range(5)]
+        for client in resetting:
+            client.sendall(b"reset")
+            assert receive(client, 5) == b"reset"
+            reset(client)
+        failing = [daemon.connect() for _ in range(5)]
+        for client in failing:
+            client.sendall(b"boom")
+            assert client.recv(1) == b""
+            client.close()
+        stalled = crowd.add(daemon.connect(receive_buffer=4096), None, 98)
+        crowd.pause_reading(stalled)
+        idle = daemon.connect()
+        crowd.run(lambda: bool(stalled.end))
+        assert idle.recv(1) == b""
+        idle.close()
+        daemon.wait_for("client_closed", reason="stalled")
+        daemon.wait_for("client_closed", count=33)
+        until(lambda: descriptors(daemon) == before)
+
+        quiet = daemon.connect()
+        endless = crowd.add(daemon.connect(receive_buffer=4096), None, 99)
+        unread = crowd.add(daemon.connect(receive_buffer=4096), None, 100)
+        crowd.pause_reading(unread)
+        crowd.run(Stuck(unread, 0.3))
+        daemon.send_signal()
+        crowd.finish()
+        assert quiet.recv(1) == b""
+        quiet.close()
+        assert endless.end == "eof"
+    assert daemon.wait() == 0
+    reasons = {line["reason"] for line in daemon.all("client_closed")}
+    assert reasons == {"eof", "reset", "fault", "idle", "stalled", "quiet", "cut", "aborted"}
+    loud = [event for event in daemon.events if event["level"] != "info" and event["event"] != "client_failed"]
+    assert loud == []
+    assert len(daemon.raw) == len(daemon.events), "a line that is not of the log"
+    assert daemon.receipt()["clients"] == 3
