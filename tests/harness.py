@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
@@ -143,9 +144,7 @@ class Daemon:
     def receipt(self) -> Event:
         """Return the drain's receipt, having seen that it counts each client once."""
         receipt = self.wait_for("drained")
-        assert receipt["clients"] == sum(
-            receipt[part] for part in ("completed", "quiet", "cut", "aborted", "failed")
-        )
+        assert receipt["clients"] == sum(receipt[part] for part in ("completed", "quiet", "cut", "aborted", "failed"))
         return receipt
 
     def wait_for(self, event: str, *, count: int = 1, **fields: object) -> Event:
@@ -190,14 +189,12 @@ class Daemon:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time the process has used."""
-        with open(f"/proc/{self.pid}/stat", encoding="ascii") as stat:
-            fields = stat.read().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
         """Return the resident memory of the process, bytes."""
-        with open(f"/proc/{self.pid}/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _read(self) -> None:
         for line in self.log_pipe:

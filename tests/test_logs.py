@@ -5,11 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 

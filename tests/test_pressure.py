@@ -5,14 +5,19 @@ from __future__ import annotations
 import resource
 import select
 import signal
-import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from crowd import Crowd, Stuck
-from harness import PATIENCE, Daemon, Start, receive, until
+from harness import PATIENCE, receive, until
+
+if TYPE_CHECKING:
+    import socket
+
+    from harness import Daemon, Start
 
 DESCRIPTORS = 64
 CLIENTS = 500

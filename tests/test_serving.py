@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from echod.addresses import TcpAddress
 from echod.listeners import ListenError, open_listeners
-from harness import PATIENCE, Daemon, clean_environment, receive, reset, run
+from harness import PATIENCE, Daemon, receive, reset, run
 
 if TYPE_CHECKING:
     from harness import Start
@@ -291,7 +291,6 @@ def test_real_clients(start: Start, name: str) -> None:
         timeout=PATIENCE,
         check=False,
         stdin=subprocess.DEVNULL,
-        env=os.environ,
     )
     assert b"x\r\n" in result.stdout
     assert daemon.wait_for("client_closed")["received"] == 3
@@ -299,7 +298,6 @@ def test_real_clients(start: Start, name: str) -> None:
 
 def test_python_m_and_script() -> None:
     """The installed script and `python -m echod` are one command."""
-    script = os.path.join(os.path.dirname(sys.executable), "echod")
+    script = Path(sys.executable).with_name("echod")
     by_script = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert by_script.stdout == run("--version").stdout
-    assert clean_environment() is not None

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -231,8 +232,8 @@ sys.exit(main())
 
 def pending(pid: int, number: int) -> bool:
     """Tell whether a signal waits to be delivered."""
-    with open(f"/proc/{pid}/status", encoding="ascii") as status:
-        masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd", "ShdPnd"))]
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in status if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 

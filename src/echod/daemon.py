@@ -7,7 +7,6 @@ import importlib.util
 import os
 import platform
 import signal
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from echod.drain import DrainSettings
 from echod.faults import Fault
 from echod.ledger import Ledger, Receipt
 from echod.listeners import open_listeners
+from echod.logs import STDERR
 from echod.server import Server, ServerSettings
 from echod.session import EchoSession, Linger, SessionSettings
 
@@ -131,7 +131,7 @@ class _Daemon:
         """Return the most clients a listener may have, which the descriptors bound too."""
         wanted = self._settings.limits.max_connections
         # The lowest free descriptor tells, but for a hole or two, how many are in use.
-        lowest_free = os.dup(sys.__stderr__.fileno())
+        lowest_free = os.dup(STDERR)
         os.close(lowest_free)
         room = max(1, self._descriptors - lowest_free - _RESERVED_DESCRIPTORS)
         if wanted * listeners > room:
@@ -153,7 +153,7 @@ class _Daemon:
             write_timeout=limits.write_timeout,
             session=SessionSettings(limits.write_buffer, shutdown.linger_timeout),
             drain=DrainSettings(**shutdown.model_dump()),
-            fault=fault and Fault(table.fault, fault.trigger.encode()),
+            fault=None if fault is None else Fault(table.fault, fault.trigger.encode()),
         )
 
     def _totals(self) -> dict[str, int]:

@@ -40,9 +40,7 @@ class Drain:
 
     """
 
-    def __init__(
-        self, clients: Collection[Client], accept_rest: Callable[[], bool], settings: DrainSettings
-    ) -> None:
+    def __init__(self, clients: Collection[Client], accept_rest: Callable[[], bool], settings: DrainSettings) -> None:
         self._clients = clients
         self._accept_rest = accept_rest
         self._settings = settings

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import socket
 
 
-class InjectedFault(Exception):
+class InjectedFault(Exception):  # noqa: N818  (it is no error of echod's)
     """Raised in a session because a fault profile says so."""
 
 

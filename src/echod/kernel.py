@@ -41,9 +41,7 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
     """Return the connection's TCP_INFO, or None where the kernel has none."""
     if sys.platform != "linux":  # pragma: no cover (Linux only)
         return None
-    rtt, retransmits, acked = _DETAILS.unpack_from(
-        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-    )
+    rtt, retransmits, acked = _DETAILS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128))
     return TcpInfo(rtt / 1000, retransmits, acked)
 
 

@@ -170,4 +170,3 @@ class Ledger:
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
             case "none":
                 return False
-

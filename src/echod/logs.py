@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from echod.settings import LogSettings
 
+STDERR = 2
+
 # Lines of at most this many bytes wait to be written; as many again may be in the write that is under way.
 _QUEUE_BYTES = 1024 * 1024
 
@@ -137,7 +139,7 @@ class Log:
 
     def __init__(self, settings: LogSettings) -> None:
         self._file = None if settings.file == "-" else open(settings.file, "ab", buffering=0)  # noqa: SIM115, PTH123
-        descriptor = sys.__stderr__.fileno() if self._file is None else self._file.fileno()
+        descriptor = STDERR if self._file is None else self._file.fileno()
         terminal = os.isatty(descriptor)
         form = settings.format
         if form == "auto":

@@ -74,9 +74,7 @@ class Server:
 
     """
 
-    def __init__(
-        self, sockets: Sequence[socket.socket], settings: ServerSettings, ledger: Ledger
-    ) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], settings: ServerSettings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
         self._sockets = list(sockets)

@@ -71,9 +71,7 @@ class EchoSession(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(
-        self, sock: socket.socket, settings: SessionSettings, ended: asyncio.Future[None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, settings: SessionSettings, ended: asyncio.Future[None]) -> None:
         self.sock = sock
         self.settings = settings
         self._large = settings.write_buffer

@@ -20,14 +20,14 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._early: list[int] = []
+        self._early: list[signal.Signals] = []
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: object) -> None:
         if self._early:  # the second one: stop at once; nothing is served yet
             os._exit(128 + number)
-        self._early.append(number)
+        self._early.append(signal.Signals(number))
 
     def attach(self, loop: asyncio.AbstractEventLoop, act: Callable[[int], None]) -> None:
         """From now on call `act` in the loop for each signal; at once for one that has come already."""
