@@ -1,0 +1,25 @@
+# Two commands do all the set-up: `make run` runs the daemon, `make test` passes the tests.
+
+PYTHON ?= python3
+# The interpreters that the tests run on; those that are not installed are left out, with a word.
+VERSIONS ?= 3.11 3.12 3.13
+ARGUMENTS ?= --config config.example.toml
+
+.PHONY: run test lint docs clean
+
+run: .venv/installed
+	.venv/bin/echod $(ARGUMENTS)
+
+test:
+	PYTHON="$(PYTHON)" VERSIONS="$(VERSIONS)" sh tests/run.sh
+
+docs: .venv/installed
+	.venv/bin/python docs/reference.py > docs/configuration.md
+
+.venv/installed: pyproject.toml $(shell find src -name '*.py')
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test-* build dist .coverage* .mypy_cache .pytest_cache .ruff_cache
