@@ -1,0 +1,105 @@
+"""Write docs/configuration.md: the reference page of the settings, from their model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
+
+from pydantic import ByteSize
+
+from echod import render
+from echod.settings import FaultSettings, ListenerSettings, Settings, leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pydantic.fields import FieldInfo
+
+HEAD = """\
+# Configuration
+
+<!-- Written by `make docs` from the model in src/echod/settings.py: change that. -->
+
+Each setting has one name, and three places where it can be given. The first that has it wins:
+
+1. the command line: `--limits.idle-timeout 60` (or `--limits.idle_timeout=60`); `--listen` may be repeated;
+2. the environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`, the parts of the name joined by two underscores; `ECHOD_LISTEN` takes
+   several addresses, separated by commas;
+3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names;
+4. otherwise it has its default.
+
+`echod check` takes the same options as `echod serve`, reports everything that is wrong, one problem a line, and opens
+nothing; its exit code is 78 then, and 0 when all is well. `echod config` prints the settings in force as a TOML file, each
+line with where its value came from.
+
+An unknown key is an error, in the file, on the command line, and in the environment where its section is known. An
+unknown variable, such as `ECHOD_PORT`, which Kubernetes injects for a service named echod, is a warning.
+
+Durations are seconds, with a fraction if need be. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`.
+
+`config.example.toml` has every key with its default.
+"""
+
+NAMED = """\
+## {title}
+
+{text} The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} …` on the command line,
+`ECHOD_{variable}__NAME__…` in the environment (where names are in lower case).
+"""
+
+TAIL = """\
+## Exit codes
+
+| code | when |
+| --- | --- |
+| 0 | a graceful stop, also one whose deadline cut clients off (the receipt says how many) |
+| 1 | an unexpected failure |
+| 2 | the command line could not be parsed |
+| 69 | an address could not be opened; then none is |
+| 78 | the settings are invalid |
+| 130, 143 | a second SIGINT, SIGTERM forced the stop |
+"""
+
+
+def page() -> Iterator[str]:
+    """Yield the page's parts."""
+    yield HEAD
+    sections: dict[str, list[tuple[str, FieldInfo]]] = {}
+    for key, field in leaves():
+        sections.setdefault(key[0] if len(key) > 1 else "", []).append((key[-1], field))
+    for name, fields in sections.items():
+        if name:
+            yield f"## [{name}]\n\n{Settings.model_fields[name].description}\n"
+        else:
+            yield "## Top level\n"
+        yield table(fields)
+    for name, model in (("listeners", ListenerSettings), ("faults", FaultSettings)):
+        text = Settings.model_fields[name].description
+        key = next(iter(model.model_fields))
+        yield NAMED.format(title=f"[{name}.NAME]", text=text, name=name, key=key, variable=name.upper())
+        yield table(model.model_fields.items())
+    yield TAIL
+
+
+def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:
+    """Return a table of settings."""
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in fields:
+        default = "required" if field.is_required() else f"`{render.value(field.default)}`"
+        rows.append(f"| `{name}` | {kind(field.annotation)} | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def kind(annotation: object) -> str:
+    """Return a type in a reader's words."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "addresses"
+    if get_origin(annotation) is Annotated:
+        return kind(get_args(annotation)[0])
+    return {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(page()))
