@@ -30,6 +30,7 @@ def test_every_byte_comes_back(start: Start) -> None:
         assert [peer.end for peer in crowd.peers] == ["eof"] * CLIENTS
         assert [peer.received for peer in crowd.peers] == [peer.total for peer in crowd.peers]
         assert not any(peer.wrong for peer in crowd.peers)
+        daemon.wait_for("client_closed", count=CLIENTS)
         assert daemon.stop() == 0
         lines = daemon.ledger()
         for peer in crowd.peers:

@@ -6,13 +6,12 @@ import resource
 import select
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from crowd import Crowd, Stuck
-from harness import PATIENCE, receive, until
+from harness import PATIENCE, receive
 
 if TYPE_CHECKING:
     import socket
@@ -210,16 +209,3 @@ def test_idle_client_that_still_takes_its_echo(start: Start) -> None:
 
         crowd.run(sip)
         assert not daemon.all("client_closed")
-
-
-def test_descriptors_are_given_back(start: Start) -> None:
-    """Whatever way clients end, nothing of them stays."""
-    daemon = start()
-    daemon.echo(b"x")
-    fds = f"/proc/{daemon.pid}/fd"
-    before = len(list(Path(fds).iterdir()))
-    with Crowd() as crowd:
-        for seed in range(100):
-            crowd.add(daemon.connect(), 10_000, seed)
-        crowd.finish()
-    until(lambda: len(list(Path(fds).iterdir())) == before)
