@@ -18,10 +18,13 @@ EXIT_FAILURE = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 
+_LAST_STANDARD_DESCRIPTOR = 2
+
 
 def main() -> int:
     """Run the `echod` command, and return its exit code."""
     signals = StopSignals()
+    _fill_standard_descriptors()
     # Imported below and not at the top, here and in _serve: these take a third of a second, and a signal in that time
     # is to be honoured too.
     from echod import options, render, sources  # noqa: PLC0415
@@ -31,7 +34,7 @@ def main() -> int:
         signals.release()
     try:
         loaded = sources.load(values, config or os.environ.get(sources.CONFIG_VARIABLE) or None)
-    except sources.SettingsInvalid as error:
+    except sources.SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
     if problems := list(_unusable(loaded)):
         return _fail(EXIT_CONFIG, problems)
@@ -41,6 +44,13 @@ def main() -> int:
         _say(f"warning: {variable} names no setting")
     sys.stdout.write("configuration OK\n" if command == "check" else render.toml(loaded))
     return EXIT_OK
+
+
+def _fill_standard_descriptors() -> None:
+    """Open 0, 1 and 2 where whoever started us has closed them, or a socket would be the next to get that number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_DESCRIPTOR:
+        os.set_inheritable(descriptor, True)  # noqa: FBT003  (its parameter is positional)
+    os.close(descriptor)
 
 
 def _serve(loaded: Loaded, signals: StopSignals) -> int:
@@ -68,8 +78,8 @@ def _unusable(loaded: Loaded) -> Iterator[Problem]:
     if settings.loop == "uvloop" and not daemon.has_uvloop():
         message = "uvloop is not installed: install it, or choose auto or asyncio"
         yield Problem(loaded.origins["loop",], "loop", message)
-    if message := logs.unusable(settings.log.file):
-        yield Problem(loaded.origins["log", "file"], "log.file", message)
+    if (reason := logs.unusable(settings.log.file)) is not None:
+        yield Problem(loaded.origins["log", "file"], "log.file", reason)
 
 
 def _fail(code: int, problems: Iterable[object]) -> int:
@@ -79,4 +89,4 @@ def _fail(code: int, problems: Iterable[object]) -> int:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"echod: {line}\n")
+    print(f"echod: {line}", file=sys.stderr)  # noqa: T201  (there is no log yet)

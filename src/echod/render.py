@@ -38,12 +38,17 @@ def value(setting: object) -> str:
         case str():
             return _string(setting)
         case tuple():
-            return f"[{', '.join(map(value, setting))}]"
+            return f"[{', '.join(value(item) for item in setting)}]"
         case _:
             raise TypeError(type(setting).__name__)
 
 
-def _table(table: BaseModel | Mapping[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
+def printable(text: str) -> str:
+    """Return a text as part of one line: a line break, or another character that is no sign, as its escape."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
     for name, item in table.items() if isinstance(table, dict) else table:
         key = (*path, name)
         if isinstance(item, BaseModel | dict):
@@ -51,7 +56,7 @@ def _table(table: BaseModel | Mapping[str, BaseModel], path: Key, origins: Mappi
                 yield f"\n[{'.'.join(map(_key, key))}]"
             yield from _table(item, key, origins)
         else:
-            yield f"{_key(name)} = {value(item)}  # {origins.get(key, 'default')}"
+            yield f"{_key(name)} = {value(item)}  # {printable(origins.get(key, 'default'))}"
 
 
 def _size(size: int) -> str:

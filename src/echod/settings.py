@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -14,11 +13,15 @@ from pydantic import (
     ConfigDict,
     Field,
 )
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from echod import addresses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic.fields import FieldInfo
 
 PREFIX = "ECHOD_"
 
@@ -110,15 +113,11 @@ class ShutdownSettings(_Section):
 class LogSettings(_Section):
     """What is logged, how and where."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The lowest level that is logged."
-    )
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="The lowest level that is logged.")
     format: Literal["auto", "console", "json", "logfmt"] = Field(
         "auto", description="The form of a line. auto: console on a terminal, json elsewhere."
     )
-    file: str = Field(
-        "-", min_length=1, description='The file that lines are appended to. "-": standard error.'
-    )
+    file: str = Field("-", min_length=1, description='The file that lines are appended to. "-": standard error.')
     connections: Literal["all", "nonempty", "failed", "none"] = Field(
         "nonempty",
         description="Which closed connections get a line. nonempty: those that sent a byte. failed: those that did "
@@ -147,9 +146,7 @@ class ListenerSettings(_Section):
 class Settings(BaseSettings):
     """Everything that can be set."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__"
-    )
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__")
 
     loop: Literal["auto", "uvloop", "asyncio"] = Field(
         "auto", description="The event loop. auto: uvloop where it is installed."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import tomllib
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
-from echod import addresses
+from echod import addresses, render
 from echod.settings import PREFIX, Key, Settings, is_section
 
 if TYPE_CHECKING:
@@ -34,10 +33,10 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         """Return the line for the user."""
-        return ": ".join(part for part in self if part)
+        return render.printable(": ".join(part for part in self if part))
 
 
-class SettingsInvalid(Exception):
+class SettingsError(Exception):
     """The settings cannot be used; `problems` has everything that is wrong with them."""
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -63,7 +62,7 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
         config: the file, or None.
 
     Raises:
-        SettingsInvalid: with every problem of every source.
+        SettingsError: with every problem of every source.
 
     """
     problems: list[Problem] = []
@@ -82,7 +81,7 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
         problems += (_problem(details, origins) for details in error.errors())
     problems += _conflicts(values, origins)
     if problems:
-        raise SettingsInvalid(problems)
+        raise SettingsError(problems)
     return Loaded(settings, origins, tuple(_unknown_variables()))
 
 

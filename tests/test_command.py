@@ -1,0 +1,216 @@
+"""The command: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import echod
+from harness import PATIENCE, Daemon, clean_environment, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"echod {echod.__version__}\n", "")
+
+
+def test_help() -> None:
+    """Every setting is in the help, with its default, and so are the exit codes."""
+    result = run("--help")
+    assert result.returncode == 0
+    for text in ("--limits.idle-timeout", "(default: 0.0)", "serve,check,config", "exit codes", "--log.connections"):
+        assert text in result.stdout
+
+
+def test_check(tmp_path: Path) -> None:
+    path = tmp_path / "echo.toml"
+    path.write_text("[limits]\nidle_timout = 3\nbacklog = 0\n")
+    result = run("check", "--config", str(path))
+    assert (result.returncode, result.stdout) == (78, "")
+    assert result.stderr.splitlines() == [
+        f"echod: {path}: limits.backlog: should be greater than or equal to 1, not 0",
+        f"echod: {path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+    ]
+    path.write_text("[limits]\nidle_timeout = 3\n")
+    result = run("check", env={"ECHOD_CONFIG": str(path), "ECHOD_PORT": "tcp://10.0.0.1:80"})
+    assert (result.returncode, result.stdout) == (0, "configuration OK\n")
+    assert result.stderr == "echod: warning: ECHOD_PORT names no setting\n"
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    """What `config` prints, `--config` reads; the options and `serve` share one grammar, in any order."""
+    options = ("--limits.idle-timeout", "5", "--listen", "127.0.0.1:1")
+    first = run(*options, "config")
+    assert first.returncode == 0
+    assert "idle_timeout = 5.0  # --limits.idle-timeout\n" in first.stdout
+    path = tmp_path / "echo.toml"
+    path.write_text(first.stdout)
+    second = run("config", "--config", str(path))
+    assert [line.partition("  #")[0] for line in second.stdout.splitlines()] == [
+        line.partition("  #")[0] for line in first.stdout.splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lisen", "x"], "unknown option --lisen; did you mean --listen?"),
+        (["--qqq"], "unknown option --qqq\n"),
+        (["chekc"], "invalid choice: 'chekc'"),
+        (["check", "extra"], "unrecognized arguments: extra"),
+        (["--listen"], "argument --listen: expected one argument"),
+        (["--limits.backlog"], "expected one argument"),
+        (["--faults.a.b"], "argument --faults.a.b: expected one argument"),
+    ],
+)
+def test_syntax_errors(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "config"])
+def test_invalid_settings(command: str, tmp_path: Path) -> None:
+    """78, whatever was asked for; and a log file that cannot be written is told of in advance."""
+    result = run(command, "--limits.backlog", "none", "--limits.colour", "red")
+    assert result.returncode == 78
+    assert len(result.stderr.splitlines()) == 2
+    result = run(command, "--log.file", str(tmp_path))
+    assert result.returncode == 78
+    assert result.stderr == f"echod: --log.file: log.file: {str(tmp_path)!r} cannot be written\n"
+    missing = str(tmp_path / "none" / "log")
+    assert run(command, "--log.file", missing).returncode == 78
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """Give an address that somebody else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def free_address() -> tuple[str, int]:
+    """Return an address that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        host, port = sock.getsockname()
+        return host, port
+
+
+def test_addresses_that_cannot_be_opened(taken: str) -> None:
+    """69 with a line for each; and the address that could be opened is free again."""
+    host, port = free_address()
+    listen = (f"{host}:{port}", taken, "192.0.2.1:0", "name.invalid:0")
+    result = run(*(text for address in listen for text in ("--listen", address)))
+    assert result.returncode == 69
+    in_use, not_ours, no_name = result.stderr.splitlines()
+    assert in_use == f"echod: cannot listen on {taken}: Address already in use"
+    assert not_ours == "echod: cannot listen on 192.0.2.1:0: Cannot assign requested address"
+    assert no_name.startswith("echod: cannot listen on name.invalid:0: the name cannot be resolved (")
+    socket.create_server((host, port)).close()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.getuid() != 0, reason="only root can drop a capability")
+@pytest.mark.skipif(int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="here anybody may listen on port 7")
+def test_privileged_port() -> None:
+    """Not everybody may listen on the port of RFC 862; the message and exit code say that it is the address."""
+    command = ["setpriv", "--inh-caps=-net_bind_service", "--bounding-set=-net_bind_service"]
+    command += [sys.executable, "-m", "echod", "--listen", "127.0.0.1:7"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.returncode, result.stderr) == (69, "echod: cannot listen on 127.0.0.1:7: Permission denied\n")
+
+
+HIDE_UVLOOP = """
+import sys
+from importlib.machinery import PathFinder
+class Hide(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "uvloop" else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
+from echod.cli import main
+sys.exit(main())
+"""
+
+
+def test_without_uvloop() -> None:
+    """Where uvloop is not installed, `auto` takes asyncio, and asking for it is an error that says so."""
+    with Daemon(module=("-c", HIDE_UVLOOP)) as daemon:
+        assert daemon.wait_for("started")["loop"] == "asyncio"
+        daemon.echo(b"x")
+        assert daemon.stop() == 0
+    command = [sys.executable, "-c", HIDE_UVLOOP, "check", "--loop", "uvloop"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert result.returncode == 78
+    assert result.stderr == ("echod: --loop: loop: uvloop is not installed: install it, or choose auto or asyncio\n")
+
+
+def test_auto_takes_uvloop() -> None:
+    with Daemon() as daemon:
+        assert daemon.wait_for("started")["loop"] == "uvloop"
+
+
+def test_unknown_variables_are_a_warning() -> None:
+    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80"}) as daemon:
+        warning = daemon.wait_for("unknown_variable")
+        assert (warning["level"], warning["variable"]) == ("warning", "ECHOD_PORT")
+        assert daemon.stop() == 0
+
+
+def test_file_and_variables_alone(tmp_path: Path) -> None:
+    """A container needs no command line."""
+    path = tmp_path / "echo.toml"
+    path.write_text('listen = ["127.0.0.1:0"]\n')
+    environment = {"ECHOD_CONFIG": str(path), "ECHOD_LOG__CONNECTIONS": "all", "ECHOD_LOOP": "asyncio"}
+    with Daemon(listen=None, env=environment) as daemon:
+        assert daemon.wait_for("started")["loop"] == "asyncio"
+        daemon.connect().close()
+        daemon.wait_for("client_closed")
+        assert daemon.stop() == 0
+
+
+def test_closed_standard_descriptors() -> None:
+    """Started without standard error, echod does not take a client's socket for it."""
+    host, port = free_address()
+    command = f"exec {sys.executable} -m echod --listen {host}:{port} --log.connections all 0<&- 1>&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", command], env=clean_environment())
+    try:
+        client = None
+        while client is None:
+            assert process.poll() is None
+            with contextlib.suppress(ConnectionRefusedError):
+                client = socket.create_connection((host, port), PATIENCE)
+        with client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_readme_commands_exist() -> None:
+    """The two commands of the README are targets of the Makefile, and its options are echod's."""
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    for target in ("run", "test"):
+        assert f"    make {target}\n" in readme
+        subprocess.run(["make", "--dry-run", target], cwd=root, check=True, capture_output=True, timeout=PATIENCE)
+    assert run("check", "--listen", ":7000", "--config", str(root / "config.example.toml")).returncode == 0

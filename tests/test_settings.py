@@ -1,0 +1,329 @@
+"""The settings: their sources, precedence and origins, and every problem told at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from echod import render
+from echod.options import parse
+from echod.settings import Settings, leaves
+from echod.sources import Loaded, SettingsError, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import BaseModel
+
+    Write = Callable[[str], str]
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what the person who runs the tests may have set."""
+    for name in list(os.environ):
+        if name.startswith("ECHOD_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes the file and gives its name."""
+    path = tmp_path / "echo.toml"
+
+    def write(text: str) -> str:
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def loaded(*arguments: str, config: str | None = None) -> Loaded:
+    """Return the settings of a command line."""
+    line = parse([*arguments, *(("--config", config) if config else ())])
+    return load(line.options, line.config)
+
+
+def problems(*arguments: str, config: str | None = None) -> list[str]:
+    """Return what is wrong with the settings of a command line."""
+    with pytest.raises(SettingsError) as caught:
+        loaded(*arguments, config=config)
+    lines = [str(problem) for problem in caught.value.problems]
+    assert str(caught.value) == "\n".join(lines)
+    return [line.replace(config, "FILE") if config else line for line in lines]
+
+
+def test_precedence(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line is over the environment, that over the file, and that over the defaults; origins say which."""
+    config = write("[limits]\nidle_timeout = 1\nwrite_timeout = 2\nbacklog = 3\n")
+    monkeypatch.setenv("ECHOD_LIMITS__IDLE_TIMEOUT", "10")
+    monkeypatch.setenv("ECHOD_LIMITS__WRITE_TIMEOUT", "20")
+    result = loaded("--limits.idle-timeout", "100", config=config)
+    limits = result.settings.limits
+    assert (limits.idle_timeout, limits.write_timeout, limits.backlog, limits.max_connections) == (100, 20, 3, 10_000)
+    assert result.origins["limits", "idle_timeout"] == "--limits.idle-timeout"
+    assert result.origins["limits", "write_timeout"] == "ECHOD_LIMITS__WRITE_TIMEOUT"
+    assert result.origins["limits", "backlog"] == config
+    assert ("limits", "max_connections") not in result.origins
+
+
+SAMPLES = {
+    "loop": "asyncio",
+    "listen": "127.0.0.1:1",
+    "limits.max_connections": "5",
+    "limits.backlog": "6",
+    "limits.idle_timeout": "7.5",
+    "limits.write_timeout": "8",
+    "limits.write_buffer": "9KiB",
+    "shutdown.delay": "1",
+    "shutdown.quiet_period": "2.5",
+    "shutdown.drain_timeout": "3.5",
+    "shutdown.linger_timeout": "4",
+    "log.level": "debug",
+    "log.format": "logfmt",
+    "log.file": "x.log",
+    "log.connections": "failed",
+}
+
+
+def at(settings: BaseModel, name: str) -> Any:
+    """Return the value at a dotted name."""
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_every_key_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key can be set on the command line, in both spellings, and in the environment, to the same effect."""
+    assert {".".join(key) for key, _ in leaves()} == set(SAMPLES)
+    for name, text in SAMPLES.items():
+        by_option = at(loaded(f"--{name}", text).settings, name)
+        by_dashes = at(loaded(f"--{name.replace('_', '-')}={text}").settings, name)
+        with monkeypatch.context() as patch:
+            patch.setenv("ECHOD_" + name.replace(".", "__").upper(), text)
+            by_variable = at(loaded().settings, name)
+        assert by_option == by_dashes == by_variable != at(Settings(), name)
+
+
+def test_listen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--listen` repeats; variable and option take commas; one source's list replaces another's."""
+    config = write('listen = ["h:1", "h:2"]')
+    assert loaded(config=config).settings.listen == ("h:1", "h:2")
+    monkeypatch.setenv("ECHOD_LISTEN", "h:3, [::1]:4")
+    assert loaded(config=config).settings.listen == ("h:3", "[::1]:4")
+    assert loaded("--listen", "h:5", "--listen", "h:6,h:7", config=config).settings.listen == ("h:5", "h:6", "h:7")
+
+
+def test_named_tables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners and faults have names; tables add to `listen`, whose default applies only without them."""
+    monkeypatch.setenv("ECHOD_FAULTS__BOOM__TRIGGER", "boom")
+    monkeypatch.setenv("ECHOD_FAULTS__BOOM__ACTION", "raise")
+    config = write('[listeners."a b"]\naddress = "h:1"\nfault = "boom"')
+    options = ("--listeners.my-lab.address", "h:2")
+    tables = loaded(*options, config=config).settings.all_listeners()
+    assert {name: (table.address, table.fault) for name, table in tables.items()} == {
+        "a b": ("h:1", "boom"),
+        "my-lab": ("h:2", ""),
+    }
+    tables = loaded(*options, "--listen", "h:3", config=config).settings.all_listeners()
+    assert list(tables) == ["h:3", "a b", "my-lab"]
+    assert list(Settings().all_listeners()) == ["127.0.0.1:8000"]
+
+
+def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Kubernetes injects for a service named echod is remarked, and no error."""
+    monkeypatch.setenv("ECHOD_PORT", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("ECHOD_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("ECHOD_CONFIG", "")
+    assert loaded().unknown_variables == ("ECHOD_PORT", "ECHOD_SERVICE_HOST")
+
+
+def test_all_problems_at_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each problem of each source is one line, which names the source, the key, and what would be right."""
+    monkeypatch.setenv("ECHOD_LIMITS__QUX", "1")
+    monkeypatch.setenv("ECHOD_SHUTDOWN__DELAY", "abc")
+    monkeypatch.setenv("ECHOD_LOG", "debug")
+    config = write("""
+listen = ["a", "h:70000", "h:1", "h:1"]
+colour = "red"
+[limits]
+idle_timout = 3
+backlog = "x"
+max_connections = true
+write_buffer = "64 potatoes"
+idle_timeout = nan
+write_timeout = 0
+[faults.b]
+action = "zap"
+[listeners.q]
+address = "h:1"
+fault = "bo"
+[listeners.r]
+fault = 3
+[log]
+level = "loud"
+""")
+    limits = "there are: max_connections, backlog, idle_timeout, write_timeout, write_buffer"
+    assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config) == [
+        "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
+        "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT or :PORT",
+        "FILE: listen.1: 'h:70000': '70000' is no port: write a number from 0 to 65535",
+        "FILE: limits.max_connections: should be a number, not True",
+        "FILE: limits.backlog: should be a valid integer, unable to parse string as an integer, not 'x'",
+        "FILE: limits.idle_timeout: should be a finite number, not nan",
+        "FILE: limits.write_timeout: should be greater than 0, not 0",
+        "FILE: limits.write_buffer: could not interpret byte unit: potatoes, not '64 potatoes'",
+        "FILE: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+        f"ECHOD_LIMITS__QUX: limits.qux: unknown key; {limits}",
+        f"--limits.zz: limits.zz: unknown key; {limits}",
+        "ECHOD_SHUTDOWN__DELAY: shutdown.delay: should be a valid number, unable to parse string as a number, not 'abc'",
+        "FILE: log.level: should be 'debug', 'info', 'warning' or 'error', not 'loud'",
+        "--log.file: log.file: String should have at least 1 character, not ''",
+        "--faults.b.when: faults.b.trigger: is missing",
+        "FILE: faults.b.action: should be 'raise', not 'zap'",
+        "--faults.b.when: faults.b.when: unknown key; there are: trigger, action",
+        "FILE: listeners.r.address: is missing",
+        "FILE: listeners.r.fault: should be a valid string, not 3",
+        "FILE: colour: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners",
+        "FILE: listen: 'h:1' is listened on already",
+        "FILE: listeners.q.address: 'h:1' is listened on already",
+        "FILE: listeners.q.fault: no fault is named 'bo'; did you mean 'b'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("limits = 3\nlog = []\nlisteners = 4\nfaults = [1]", ["limits", "log", "faults", "listeners"]),
+        ("[limits.backlog]\nx = 3", []),
+        ("listeners = {a = 3}", ["listeners.a"]),
+    ],
+)
+def test_tables_and_values_mixed_up(write: Write, text: str, expected: list[str]) -> None:
+    """A value where a table belongs, and the other way round."""
+    lines = problems(config=write(text))
+    assert [line for line in lines if "should be a table" in line] == [
+        f"FILE: {key}: should be a table" for key in expected
+    ]
+    if not expected:
+        assert lines == ["FILE: limits.backlog: should be a valid integer, not {'x': 3}"]
+
+
+def test_table_over_a_value(write: Write) -> None:
+    """A table on the command line replaces a value that the file has in its place."""
+    assert loaded("--limits.backlog", "7", config=write("limits = 3")).settings.limits.backlog == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("listen = []", "FILE: listen: there is no address to listen on"),
+        ("listen = 3", "FILE: listen: should be a valid tuple, not 3"),
+        ("listen = [3]", "FILE: listen.0: should be a valid string, not 3"),
+        (
+            '[listeners.a]\naddress = "h:1"\nfault = "x"',
+            "FILE: listeners.a.fault: no fault is named 'x'; there are none",
+        ),
+        ('[listeners.a]\naddress = "h:1"\nfualt = "x"', "FILE: listeners.a.fualt: unknown key; did you mean 'fault'?"),
+        ('listen = ["[::1]:1", "[0::1]:1"]', "FILE: listen: '[0::1]:1' is listened on already"),
+        ('listen = ["h:0", "H:0"]', "FILE: listen: 'H:0' is listened on already"),
+        ('"a\\nb" = 1', "FILE: a\\nb: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners"),
+        ("a = [", "FILE: is not TOML: Invalid value (at line 1, the end of the file)"),
+        ("[limits]\nbacklog = = 3", "FILE: is not TOML: Invalid value (at line 2, column 11)"),
+    ],
+)
+def test_single_problems(write: Write, text: str, line: str) -> None:
+    assert problems(config=write(text)) == [line]
+
+
+def test_free_ports_are_no_duplicates(write: Write) -> None:
+    """Port 0 is another port each time, where the names differ."""
+    config = write('[listeners.a]\naddress = "h:0"\n[listeners.b]\naddress = "h:0"')
+    assert list(loaded(config=config).settings.all_listeners()) == ["a", "b"]
+
+
+def test_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is set to nothing is a mistake like any other."""
+    monkeypatch.setenv("ECHOD_LISTEN", "")
+    assert problems() == ["ECHOD_LISTEN: listen.0: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    """The file is named, with what is wrong with it; the other sources' problems are told of all the same."""
+    missing = str(tmp_path / "none.toml")
+    assert problems("--limits.backlog=x", config=missing)[0] == "FILE: cannot be read: No such file or directory"
+    assert len(problems("--limits.backlog=x", config=missing)) == 2
+    assert problems(config=str(tmp_path)) == ["FILE: cannot be read: Is a directory"]
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"x = 1\xff")
+    assert problems(config=str(binary)) == ["FILE: is not UTF-8 text: byte 5"]
+
+
+@pytest.mark.parametrize("trigger", ["boom\r\n", 'quote " and \\', "tab\t\x7f\x00\x1f", "für 🎉", "#"])
+def test_config_is_read_back(write: Write, trigger: str) -> None:
+    """What `config` prints is TOML, says where each value is from, and gives the same settings."""
+    settings = Settings(
+        listen=("h:1", "[::1]:2"),
+        limits={"write_buffer": "3MiB", "idle_timeout": 0.25},
+        faults={"a b.c": {"trigger": trigger, "action": "raise"}},
+        listeners={"x": {"address": "h:3", "fault": "a b.c"}},
+    )
+    text = render.toml(Loaded(settings, {("limits", "idle_timeout"): "ECHOD_X"}, ()))
+    assert loaded(config=write(text)).settings == settings
+    assert 'write_buffer = "3MiB"  # default' in text
+    assert "idle_timeout = 0.25  # ECHOD_X" in text
+    assert all(line.startswith("[") or "  # " in line for line in text.splitlines() if line)
+
+
+def test_origins_cannot_break_the_document(tmp_path: Path, write: Write) -> None:
+    """A file's name may hold anything; what `config` prints is read back nevertheless."""
+    path = tmp_path / "odd\nname = 1.toml"
+    path.write_text("[limits]\nbacklog = 3\n")
+    text = render.toml(loaded(config=str(path)))
+    assert loaded(config=write(text)).settings.limits.backlog == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(1, '"1B"'), (1000, '"1000B"'), (1024, '"1KiB"'), (1536, '"1536B"'), (1 << 40, '"1TiB"')]
+)
+def test_sizes(size: int, text: str) -> None:
+    settings = Settings(limits={"write_buffer": size})
+    assert render.value(settings.limits.write_buffer) == text
+    assert Settings(limits={"write_buffer": tomllib.loads(f"x = {text}")["x"]}) == settings
+
+
+def test_values_without_a_form() -> None:
+    with pytest.raises(TypeError):
+        render.value(None)
+
+
+def test_example_file(write: Write) -> None:
+    """config.example.toml has every key with its default, and its commented tables are right."""
+    path = ROOT / "config.example.toml"
+    result = loaded(config=str(path))
+    assert result.settings == Settings()
+    assert {key for key, _ in leaves()} <= set(result.origins)
+    uncommented = re.sub(r"^# (?=[\[a-z]+.*( = |\]$))", "", path.read_text(), flags=re.MULTILINE)
+    settings = loaded(config=write(uncommented)).settings
+    assert settings.listeners["lab"].fault == "boom"
+    assert settings.faults["boom"].trigger == "boom\r\n"
+
+
+def test_reference_page() -> None:
+    """docs/configuration.md is what `make docs` writes."""
+    path = ROOT / "docs" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert path.with_name("configuration.md").read_text() == "\n".join(reference.page())
