@@ -208,4 +208,7 @@ def test_idle_client_that_still_takes_its_echo(start: Start) -> None:
             return time.monotonic() > began + 4
 
         crowd.run(sip)
+        peer.total = 1_600_000
+        crowd.pause_reading(peer, reading=True)
+        crowd.run(lambda: peer.received == peer.total)
         assert not daemon.all("client_closed")

@@ -9,6 +9,7 @@ Sources: tcp(7), socket(7), and struct tcp_info in linux/tcp.h.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import resource
 import socket
@@ -46,7 +47,7 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
 
 
 def is_reset(sock: socket.socket) -> bool:
-    """Tell whether the connection is gone, for one whose both sides have not both sent FIN."""
+    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged, so ask about that first."""
     if sys.platform != "linux":  # pragma: no cover (Linux only)
         return False
     (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
@@ -76,9 +77,9 @@ def reset_on_close(sock: socket.socket) -> None:
 
 def raise_descriptor_limit() -> int:
     """Raise RLIMIT_NOFILE to its hard limit where that is allowed; return the limit in force."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS refuses an unlimited one.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):  # pragma: no cover (macOS refuses an unlimited one)
-        return soft
-    return hard
+        limit = hard
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit

@@ -1,0 +1,226 @@
+"""A session by itself, at moments that a client cannot bring about at will."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from echod.client import Client
+from echod.daemon import loop_factory
+from echod.drain import DrainSettings
+from echod.ledger import Ledger
+from echod.server import Server, ServerSettings, _cancel
+from echod.session import EchoSession, SessionSettings
+from harness import PATIENCE, reset
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Scene = Callable[["Pair"], Awaitable[None]]
+    InLoop = Callable[[Scene], None]
+
+
+class Pair:
+    """A session on one end of a TCP connection, and a blocking socket on the other."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.client = socket.create_connection(listening.getsockname(), PATIENCE)
+            self.sock, _ = listening.accept()
+        self.sock.setblocking(False)
+        self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
+
+    async def connect(self) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(self.session, self.sock)
+
+
+@pytest.fixture
+def in_loop(loop_name: str) -> InLoop:
+    """Return a function that runs a scene in the loop under test, with no exception left to its handler."""
+
+    def run(scene: Scene) -> None:
+        async def main() -> None:
+            errors: list[dict[str, Any]] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+            pair = Pair()
+            try:
+                await asyncio.wait_for(scene(pair), PATIENCE)
+            finally:
+                pair.client.close()
+            assert errors == []
+
+        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+            runner.run(main())
+
+    return run
+
+
+def test_finished_before_it_is_connected(in_loop: InLoop) -> None:
+    """A drain may reach a client that is accepted and has no transport yet: it gets FIN as soon as it has one."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session.finish("cut")
+        assert pair.session.undelivered() == pair.session.unsent() == 0
+        pair.session.end()
+        await pair.connect()
+        assert await asyncio.to_thread(pair.client.recv, 1) == b""
+        await pair.session.ended
+        assert pair.session.reason == "cut"
+
+    in_loop(scene)
+
+
+def test_aborted_before_it_is_connected(in_loop: InLoop) -> None:
+    """So may a second signal: the client is reset."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session.abort("aborted")
+        await pair.connect()
+        await pair.session.ended
+        with pytest.raises(ConnectionResetError):
+            pair.client.recv(1)
+        assert pair.session.reason == "aborted"
+
+    in_loop(scene)
+
+
+def test_finish_meets_a_reset(in_loop: InLoop) -> None:
+    """The client's reset is in the kernel, and not yet known to the loop, when the session is told to finish."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        reset(pair.client)
+        pair.session.finish("idle")
+        await pair.session.ended
+        assert pair.session.reason == "reset"
+
+    in_loop(scene)
+
+
+def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
+    """Between its end and its leaving the registry, a session may be told to end again."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.client.shutdown(socket.SHUT_WR)
+        await pair.session.ended
+        pair.session.abort("stalled")
+        pair.session.finish("idle")
+        pair.session.end()
+        assert pair.session.reason == "eof"
+        assert pair.session.undelivered() == 0
+
+    in_loop(scene)
+
+
+def test_client_gone_before_its_turn(in_loop: InLoop) -> None:
+    """Where the kernel or the loop refuses the accepted socket, that is a reset: nothing leaks, nothing is raised."""
+
+    async def scene(pair: Pair) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def refuse(*_: object) -> None:
+            raise ConnectionResetError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(loop), "connect_accepted_socket", refuse)
+            await Client(pair.session, "peer", loop.time()).run()
+        assert pair.session.reason == "reset"
+        assert pair.sock.fileno() == -1
+
+    in_loop(scene)
+
+
+def test_late_acknowledgement(in_loop: InLoop) -> None:
+    """After the client's EOF the connection stays until the client has taken all, however late it begins."""
+
+    async def scene(pair: Pair) -> None:
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await pair.connect()
+        await asyncio.to_thread(pair.client.sendall, bytes(300_000))
+        pair.client.shutdown(socket.SHUT_WR)
+        while not pair.session.eof:  # noqa: ASYNC110  (the session has no event for it)
+            await asyncio.sleep(0)
+        assert not pair.session.ended.done()
+
+        def read_all() -> int:
+            total = 0
+            while data := pair.client.recv(4096):
+                total += len(data)
+            return total
+
+        assert await asyncio.to_thread(read_all) == 300_000
+        await pair.session.ended
+        assert pair.session.delivery is not None
+        assert pair.session.delivery.acked == 300_000
+
+    in_loop(scene)
+
+
+def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
+    """A read larger than the write buffer pauses reading when any of it is unsent, as all of it is kept in memory."""
+
+    async def scene(pair: Pair) -> None:
+        pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await pair.connect()
+        pair.session.data_received(bytes(300_000))
+        assert 0 < pair.session.unsent() < 290_000
+        assert pair.session.paused
+        while not pair.session.ended.done() and pair.session.paused:
+            assert await asyncio.to_thread(pair.client.recv, 4096)
+        pair.client.close()
+        await pair.session.ended
+
+    in_loop(scene)
+
+
+def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
+    """A departure between the moment accepting stops and the one in which the listener task waits is not missed."""
+
+    async def main() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        address = listening.getsockname()
+        linger = 1.0
+        settings = ServerSettings(
+            max_connections=10,
+            idle_timeout=0,
+            write_timeout=30,
+            session=SessionSettings(65536, linger),
+            drain=DrainSettings(0, 0.1, 1, linger),
+        )
+        server = Server([listening], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
+        server.start()
+        await asyncio.sleep(0)
+        server._hold("a test", None)
+        server._room.set()
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"x")
+        assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"
+        writer.close()
+        await writer.wait_closed()
+        receipt = await server.shutdown()
+        assert receipt.unacked_bytes == 0
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        runner.run(main())
+
+
+def test_cancel_lets_failures_out() -> None:
+    """A task of the server's own that has failed is not taken for one that was cancelled."""
+
+    async def main() -> None:
+        async def fail() -> None:
+            raise KeyError
+
+        task = asyncio.get_running_loop().create_task(fail())
+        await asyncio.wait([task])
+        with pytest.raises(KeyError):
+            await _cancel(task)
+
+    asyncio.run(main())
