@@ -31,12 +31,12 @@ for version in $VERSIONS; do
         "$venv/bin/mypy"
         echo "== tests on Python $version, with branch coverage"
         "$venv/bin/coverage" erase
-        "$venv/bin/coverage" run -m pytest || status=1
+        "$venv/bin/coverage" run -m pytest -n 2 || status=1
         "$venv/bin/coverage" combine --quiet
         "$venv/bin/coverage" report || status=1
     else
         echo "== tests on Python $version"
-        "$venv/bin/python" -m pytest || status=1
+        "$venv/bin/python" -m pytest -n 2 || status=1
     fi
 done
 [ -n "$first" ] || { echo "none of Python $VERSIONS is installed" >&2; exit 1; }
