@@ -8,6 +8,8 @@ from dataclasses import dataclass
 FORMS = "HOST:PORT, [V6]:PORT or :PORT"
 HIGHEST_PORT = 65535
 
+_IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
+
 
 class AddressError(ValueError):
     """The text is no address; the message says why and what would be one."""
@@ -38,33 +40,46 @@ def from_sockaddr(sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> str:
 def parse(text: str) -> TcpAddress:
     """Read an address to listen on.
 
-    Two texts of one IP address (`[0:0::1]:7`, `[::1]:7`) give equal values.
+    Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
 
     Raises:
         AddressError: the text is none of the forms, or its port is none.
 
     """
     host, colon, port = text.rpartition(":")
-    if not colon:
+    if not colon or text.endswith("]"):
         msg = f"{text!r} has no port: write {FORMS}"
         raise AddressError(msg)
     if host.startswith("[") and host.endswith("]"):
         host = _ipv6(host[1:-1], text)
-    elif ":" in host:
-        msg = f"{text!r}: an IPv6 address goes into brackets: [{host}]:{port}"
+    elif ":" in host and _IPV6_CHARACTERS.issuperset(host.partition("%")[0]):
+        msg = f"{text!r}: an IPv6 address goes into brackets, and its port after them: [V6]:PORT"
         raise AddressError(msg)
-    elif not all(char.isalnum() or char in "-._" for char in host):
+    elif not _is_name(host):
         msg = f"{text!r}: {host!r} is no host name: write {FORMS}"
         raise AddressError(msg)
-    return TcpAddress(host.lower(), _port(port, text))
+    else:
+        host = host.lower()  # an IPv6 zone names an interface, whose case counts
+    return TcpAddress(host, _port(port, text))
+
+
+def _is_name(host: str) -> bool:
+    try:
+        host.encode("idna")  # as getaddrinfo does, whose error for an empty or too long label is no OSError
+    except UnicodeError:
+        return False
+    return all(char.isalnum() or char in "-._" for char in host)
 
 
 def _ipv6(host: str, text: str) -> str:
     try:
-        return str(ipaddress.IPv6Address(host))
+        address = str(ipaddress.IPv6Address(host))
     except ipaddress.AddressValueError:
+        address = ""
+    if not address or not address.isprintable():  # a zone may hold anything
         msg = f"{text!r}: {host!r} is no IPv6 address"
-        raise AddressError(msg) from None
+        raise AddressError(msg)
+    return address
 
 
 def _port(port: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ EXIT_FAILURE = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 
-_LAST_STANDARD_DESCRIPTOR = 2
+_STDOUT = 1
+_STDERR = 2
 
 
 def main() -> int:
@@ -33,7 +35,7 @@ def main() -> int:
     if command != "serve":
         signals.release()
     try:
-        loaded = sources.load(values, config or os.environ.get(sources.CONFIG_VARIABLE) or None)
+        loaded = sources.load(values, os.environ.get(sources.CONFIG_VARIABLE) or None if config is None else config)
     except sources.SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
     if problems := list(_unusable(loaded)):
@@ -41,14 +43,17 @@ def main() -> int:
     if command == "serve":
         return _serve(loaded, signals)
     for variable in loaded.unknown_variables:
-        _say(f"warning: {variable} names no setting")
-    sys.stdout.write("configuration OK\n" if command == "check" else render.toml(loaded))
+        _say(render.printable(f"warning: {variable} names no setting"))
+    try:
+        _write(_STDOUT, "configuration OK\n" if command == "check" else render.toml(loaded))
+    except OSError as error:
+        return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
     return EXIT_OK
 
 
 def _fill_standard_descriptors() -> None:
     """Open 0, 1 and 2 where whoever started us has closed them, or a socket would be the next to get that number."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _LAST_STANDARD_DESCRIPTOR:
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         os.set_inheritable(descriptor, True)  # noqa: FBT003  (its parameter is positional)
     os.close(descriptor)
 
@@ -89,4 +94,11 @@ def _fail(code: int, problems: Iterable[object]) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"echod: {line}", file=sys.stderr)  # noqa: T201  (there is no log yet)
+    with contextlib.suppress(OSError):  # whether anybody reads it or not, the exit code tells
+        _write(_STDERR, f"echod: {line}\n")
+
+
+def _write(descriptor: int, text: str) -> None:
+    # sys.stdout and sys.stderr are None where they were closed at the start, and not UTF-8 everywhere, as TOML is.
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(text.encode())

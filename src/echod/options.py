@@ -63,6 +63,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="echod",
+        usage="%(prog)s [serve | check | config] [--config FILE] [--listen ADDRESS]... [--SECTION.KEY VALUE]...",
         description="A TCP echo daemon (RFC 862) that returns every byte and says exactly what it did.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,7 +111,7 @@ class _Append(argparse.Action):
     def __call__(self, _: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
         assert option is not None
         _, values = namespace.options.get(_key(option), (option, []))
-        namespace.options[_key(option)] = option, [*values, *value.split(",")]
+        namespace.options[_key(option)] = option, [*values, *(part.strip() for part in value.split(","))]
 
 
 def _key(option: str) -> Key:

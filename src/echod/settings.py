@@ -14,7 +14,7 @@ from pydantic import (
     Field,
 )
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from echod import addresses
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 PREFIX = "ECHOD_"
+
+# The event loops and the kernel take these numbers as an int of C.
+_HIGHEST_COUNT = 2**31 - 1
+_LARGEST_SIZE = 2**30
 
 Key = tuple[str, ...]
 
@@ -42,6 +46,22 @@ def _finite(value: float) -> float:
     return value
 
 
+def _text(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # the command line and the environment may hold any bytes
+        kind = "text"
+        raise PydanticCustomError(kind, "Input should be UTF-8 text") from None
+    return name
+
+
+def _file_name(text: str) -> str:
+    if not text or "\0" in text:
+        kind = "file_name"
+        raise PydanticCustomError(kind, "Input should be the name of a file")
+    return text
+
+
 def _address(text: str) -> str:
     addresses.parse(text)
     return text
@@ -53,9 +73,11 @@ def _split(value: object) -> object:
 
 Seconds = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(ge=0)]
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
-Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1, le=_LARGEST_SIZE)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_HIGHEST_COUNT)]
 Address = Annotated[str, AfterValidator(_address)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+Name = Annotated[str, AfterValidator(_text)]
 
 
 class _Section(BaseModel):
@@ -117,7 +139,7 @@ class LogSettings(_Section):
     format: Literal["auto", "console", "json", "logfmt"] = Field(
         "auto", description="The form of a line. auto: console on a terminal, json elsewhere."
     )
-    file: str = Field("-", min_length=1, description='The file that lines are appended to. "-": standard error.')
+    file: FileName = Field("-", description='The file that lines are appended to. "-": standard error.')
     connections: Literal["all", "nonempty", "failed", "none"] = Field(
         "nonempty",
         description="Which closed connections get a line. nonempty: those that sent a byte. failed: those that did "
@@ -151,7 +173,7 @@ class Settings(BaseSettings):
     loop: Literal["auto", "uvloop", "asyncio"] = Field(
         "auto", description="The event loop. auto: uvloop where it is installed."
     )
-    listen: Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_split)] = Field(
+    listen: Annotated[tuple[Address, ...], BeforeValidator(_split)] = Field(
         ("127.0.0.1:8000",),
         description=f"Addresses to listen on, each {addresses.FORMS}. Port 0 takes a free one. The default applies "
         "only where no listener has a table.",
@@ -159,10 +181,10 @@ class Settings(BaseSettings):
     limits: LimitsSettings = Field(LimitsSettings(), description="What clients may use.")
     shutdown: ShutdownSettings = Field(ShutdownSettings(), description="How a stop goes.")
     log: LogSettings = Field(LogSettings(), description="What is logged, how and where.")
-    faults: dict[str, FaultSettings] = Field(
+    faults: dict[Name, FaultSettings] = Field(
         {}, description="Named ways to misbehave: a table for each, [faults.NAME]."
     )
-    listeners: dict[str, ListenerSettings] = Field(
+    listeners: dict[Name, ListenerSettings] = Field(
         {},
         description="Listeners with settings of their own, beside those of listen: a table for each, [listeners.NAME].",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
-from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+from pydantic_settings import EnvSettingsSource
 
 from echod import addresses, render
 from echod.settings import PREFIX, Key, Settings, is_section
@@ -89,16 +89,20 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
 
 
 def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
-    path = Path(file)
+    if not file:
+        problems.append(Problem("--config", "", "names no file"))
+        return {}
+    data = b""
     try:
-        path.open("rb").close()  # the source below takes a file that is not there for an empty one
-        return TomlConfigSettingsSource(Settings, toml_file=path)()
+        # At once, and not by way of pydantic-settings, which takes what is no regular file (a pipe) for an empty one.
+        data = Path(file).read_bytes()
+        return tomllib.loads(data.decode())
     except OSError as error:
-        message = f"cannot be read: {os.strerror(error.errno or 0)}"
+        message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 text: byte {error.start}"
-    except tomllib.TOMLDecodeError as error:
-        last = path.read_bytes().count(b"\n") + 1
+    except (ValueError, RecursionError) as error:  # tomllib lets through those of endless numbers and of deep nesting
+        last = data.count(b"\n") + 1
         message = f"is not TOML: {error}".replace("at end of document", f"at line {last}, the end of the file")
     problems.append(Problem(file, "", message))
     return {}
