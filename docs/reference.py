@@ -22,11 +22,16 @@ HEAD = """\
 
 Each setting has one name, and three places where it can be given. The first that has it wins:
 
-1. the command line: `--limits.idle-timeout 60` (or `--limits.idle_timeout=60`); `--listen` may be repeated;
-2. the environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`, the parts of the name joined by two underscores; `ECHOD_LISTEN` takes
-   several addresses, separated by commas;
-3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names;
+1. the command line: `--limits.idle-timeout 60` (or `--limits.idle_timeout=60`); of an option given twice, the last
+   counts; a value that begins with a dash needs the form with `=`;
+2. the environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`, the parts of the name joined by two underscores; a variable that is
+   set to nothing is a value too;
+3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names: `idle_timeout = 60` under `[limits]`;
 4. otherwise it has its default.
+
+`--listen` may be repeated, and takes several addresses separated by commas, as `ECHOD_LISTEN` does. Addresses from one of
+these places replace those from the next, and so does every other value; only the tables of names (`listeners`, `faults`)
+are put together from all of them, key by key.
 
 `echod check` takes the same options as `echod serve`, reports everything that is wrong, one problem a line, and opens
 nothing; its exit code is 78 then, and 0 when all is well. `echod config` prints the settings in force as a TOML file, each
@@ -35,7 +40,9 @@ line with where its value came from.
 An unknown key is an error, in the file, on the command line, and in the environment where its section is known. An
 unknown variable, such as `ECHOD_PORT`, which Kubernetes injects for a service named echod, is a warning.
 
-Durations are seconds, with a fraction if need be. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`.
+Durations are seconds from 0 up, with a fraction if need be. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`. An
+address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. A host
+name that has several addresses, such as localhost, is listened on at each.
 
 `config.example.toml` has every key with its default.
 """
@@ -43,8 +50,10 @@ Durations are seconds, with a fraction if need be. Sizes are bytes, or strings s
 NAMED = """\
 ## {title}
 
-{text} The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} …` on the command line,
-`ECHOD_{variable}__NAME__…` in the environment (where names are in lower case).
+{text}
+
+The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} …` on the command line, where it has no dot,
+and `ECHOD_{variable}__NAME__{key_variable}` in the environment, where it becomes lower case and has no double underscore.
 """
 
 TAIL = """\
@@ -76,7 +85,9 @@ def page() -> Iterator[str]:
     for name, model in (("listeners", ListenerSettings), ("faults", FaultSettings)):
         text = Settings.model_fields[name].description
         key = next(iter(model.model_fields))
-        yield NAMED.format(title=f"[{name}.NAME]", text=text, name=name, key=key, variable=name.upper())
+        yield NAMED.format(
+            title=f"[{name}.NAME]", text=text, name=name, key=key, variable=name.upper(), key_variable=key.upper()
+        )
         yield table(model.model_fields.items())
     yield TAIL
 
@@ -86,8 +97,17 @@ def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in fields:
         default = "required" if field.is_required() else f"`{render.value(field.default)}`"
-        rows.append(f"| `{name}` | {kind(field.annotation)} | {default} | {field.description} |")
+        rows.append(f"| `{name}` | {kind(field.annotation)}{bounds(field)} | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+def bounds(field: FieldInfo) -> str:
+    """Return the range of a number, where it is no matter of course."""
+    bound = {name: getattr(item, name) for item in field.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
+    if "le" in bound:
+        low, high = (ByteSize(bound[end]) if field.annotation is ByteSize else bound[end] for end in ("ge", "le"))
+        return f", {render.value(low)} to {render.value(high)}".replace('"', "")
+    return f", above {bound['gt']}" if "gt" in bound else ""
 
 
 def kind(annotation: object) -> str:

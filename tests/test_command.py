@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import echod
+from echod import render
+from echod.settings import leaves
 from harness import PATIENCE, Daemon, clean_environment, run
 
 if TYPE_CHECKING:
@@ -30,9 +34,13 @@ def test_version() -> None:
 def test_help() -> None:
     """Every setting is in the help, with its default, and so are the exit codes."""
     result = run("--help")
-    assert result.returncode == 0
-    for text in ("--limits.idle-timeout", "(default: 0.0)", "serve,check,config", "exit codes", "--log.connections"):
-        assert text in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    text = " ".join(result.stdout.split())  # however the lines are broken
+    for key, field in leaves():
+        assert f" --{'.'.join(key)}".replace("_", "-") in text
+        assert f" {field.description} (default: {render.value(field.default)}) " in text
+    for part in ("serve | check | config", "exit codes: 0 stopped", "--faults.NAME.trigger TEXT", "ECHOD_CONFIG"):
+        assert part in text
 
 
 def test_check(tmp_path: Path) -> None:
@@ -64,11 +72,136 @@ def test_config_round_trip(tmp_path: Path) -> None:
     ]
 
 
+def test_config_of_odd_texts(tmp_path: Path) -> None:
+    """Names that need quotes and values that need escapes are read back too, each line with its source."""
+    path = tmp_path / "echo.toml"
+    path.write_text("""\
+[listeners."a b.c"]
+address = "[::1]:1"
+fault = "#\\""
+[faults."#\\""]
+trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"
+action = "raise"
+""")
+    environment = {"ECHOD_FAULTS__ENV__TRIGGER": "ü # \t\n", "ECHOD_LOG__FILE": "#'\\"}
+    first = run("config", "--faults.env.action", "raise", "--config", str(path), env=environment)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert [line for line in first.stdout.splitlines() if line and not line.endswith("  # default")] == [
+        "[limits]",
+        "[shutdown]",
+        "[log]",
+        'file = "#\'\\\\"  # ECHOD_LOG__FILE',
+        '[faults."#\\""]',
+        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}',
+        f'action = "raise"  # {path}',
+        "[faults.env]",
+        'trigger = "ü # \\t\\n"  # ECHOD_FAULTS__ENV__TRIGGER',
+        'action = "raise"  # --faults.env.action',
+        '[listeners."a b.c"]',
+        f'address = "[::1]:1"  # {path}',
+        f'fault = "#\\""  # {path}',
+    ]
+    printed = tmp_path / "printed.toml"
+    printed.write_text(first.stdout)
+    second = run("config", "--config", str(printed))
+    assert second.returncode == 0
+    assert tomllib.loads(second.stdout) == tomllib.loads(first.stdout)
+
+
+def test_config_is_utf8_everywhere() -> None:
+    """TOML is UTF-8, whatever the terminal's encoding."""
+    command = [sys.executable, "-m", "echod", "config", "--faults.b.trigger", "ü🎉", "--faults.b.action", "raise"]
+    environment = clean_environment({"PYTHONIOENCODING": "latin-1"})
+    result = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert tomllib.loads(result.stdout.decode())["faults"]["b"]["trigger"] == "ü🎉"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in which "$@" is echod."""
+    words = ["sh", "-c", command, "sh", sys.executable, "-m", "echod"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_output_that_cannot_be_written() -> None:
+    """1 and one line; errors that nobody can read are an exit code all the same."""
+    result = shell('"$@" config >/dev/full')
+    assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n")
+    assert shell('"$@" check --loop none 2>/dev/full').returncode == 78
+
+
+def test_a_reader_that_has_gone() -> None:
+    receiver, sender = os.pipe()
+    os.close(receiver)
+    try:
+        command = [sys.executable, "-m", "echod", "config"]
+        environment = clean_environment()
+        result = subprocess.run(
+            command, stdout=sender, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=environment
+        )
+    finally:
+        os.close(sender)
+    assert (result.returncode, result.stderr) == (1, "echod: standard output: Broken pipe\n")
+
+
+def test_closed_output() -> None:
+    """Where standard output or error is closed, its lines go nowhere, and not to the other one."""
+    result = shell('"$@" config >&-')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    result = shell('ECHOD_PORT=1 "$@" check 2>&-')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "configuration OK\n", "")
+    result = shell('"$@" check --loop none 2>&-')
+    assert (result.returncode, result.stdout, result.stderr) == (78, "", "")
+
+
+def test_check_opens_nothing(taken: str, tmp_path: Path) -> None:
+    """The settings are right, whoever listens on the address; and the log file is not created."""
+    log = tmp_path / "echo.log"
+    result = run("check", "--listen", taken, "--log.file", str(log))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "configuration OK\n", "")
+    assert not log.exists()
+
+
+def test_sources_of_the_file(tmp_path: Path) -> None:
+    """The option is over the variable; an empty variable is none, an empty option is an error."""
+    path = tmp_path / "echo.toml"
+    path.write_text('loop = "asyncio"\n')
+    missing = str(tmp_path / "none.toml")
+    result = run("config", "--config", str(path), env={"ECHOD_CONFIG": missing})
+    assert f'loop = "asyncio"  # {path}\n' in result.stdout
+    result = run("check", env={"ECHOD_CONFIG": missing})
+    assert (result.returncode, result.stderr) == (78, f"echod: {missing}: cannot be read: No such file or directory\n")
+    assert run("check", env={"ECHOD_CONFIG": ""}).returncode == 0
+    for arguments in (["--config", ""], ["--config="]):
+        result = run("check", *arguments, env={"ECHOD_CONFIG": str(path)})
+        assert (result.returncode, result.stderr) == (78, "echod: --config: names no file\n")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "echo.toml"
+    path.write_text('loop = "asyncio"\n')
+    path.chmod(0)
+    result = run_without("dac_override,dac_read_search", "check", "--config", str(path))
+    assert (result.returncode, result.stderr) == (78, f"echod: {path}: cannot be read: Permission denied\n")
+
+
+def test_names_that_break_lines() -> None:
+    """A variable's name may hold anything; the warning is one line."""
+    result = run("check", env={"ECHOD_A\nB\x1b": "1"})
+    assert result.stderr == "echod: warning: ECHOD_A\\nB\\x1b names no setting\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lisen", "x"], "unknown option --lisen; did you mean --listen?"),
         (["--qqq"], "unknown option --qqq\n"),
+        (["--limits", "3"], "unknown option --limits; did you mean --limits.backlog?"),
+        (["--list", "h:1"], "unknown option --list; did you mean --listen?"),
+        (["--log.file", "--loop"], "argument --log.file: expected one argument"),
+        (["check", "--"], "unknown option --\n"),
+        (["-x"], "unrecognized arguments: -x"),
         (["chekc"], "invalid choice: 'chekc'"),
         (["check", "extra"], "unrecognized arguments: extra"),
         (["--listen"], "argument --listen: expected one argument"),
@@ -79,7 +212,9 @@ def test_config_round_trip(tmp_path: Path) -> None:
 def test_syntax_errors(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert message in result.stderr
+    usage, error = result.stderr.splitlines(keepends=True)
+    assert usage.startswith("usage: echod [serve | check | config] ")
+    assert message in error
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "config"])
@@ -123,14 +258,27 @@ def test_addresses_that_cannot_be_opened(taken: str) -> None:
     socket.create_server((host, port)).close()
 
 
-@pytest.mark.skipif(shutil.which("setpriv") is None or os.getuid() != 0, reason="only root can drop a capability")
-@pytest.mark.skipif(int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="here anybody may listen on port 7")
+def run_without(capabilities: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as one who may do less than root."""
+    command = [sys.executable, "-m", "echod", *arguments]
+    if os.getuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv is not installed, and root may do everything")
+        # The user stays the same: another one may not be able to read the interpreter.
+        dropped = ",".join(f"-{name}" for name in capabilities.split(","))
+        command = ["setpriv", f"--inh-caps={dropped}", f"--bounding-set={dropped}", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+
+
+@pytest.mark.skipif(
+    not UNPRIVILEGED_PORTS.exists() or int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="anybody may listen on port 7"
+)
 def test_privileged_port() -> None:
     """Not everybody may listen on the port of RFC 862; the message and exit code say that it is the address."""
-    command = ["setpriv", "--inh-caps=-net_bind_service", "--bounding-set=-net_bind_service"]
-    command += [sys.executable, "-m", "echod", "--listen", "127.0.0.1:7"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    host, port = free_address()
+    result = run_without("net_bind_service", "--listen", f"{host}:{port},127.0.0.1:7")
     assert (result.returncode, result.stderr) == (69, "echod: cannot listen on 127.0.0.1:7: Permission denied\n")
+    socket.create_server((host, port)).close()
 
 
 HIDE_UVLOOP = """
@@ -158,6 +306,17 @@ def test_without_uvloop() -> None:
     assert result.stderr == ("echod: --loop: loop: uvloop is not installed: install it, or choose auto or asyncio\n")
 
 
+def test_crash() -> None:
+    """What nobody expected is one line of the log, with the traceback, and 1."""
+    code = "import sys; from echod import cli, daemon; del daemon.open_listeners; sys.exit(cli.main())"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.returncode, result.stdout) == (1, "")
+    line = json.loads(result.stderr)
+    assert (line["level"], line["event"]) == ("error", "crashed")
+    assert "NameError" in line["exception"]
+
+
 def test_auto_takes_uvloop() -> None:
     with Daemon() as daemon:
         assert daemon.wait_for("started")["loop"] == "uvloop"
@@ -166,6 +325,7 @@ def test_auto_takes_uvloop() -> None:
 def test_unknown_variables_are_a_warning() -> None:
     with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80"}) as daemon:
         warning = daemon.wait_for("unknown_variable")
+        assert len(daemon.all("unknown_variable")) == 1
         assert (warning["level"], warning["variable"]) == ("warning", "ECHOD_PORT")
         assert daemon.stop() == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -243,9 +244,10 @@ def pipe() -> Iterator[Pipe]:
 
 
 def read_lines(descriptor: int) -> list[bytes]:
-    """Read what there is, and on to the end of its last line."""
-    data = os.read(descriptor, 1 << 20)
+    """Read what comes, and on to the end of its last line."""
+    data = b""
     while not data.endswith(b"\n"):
+        assert select.select([descriptor], [], [], PATIENCE)[0]
         data += os.read(descriptor, 1 << 20)
     return data.splitlines(keepends=True)
 

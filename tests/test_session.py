@@ -199,6 +199,8 @@ def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
         await asyncio.sleep(0)
         server._hold("a test", None)
         server._room.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
         reader, writer = await asyncio.open_connection(*address)
         writer.write(b"x")
         assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"

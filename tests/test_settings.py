@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pydantic import BaseModel
+
+    from echod.settings import Key
 
     Write = Callable[[str], str]
 
@@ -120,7 +122,16 @@ def test_listen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(config=config).settings.listen == ("h:1", "h:2")
     monkeypatch.setenv("ECHOD_LISTEN", "h:3, [::1]:4")
     assert loaded(config=config).settings.listen == ("h:3", "[::1]:4")
-    assert loaded("--listen", "h:5", "--listen", "h:6,h:7", config=config).settings.listen == ("h:5", "h:6", "h:7")
+    assert loaded("--listen", "h:5", "--listen", "h:6, h:7", config=config).settings.listen == ("h:5", "h:6", "h:7")
+    assert loaded(config=config).origins["listen",] == "ECHOD_LISTEN"
+
+
+def test_the_last_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an option given twice, in whichever spelling, the last counts."""
+    monkeypatch.setenv("ECHOD_LIMITS__IDLE_TIMEOUT", "0")
+    result = loaded("--limits.idle-timeout", "1", "--limits.idle_timeout=2")
+    assert result.settings.limits.idle_timeout == 2
+    assert result.origins["limits", "idle_timeout"] == "--limits.idle_timeout"
 
 
 def test_named_tables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +150,75 @@ def test_named_tables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(Settings().all_listeners()) == ["127.0.0.1:8000"]
 
 
+def test_one_table_from_every_source(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources put a table of a name together; a variable's name is told as it was written."""
+    config = write('[faults.boom]\ntrigger = "file"\naction = "none such"\n[listeners.lab]\naddress = "h:1"')
+    monkeypatch.setenv("ECHOD_FAULTS__BOOM__ACTION", "raise")
+    monkeypatch.setenv("ECHOD_LISTENERS__Lab__FAULT", "boom")
+    result = loaded("--faults.boom.trigger=-x", config=config)
+    assert result.settings.faults["boom"].trigger == "-x"
+    assert result.settings.listeners["lab"].fault == "boom"
+    assert {key: origin for key, origin in result.origins.items() if len(key) == 3} == {
+        ("faults", "boom", "trigger"): "--faults.boom.trigger",
+        ("faults", "boom", "action"): "ECHOD_FAULTS__BOOM__ACTION",
+        ("listeners", "lab", "address"): config,
+        ("listeners", "lab", "fault"): "ECHOD_LISTENERS__Lab__FAULT",
+    }
+
+
+@pytest.mark.parametrize("text", ["123", "true", "null", '"quoted"', "[1]", '{"a": 1}'])
+def test_a_variable_is_no_json(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A variable's value is the text as it is written, whatever it looks like."""
+    monkeypatch.setenv("ECHOD_FAULTS__BOOM__TRIGGER", text)
+    monkeypatch.setenv("ECHOD_FAULTS__BOOM__ACTION", "raise")
+    assert loaded().settings.faults["boom"].trigger == text
+    assert loaded("--faults.boom.trigger", text).settings.faults["boom"].trigger == text
+
+
 def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Kubernetes injects for a service named echod is remarked, and no error."""
     monkeypatch.setenv("ECHOD_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("ECHOD_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("ECHOD_CONFIG", "")
-    assert loaded().unknown_variables == ("ECHOD_PORT", "ECHOD_SERVICE_HOST")
+    monkeypatch.setenv("ECHOD_LOOP__X", "1")  # loop is no section, so this is nobody's
+    monkeypatch.setenv("ECHOD_LISTEN__0", "h:1")
+    monkeypatch.setenv("echod_loop", "asyncio")
+    result = loaded()
+    assert result.unknown_variables == ("ECHOD_LISTEN__0", "ECHOD_LOOP__X", "ECHOD_PORT", "ECHOD_SERVICE_HOST")
+    assert (result.settings, result.origins) == (Settings(), {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "line"),
+    [
+        ("LISTEN", "", "listen.0: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+        ("LISTEN", "h:1,", "listen.1: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+        ("LISTEN", '["h:1"]', "listen.0: '[\"h:1\"]' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+        ("LISTEN", "h:1, H:1", "listen: 'H:1' is listened on already"),
+        ("LOOP", "", "loop: should be 'auto', 'uvloop' or 'asyncio', not ''"),
+        ("LIMITS__IDLE_TIMEOUT", "", "limits.idle_timeout: should be a valid number, not ''"),
+        ("LIMITS__IDLE_TIMEOUT", "1m", "limits.idle_timeout: should be a valid number, not '1m'"),
+        ("LIMITS__WRITE_BUFFER", "", "limits.write_buffer: should be bytes, or a size like '64KiB', not ''"),
+        ("LIMITS__BACKLOG__X", "1", "limits.backlog: should be a valid integer, not {'x': '1'}"),
+        (
+            "SHUTDOWN__",
+            "1",
+            "shutdown.: unknown key; there are: delay, quiet_period, drain_timeout, linger_timeout",
+        ),
+        ("LIMITS__IDLE_TIMOUT", "1", "limits.idle_timout: unknown key; did you mean 'idle_timeout'?"),
+        ("LIMITS", "{}", "is a section: set ECHOD_LIMITS__KEY for each key"),
+        ("LISTENERS", "", "is a section: set ECHOD_LISTENERS__KEY for each key"),
+        ("FAULTS__BOOM", '{"trigger": "x", "action": "raise"}', "faults.boom: should be a table"),
+        ("LISTENERS__A__FAULT", "x", "listeners.a.address: is missing"),
+    ],
+)
+def test_bad_variables(monkeypatch: pytest.MonkeyPatch, variable: str, text: str, line: str) -> None:
+    """One that is set to nothing is a mistake like any other."""
+    monkeypatch.setenv(f"ECHOD_{variable}", text)
+    source, _, rest = problems()[0].partition(": ")
+    assert rest == line
+    assert f"ECHOD_{variable}".startswith(source)  # a key that is missing has no variable, but its table has
+    assert source.count("_") > 0
 
 
 def test_all_problems_at_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,16 +252,16 @@ level = "loud"
         "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT or :PORT",
         "FILE: listen.1: 'h:70000': '70000' is no port: write a number from 0 to 65535",
         "FILE: limits.max_connections: should be a number, not True",
-        "FILE: limits.backlog: should be a valid integer, unable to parse string as an integer, not 'x'",
+        "FILE: limits.backlog: should be a valid integer, not 'x'",
         "FILE: limits.idle_timeout: should be a finite number, not nan",
         "FILE: limits.write_timeout: should be greater than 0, not 0",
-        "FILE: limits.write_buffer: could not interpret byte unit: potatoes, not '64 potatoes'",
+        "FILE: limits.write_buffer: should be bytes, or a size like '64KiB', not '64 potatoes'",
         "FILE: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
         f"ECHOD_LIMITS__QUX: limits.qux: unknown key; {limits}",
         f"--limits.zz: limits.zz: unknown key; {limits}",
-        "ECHOD_SHUTDOWN__DELAY: shutdown.delay: should be a valid number, unable to parse string as a number, not 'abc'",
+        "ECHOD_SHUTDOWN__DELAY: shutdown.delay: should be a valid number, not 'abc'",
         "FILE: log.level: should be 'debug', 'info', 'warning' or 'error', not 'loud'",
-        "--log.file: log.file: String should have at least 1 character, not ''",
+        "--log.file: log.file: should be the name of a file, not ''",
         "--faults.b.when: faults.b.trigger: is missing",
         "FILE: faults.b.action: should be 'raise', not 'zap'",
         "--faults.b.when: faults.b.when: unknown key; there are: trigger, action",
@@ -227,7 +301,8 @@ def test_table_over_a_value(write: Write) -> None:
     ("text", "line"),
     [
         ("listen = []", "FILE: listen: there is no address to listen on"),
-        ("listen = 3", "FILE: listen: should be a valid tuple, not 3"),
+        ("listen = 3", "FILE: listen: should be a list, not 3"),
+        ("listen = {a = 3}", "FILE: listen: should be a list, not {'a': 3}"),
         ("listen = [3]", "FILE: listen.0: should be a valid string, not 3"),
         (
             '[listeners.a]\naddress = "h:1"\nfault = "x"',
@@ -236,9 +311,48 @@ def test_table_over_a_value(write: Write) -> None:
         ('[listeners.a]\naddress = "h:1"\nfualt = "x"', "FILE: listeners.a.fualt: unknown key; did you mean 'fault'?"),
         ('listen = ["[::1]:1", "[0::1]:1"]', "FILE: listen: '[0::1]:1' is listened on already"),
         ('listen = ["h:0", "H:0"]', "FILE: listen: 'H:0' is listened on already"),
+        (
+            'listen = ["h:1"]\n[listeners."h:1"]\naddress = "h:2"',
+            "FILE: listeners.h:1: an address in listen has this name already",
+        ),
+        ("[limits]\nbacklog = 0", "FILE: limits.backlog: should be greater than or equal to 1, not 0"),
+        (
+            "[limits]\nbacklog = 1.5",
+            "FILE: limits.backlog: should be a valid integer, got a number with a fractional part, not 1.5",
+        ),
+        (
+            "[limits]\nbacklog = 2147483648",
+            "FILE: limits.backlog: should be less than or equal to 2147483647, not 2147483648",
+        ),
+        (
+            "[limits]\nmax_connections = 1000000000000000000000",
+            "FILE: limits.max_connections: should be less than or equal to 2147483647, not 1000000000000000000000",
+        ),
+        ("[limits]\nwrite_buffer = 0", "FILE: limits.write_buffer: should be greater than or equal to 1, not 0"),
+        (
+            "[limits]\nwrite_buffer = '2GiB'",
+            "FILE: limits.write_buffer: should be less than or equal to 1073741824, not '2GiB'",
+        ),
+        ("[limits]\nwrite_buffer = inf", "FILE: limits.write_buffer: should be bytes, or a size like '64KiB', not inf"),
+        ("[limits]\nwrite_buffer = -5", "FILE: limits.write_buffer: should be bytes, or a size like '64KiB', not -5"),
+        ("[limits]\nwrite_buffer = []", "FILE: limits.write_buffer: should be bytes, or a size like '64KiB', not []"),
+        ("[limits]\nwrite_buffer = true", "FILE: limits.write_buffer: should be a number, not True"),
+        ("[limits]\nidle_timeout = true", "FILE: limits.idle_timeout: should be a number, not True"),
+        ("[limits]\nidle_timeout = -0.5", "FILE: limits.idle_timeout: should be greater than or equal to 0, not -0.5"),
+        ("[limits]\nidle_timeout = inf", "FILE: limits.idle_timeout: should be a finite number, not inf"),
+        ('[log]\nfile = "a\\u0000b"', "FILE: log.file: should be the name of a file, not 'a\\x00b'"),
+        ("[log]\nfile = 1", "FILE: log.file: should be a valid string, not 1"),
+        (
+            '[faults.a]\naction = "raise"\ntrigger = ""',
+            "FILE: faults.a.trigger: should have at least 1 character, not ''",
+        ),
         ('"a\\nb" = 1', "FILE: a\\nb: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners"),
         ("a = [", "FILE: is not TOML: Invalid value (at line 1, the end of the file)"),
         ("[limits]\nbacklog = = 3", "FILE: is not TOML: Invalid value (at line 2, column 11)"),
+        (
+            "[limits]\nbacklog = 1\nbacklog = 2",
+            "FILE: is not TOML: Cannot overwrite a value (at line 3, the end of the file)",
+        ),
     ],
 )
 def test_single_problems(write: Write, text: str, line: str) -> None:
@@ -251,10 +365,59 @@ def test_free_ports_are_no_duplicates(write: Write) -> None:
     assert list(loaded(config=config).settings.all_listeners()) == ["a", "b"]
 
 
-def test_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that is set to nothing is a mistake like any other."""
-    monkeypatch.setenv("ECHOD_LISTEN", "")
-    assert problems() == ["ECHOD_LISTEN: listen.0: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"]
+@pytest.mark.parametrize("text", ["[limits]\nbacklog = " + "9" * 5000, "x = " + "[" * 5000])
+def test_what_the_parser_cannot_bear(write: Write, text: str) -> None:
+    """Numbers without end and tables in tables in tables are an error in the file, as any other is."""
+    (line,) = problems(config=write(text))
+    assert line.startswith("FILE: is not TOML: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("log.file", "log.file: should be UTF-8 text, not '\\udcff'"),
+        ("faults.b.trigger", "faults.b.trigger: should be a valid string, not '\\udcff'"),
+        ("listen", "listen.0: '\\udcff' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+    ],
+)
+def test_bytes_that_are_no_text(key: str, message: str) -> None:
+    """The command line may hold any bytes; such a value is an error, since no document could hold it."""
+    assert problems(f"--{key}", os.fsdecode(b"\xff"))[0] == f"--{key}: {message}"
+
+
+def test_a_name_that_is_no_text() -> None:
+    option = f"--faults.{os.fsdecode(bytes([255]))}"
+    lines = problems(f"{option}.trigger=x", f"{option}.action=raise")
+    assert len(lines) == 1
+    assert lines[0].endswith("should be UTF-8 text, not '\\udcff'")
+    assert lines[0].isprintable()
+
+
+def test_no_file() -> None:
+    """An empty name, as an unset variable of a shell gives it, does not stand for no file."""
+    with pytest.raises(SettingsError) as caught:
+        load({}, "")
+    assert str(caught.value) == "--config: names no file"
+
+
+def test_a_pipe_for_a_file() -> None:
+    """What a shell gives for `--config <(...)` is read, and once."""
+    receiver, sender = os.pipe()
+    try:
+        os.write(sender, b"[limits]\nbacklog = 3\n")
+        os.close(sender)
+        assert loaded(config=f"/dev/fd/{receiver}").settings.limits.backlog == 3
+    finally:
+        os.close(receiver)
+    receiver, sender = os.pipe()
+    try:
+        os.write(sender, b"\n\n\na = [\n")
+        os.close(sender)
+        assert problems(config=f"/dev/fd/{receiver}") == [
+            "FILE: is not TOML: Invalid value (at line 5, the end of the file)"
+        ]
+    finally:
+        os.close(receiver)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
@@ -293,7 +456,7 @@ def test_origins_cannot_break_the_document(tmp_path: Path, write: Write) -> None
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(1, '"1B"'), (1000, '"1000B"'), (1024, '"1KiB"'), (1536, '"1536B"'), (1 << 40, '"1TiB"')]
+    ("size", "text"), [(1, '"1B"'), (1000, '"1000B"'), (1024, '"1KiB"'), (1536, '"1536B"'), (1 << 30, '"1GiB"')]
 )
 def test_sizes(size: int, text: str) -> None:
     settings = Settings(limits={"write_buffer": size})
@@ -312,10 +475,32 @@ def test_example_file(write: Write) -> None:
     result = loaded(config=str(path))
     assert result.settings == Settings()
     assert {key for key, _ in leaves()} <= set(result.origins)
-    uncommented = re.sub(r"^# (?=[\[a-z]+.*( = |\]$))", "", path.read_text(), flags=re.MULTILINE)
+    uncommented = re.sub(r"^# (?=\[|[a-z]+ = )", "", path.read_text(), flags=re.MULTILINE)
     settings = loaded(config=write(uncommented)).settings
-    assert settings.listeners["lab"].fault == "boom"
+    assert settings.all_listeners()["127.0.0.1:8000"].fault == ""
+    assert settings.listeners["boom"].fault == "boom"
     assert settings.faults["boom"].trigger == "boom\r\n"
+
+
+def test_example_file_explains() -> None:
+    """Above each key of config.example.toml stands what the model says of it, and what can be chosen."""
+    comments: list[str] = []
+    section: Key = ()
+    found: dict[Key, str] = {}
+    for line in (ROOT / "config.example.toml").read_text().splitlines():
+        if line.startswith("# "):
+            comments.append(line.removeprefix("# "))
+            continue
+        if line.startswith("["):
+            section = (line.strip("[]"),)
+        elif line:
+            found[*section, line.partition(" = ")[0]] = " ".join(comments)
+        comments.clear()
+    expected = {}
+    for key, field in leaves():
+        choices = " | ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
+        expected[key] = f"{field.description} {choices}".rstrip()
+    assert found == expected
 
 
 def test_reference_page() -> None:

@@ -219,7 +219,10 @@ sys.exit(main())
             # Two pending signals of one number would be delivered as one.
             until(lambda: not pending(process.pid, signal.SIGTERM))
         os.write(write, b"x")
-        _, log = process.communicate(timeout=PATIENCE)
+        try:
+            _, log = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     os.close(read)
     os.close(write)
     if count == 1:

@@ -46,13 +46,13 @@ def _finite(value: float) -> float:
     return value
 
 
-def _text(name: str) -> str:
+def _text(text: str) -> str:
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:  # the command line and the environment may hold any bytes
         kind = "text"
         raise PydanticCustomError(kind, "Input should be UTF-8 text") from None
-    return name
+    return text
 
 
 def _file_name(text: str) -> str:
@@ -76,8 +76,8 @@ PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1, le=_LARGEST_SIZE)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_HIGHEST_COUNT)]
 Address = Annotated[str, AfterValidator(_address)]
-FileName = Annotated[str, AfterValidator(_file_name)]
-Name = Annotated[str, AfterValidator(_text)]
+Text = Annotated[str, AfterValidator(_text)]
+FileName = Annotated[Text, AfterValidator(_file_name)]
 
 
 class _Section(BaseModel):
@@ -181,10 +181,10 @@ class Settings(BaseSettings):
     limits: LimitsSettings = Field(LimitsSettings(), description="What clients may use.")
     shutdown: ShutdownSettings = Field(ShutdownSettings(), description="How a stop goes.")
     log: LogSettings = Field(LogSettings(), description="What is logged, how and where.")
-    faults: dict[Name, FaultSettings] = Field(
+    faults: dict[Text, FaultSettings] = Field(
         {}, description="Named ways to misbehave: a table for each, [faults.NAME]."
     )
-    listeners: dict[Name, ListenerSettings] = Field(
+    listeners: dict[Text, ListenerSettings] = Field(
         {},
         description="Listeners with settings of their own, beside those of listen: a table for each, [listeners.NAME].",
     )

@@ -17,6 +17,7 @@ from echod.settings import PREFIX, Key, Settings, is_section
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 CONFIG_VARIABLE = "ECHOD_CONFIG"
@@ -70,7 +71,10 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
     origins: dict[Key, str] = {}
     if config is not None:
         _overlay(values, origins, _read_file(config, problems), lambda _: config)
-    _overlay(values, origins, _read_environment(problems), _variable)
+    variables = sorted(name for name in os.environ if name.startswith(PREFIX))
+    names = {name.lower(): name for name in variables if _is_setting(name)}
+    environment = _read_environment(names, problems)
+    _overlay(values, origins, environment, lambda key: names.get(_variable(key), _variable(key).upper()))
     for key, (option, value) in options.items():
         _overlay(values, origins, _nest(key, value), lambda _, option=option: option)  # type: ignore[misc]
     if values.get("listeners"):
@@ -82,7 +86,8 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
     problems += _conflicts(values, origins)
     if problems:
         raise SettingsError(problems)
-    return Loaded(settings, origins, tuple(_unknown_variables()))
+    unknown = (name for name in variables if not _is_setting(name) and name != CONFIG_VARIABLE)
+    return Loaded(settings, origins, tuple(unknown))
 
 
 # The sources
@@ -108,27 +113,35 @@ def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
     return {}
 
 
-def _read_environment(problems: list[Problem]) -> dict[str, Any]:
-    source = EnvSettingsSource(Settings)
-    variables = dict(source.env_vars)
+class _Environment(EnvSettingsSource):
+    """Takes every value as it is written: JSON would be a second way to write each."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo | None, value: Any) -> Any:  # noqa: ARG002
+        return value
+
+
+def _read_environment(names: Mapping[str, str], problems: list[Problem]) -> dict[str, Any]:
+    """Read the variables whose names are given, each by its lower-case form."""
+    variables = {lower: os.environ[name] for lower, name in names.items()}
     for name, field in Settings.model_fields.items():
-        # The source would take JSON here, a second way to write each value.
         variable = _variable((name,))
-        if is_section(field) and variables.pop(variable.lower(), None) is not None:
-            problems.append(Problem(variable, "", f"is a section: set {variable}__KEY for each key"))
+        if is_section(field) and variables.pop(variable, None) is not None:
+            problems.append(Problem(names[variable], "", f"is a section: set {names[variable]}__KEY for each key"))
+    source = _Environment(Settings)
     source.env_vars = variables
     return source()
 
 
 def _variable(key: Key) -> str:
-    return PREFIX + "__".join(key).upper()
+    """Return the lower-case form of the variable's name."""
+    return (PREFIX + "__".join(key)).lower()
 
 
-def _unknown_variables() -> Iterator[str]:
-    for variable in sorted(os.environ):
-        name = variable.removeprefix(PREFIX).partition("__")[0].lower()
-        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE and name not in Settings.model_fields:
-            yield variable
+def _is_setting(variable: str) -> bool:
+    """Tell whether a variable is a setting's, or would be one in its section."""
+    name, separator, _ = variable.removeprefix(PREFIX).lower().partition("__")
+    field = Settings.model_fields.get(name)
+    return field is not None and (not separator or is_section(field))
 
 
 # Merging them
@@ -174,8 +187,14 @@ def _problem(details: ErrorDetails, origins: Mapping[Key, str]) -> Problem:
             message = "should be a table"
         case "value_error":  # ours, and it names the value
             message = details["msg"].removeprefix("Value error, ")
+        case "tuple_type":
+            message = f"should be a list, not {details['input']!r}"
+        case "byte_size" | "byte_size_unit":
+            message = f"should be bytes, or a size like '64KiB', not {details['input']!r}"
         case _:
-            message = f"{details['msg'].replace('Input should', 'should')}, not {details['input']!r}"
+            # What follows the comma tells how Pydantic went about it.
+            text = details["msg"].removeprefix("Input ").removeprefix("String ").partition(", unable")[0]
+            message = f"{text}, not {details['input']!r}"
     return Problem(_origin(key, origins), ".".join(key), message)
 
 
@@ -222,7 +241,11 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
             yield Problem(_origin(key, origins), ".".join(key), f"{str(text).strip()!r} is listened on already")
         seen.add(address)
     faults = _table(values, "faults")
+    names = [str(text).strip() for key, text in places if key == ("listen",)]
     for name, table in tables.items():
+        if name in names:
+            key = ("listeners", name)
+            yield Problem(_origin(key, origins), ".".join(key), "an address in listen has this name already")
         fault = table.get("fault")
         if isinstance(fault, str) and fault and fault not in faults:
             key = ("listeners", name, "fault")
