@@ -115,6 +115,12 @@ class Daemon:
         host, _, port = self.wait_for("listening")["address"].rpartition(":")
         return host.strip("[]"), int(port)
 
+    def listens(self) -> bool:
+        """Tell whether the kernel has a listening socket at the daemon's (IPv4) address."""
+        place = f":{self.address[1]:04X}"
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return any(row[1].endswith(place) and row[3] == "0A" for row in rows)
+
     def connect(self, timeout: float | None = PATIENCE, receive_buffer: int | None = None) -> socket.socket:
         """Return a connected client."""
         host, port = self.address

@@ -6,9 +6,12 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +21,6 @@ from harness import PATIENCE, clean_environment, receive, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from harness import Start
 
@@ -271,6 +273,46 @@ def test_writer_drops_and_counts(pipe: Pipe, blocking: bool) -> None:
     assert kept >= 1024 * 1024 // len(line)
     assert dropped > 0
     pipe.writer.close()
+
+
+def test_writer_closes_at_once(pipe: Pipe) -> None:
+    """A line that was only just written does not hold up the end."""
+    for _ in range(20):
+        writer = LogWriter(pipe.writing, lambda _: b"")
+        writer.write(b"x\n")
+        assert read_lines(pipe.reading) == [b"x\n"]
+        writer.write(b"last\n")
+        began = time.monotonic()
+        writer.close(timeout=PATIENCE)
+        assert time.monotonic() - began < 5
+        assert read_lines(pipe.reading) == [b"last\n"]
+    pipe.writer.close()
+
+
+def test_writer_takes_no_signals(start: Start) -> None:
+    """A signal is for the main thread, whose handlers are Python's."""
+    daemon = start()
+    stop_signals = 1 << (signal.SIGTERM - 1) | 1 << (signal.SIGINT - 1)
+    blocked = {}
+    for task in Path(f"/proc/{daemon.pid}/task").iterdir():
+        status = dict(line.split(":\t") for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        blocked[int(task.name) == daemon.pid] = int(status["SigBlk"], 16) & stop_signals
+    assert blocked == {True: 0, False: stop_signals}
+
+
+def test_what_comes_after_the_log() -> None:
+    """What is said when the log is closed already is not swallowed."""
+    body = """
+class Late:
+    def __del__(self): raise ValueError("too late for the log")
+late = Late()
+log.close()
+logging.getLogger("asyncio").error("said afterwards")
+warnings.warn("warned afterwards")
+"""
+    text = log_of(body)
+    for late in ("too late for the log", "said afterwards", "warned afterwards"):
+        assert late in text
 
 
 def test_writer_ends_a_torn_line(tmp_path: Path) -> None:

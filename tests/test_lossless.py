@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd, Pace, Stuck
-from harness import PATIENCE, reset
+from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:
     from harness import Start
@@ -188,3 +189,38 @@ def test_reset_after_half_close_is_noticed(start: Start) -> None:
     line = daemon.wait_for("client_closed", reason="reset")
     assert line["sent"] == 400_000 > line["acked"]
     assert line["seconds"] < 20
+
+
+@pytest.mark.parametrize("by", ["quiet", "idle"])
+def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
+    """After a stall of the daemon itself, its timeouts do not close a client whose message is there to be read."""
+    timeout = ("--shutdown.quiet-period", "0.5") if by == "quiet" else ("--limits.idle-timeout", "0.5")
+    daemon = start(*timeout)
+    with daemon.connect() as client:
+        client.sendall(b"first")
+        assert receive(client, 5) == b"first"
+        if by == "quiet":
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait_for("draining")
+        daemon.send_signal(signal.SIGSTOP)
+        client.sendall(b"second")
+        select.select([], [], [], 1)  # the stall
+        daemon.send_signal(signal.SIGCONT)
+        assert receive(client, 6) == b"second"
+
+
+def test_half_close_with_a_full_buffer(start: Start) -> None:
+    """The end comes once, also where the last of the echo leaves the buffer long after the client's EOF."""
+    daemon = start("--limits.write-buffer", "64MiB")
+    with Crowd() as crowd:
+        for seed in range(6):
+            crowd.add(daemon.connect(receive_buffer=4096), 8_200_000, seed)
+        crowd.pause_reading(*crowd.peers)
+        crowd.run(lambda: not any(peer.writing for peer in crowd.peers))
+        for _ in range(5):  # while these are served, so are the EOFs of the others
+            daemon.echo(b"x")
+        crowd.pause_reading(*crowd.peers, reading=True)
+        crowd.finish()
+        assert [(peer.end, peer.received) for peer in crowd.peers] == [("eof", 8_200_000)] * 6
+    assert daemon.stop() == 0
+    assert {event["level"] for event in daemon.events} == {"info"}

@@ -6,12 +6,13 @@ import resource
 import select
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from crowd import Crowd, Stuck
-from harness import PATIENCE, receive
+from harness import PATIENCE, receive, until
 
 if TYPE_CHECKING:
     import socket
@@ -122,6 +123,50 @@ def test_cap(start: Start) -> None:
         client.close()
     assert daemon.wait() == 0
     assert daemon.receipt()["completed"] == 4
+
+
+def test_pauses_are_told_of_when_somebody_waits(start: Start) -> None:
+    """At the cap exactly nobody waits yet; and the pause is over when nobody waits any more, whoever comes next."""
+    daemon = start("--limits.max-connections", "2")
+    clients = connect_all(daemon, 2)
+    serve = [receive(client, 5) for client in clients]
+    assert serve == [b"00000", b"00001"]
+    assert not daemon.all("accept_paused")
+    clients += connect_all(daemon, 1)
+    daemon.wait_for("accept_paused")
+    clients[0].close()
+    assert receive(clients[2], 5) == b"00000"
+    clients[1].close()
+    daemon.wait_for("accept_resumed")
+    clients[2].close()
+
+
+def test_stop_with_no_time_to_drain(start: Start) -> None:
+    """With a `drain_timeout` of 0, who waits in the backlog gets EOF, and no reset."""
+    daemon = start("--limits.max-connections", "1", "--shutdown.drain-timeout", "0")
+    clients = connect_all(daemon, 20)
+    assert receive(clients[0], 5) == b"00000"
+    daemon.send_signal(signal.SIGTERM)
+    assert [receive(client, 5) for client in clients[1:]] == [b""] * 19
+    for client in clients:
+        client.close()
+    assert daemon.wait() == 0
+    assert daemon.receipt()["cut"] == 20
+    assert not daemon.all("backlog_abandoned")
+
+
+def test_stop_with_a_full_descriptor_table_and_nobody_waiting(start: Start) -> None:
+    """Then the listening socket is closed at once: who comes late is refused, and not let in to be reset."""
+    daemon = start("--shutdown.quiet-period", "20", "--shutdown.drain-timeout", "20")
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        open_now = len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_now, open_now))
+        daemon.send_signal(signal.SIGTERM)
+        until(lambda: not daemon.listens())
+    assert daemon.wait() == 0
+    assert daemon.receipt()["completed"] == 1
 
 
 def test_clients_that_do_not_read(start: Start) -> None:

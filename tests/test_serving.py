@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from crowd import Crowd, Stuck
 from echod.addresses import TcpAddress
 from echod.listeners import ListenError, open_listeners
 from harness import PATIENCE, Daemon, receive, reset, run
@@ -164,6 +165,27 @@ EchoSession.data_received = data_received
         assert "KeyError: 'a bug'" in failed["exception"]
         assert not daemon.all("loop_error")
         assert "\nTraceback" not in "".join(daemon.raw)
+
+
+@pytest.mark.parametrize("method", ["pause_writing", "resume_writing"])
+def test_bug_in_flow_control(loop_name: str, method: str) -> None:
+    """What the loops only report, and go on, ends the client too: it is its failure, and it does not hang."""
+    patch = f"""
+from echod.session import EchoSession
+def broken(self):
+    raise KeyError("a bug")
+EchoSession.{method} = broken
+"""
+    with patched_daemon(patch, loop_name) as daemon, Crowd() as crowd:
+        peer = crowd.add(daemon.connect(receive_buffer=4096), None, 1)
+        crowd.pause_reading(peer)
+        crowd.run(Stuck(peer))
+        crowd.pause_reading(peer, reading=True)
+        crowd.finish()
+        assert "KeyError: 'a bug'" in daemon.wait_for("client_failed")["exception"]
+        assert daemon.wait_for("client_closed")["reason"] == "failed"
+        assert daemon.stop() == 0
+        assert len(daemon.all("client_failed")) == 1
 
 
 def test_bug_in_a_callback(loop_name: str) -> None:

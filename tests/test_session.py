@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
+from echod import kernel
 from echod.client import Client
 from echod.daemon import loop_factory
 from echod.drain import DrainSettings
@@ -177,6 +178,38 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
         await pair.session.ended
 
     in_loop(scene)
+
+
+def test_abort_meets_the_last_write(in_loop: InLoop) -> None:
+    """The buffer may empty in the moment between an abort and the end: the client is reset, and sees no clean EOF."""
+
+    async def scene(pair: Pair) -> None:
+        pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        await pair.connect()
+        while not pair.session.unsent():
+            pair.session.data_received(bytes(100_000))
+        pair.session.finish("cut")
+        # What is read here makes room for all that is unsent, before the loop looks at the socket again.
+        total = 0
+        while kernel.unread(pair.client):
+            total += len(pair.client.recv(1 << 20))
+        pair.session.abort("aborted")
+        await pair.session.ended
+        with pytest.raises(ConnectionResetError):
+            total += len(read_to_the_end(pair.client))
+        assert pair.session.reason == "aborted"
+        assert pair.session.delivery is not None
+        assert pair.session.delivery.acked >= total
+
+    in_loop(scene)
+
+
+def read_to_the_end(client: socket.socket) -> bytes:
+    """Read until EOF."""
+    data = b""
+    while more := client.recv(1 << 20):
+        data += more
+    return data
 
 
 def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:

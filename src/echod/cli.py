@@ -72,6 +72,7 @@ def _serve(loaded: Loaded, signals: StopSignals) -> int:
         return EXIT_FAILURE
     finally:
         log.close()
+        signals.ignore()
 
 
 def _unusable(loaded: Loaded) -> Iterator[Problem]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from echod import kernel
+
 if TYPE_CHECKING:
     from echod.session import EchoSession, Reason
 
@@ -72,6 +74,8 @@ class Client:
         # Linux reports a socket as writable in large steps, so the write buffer alone would call a slow reader
         # stalled. The first look at what is left only takes the measure.
         left = session.undelivered()
+        if reason == "idle" and kernel.unread(session.sock):
+            return None  # it is this process that has been silent
         fell = left < self._left
         unknown = left and not self._left
         self._left = left

@@ -18,7 +18,7 @@ from echod.ledger import Ledger, Receipt
 from echod.listeners import open_listeners
 from echod.logs import STDERR
 from echod.server import Server, ServerSettings
-from echod.session import EchoSession, Linger, SessionSettings
+from echod.session import EchoSession, SessionSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,9 +123,11 @@ class _Daemon:
                 server.abort()
 
     def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        # A session's exception is its client's: it comes out of the client's task, and is logged there.
-        if not isinstance(context.get("protocol"), EchoSession | Linger):
-            self._log.error("loop_error", message=context["message"], exc_info=context.get("exception"))
+        session, error = context.get("protocol"), context.get("exception")
+        if isinstance(session, EchoSession) and isinstance(error, Exception):
+            session.fail(error)  # it comes out of the client's task, and is logged there
+        else:
+            self._log.error("loop_error", message=context["message"], exc_info=error)
 
     def _cap(self, listeners: int) -> int:
         """Return the most clients a listener may have, which the descriptors bound too."""

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from echod import kernel
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -69,6 +71,7 @@ class Drain:
         cut = self._loop.time() + self._settings.drain_timeout
         tick = min(max(self._settings.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
         next_look = 0.0
+        self._emptied = not self._hurried and self._accept_rest()
         while not self._hurried and (now := self._loop.time()) < cut:
             self._emptied = self._emptied or self._accept_rest()
             if self._emptied and not self._clients:
@@ -99,7 +102,11 @@ class Drain:
             if session.received != received or session.paused or session.undelivered():
                 self._silence[client] = (session.received, now)
             elif now - since >= self._settings.quiet_period:
-                session.finish("quiet")
+                # After a stall of this process, what is waiting to be read is the proof that the client was not silent.
+                if kernel.unread(session.sock):
+                    self._silence[client] = (received, now)
+                else:
+                    session.finish("quiet")
 
     async def _wait_until(self, when: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -62,10 +62,16 @@ def unacknowledged(sock: socket.socket) -> int:
     return int(count)
 
 
-def waiting_connections(listening: socket.socket) -> int:
-    """Return how many connections wait in a listening socket's queue; 0 where the kernel does not tell."""
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes wait in the kernel to be read (FIONREAD)."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))
+    return int(count)
+
+
+def waiting_connections(listening: socket.socket) -> int | None:
+    """Return how many connections wait in a listening socket's queue, or None where the kernel does not tell."""
     if sys.platform != "linux":  # pragma: no cover (Linux only)
-        return 0
+        return None
     (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
     return int(count)
 

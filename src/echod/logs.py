@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -77,14 +78,16 @@ class LogWriter:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        # A signal that this thread took would meet no handler of Python's, and at the end of the process none at all.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         closing = False
         while not closing:
             self._wake.wait()
-            # Read before the lines are taken, so that the last round takes all that came before close().
-            closing = self._closing
-            if not closing:
+            if not self._closing:
                 time.sleep(_GATHER)
             self._wake.clear()
+            # After the clearing, or close() would wake nobody; before the lines are taken, so that none stays behind.
+            closing = self._closing
             with self._lock:
                 lines, self._lines, self._size = self._lines, [], 0
                 dropped, self._dropped = self._dropped, 0
@@ -151,17 +154,21 @@ class Log:
             processors=processors,
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
+        self._bridge = _Bridge(self.logger)
 
     def capture(self) -> None:
         """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""
         logging.captureWarnings(capture=True)
-        logging.basicConfig(level=logging.WARNING, handlers=[_Bridge(self.logger)])
+        logging.getLogger().addHandler(self._bridge)
         sys.unraisablehook = lambda args: self.logger.error(
             "exception_ignored", message=args.err_msg, exc_info=args.exc_value
         )
 
     def close(self) -> None:
-        """Write what is queued, within a second, and close the file."""
+        """Write what is queued, within a second, and close the file; what is captured later goes to standard error."""
+        sys.unraisablehook = sys.__unraisablehook__
+        logging.captureWarnings(capture=False)
+        logging.getLogger().removeHandler(self._bridge)
         self._writer.close()
         if self._file is not None:
             self._file.close()

@@ -45,6 +45,7 @@ _FIRST_PAUSE = 0.005
 _LAST_PAUSE = 1.0
 
 _LONGEST_SWEEP = 1.0
+_SHORTEST_SWEEP = 0.01
 
 
 class ServerSettings(NamedTuple):
@@ -116,8 +117,8 @@ class Server:
         if self._aborted.is_set():
             self._drain.hurry()
         if not await self._drain.run():
-            waiting = sum(kernel.waiting_connections(sock) for sock in self._sockets)
-            self.ledger.log.warning("backlog_abandoned", clients=waiting)
+            if waiting := self._waiting():
+                self.ledger.log.warning("backlog_abandoned", clients=waiting)
             for sock in self._sockets:
                 sock.close()
         if self._clients:
@@ -145,6 +146,8 @@ class Server:
             self._obstacle: asyncio.Future[float | None] = self._loop.create_future()
             for sock in self._sockets:
                 self._loop.add_reader(sock, self._accept, sock)
+                if self._paused_since is not None:
+                    self._accept(sock)  # when nobody waits any more, no event will say so
             try:
                 timeout = await self._obstacle
             finally:
@@ -155,9 +158,9 @@ class Server:
                     await self._room.wait()
 
     def _accept(self, sock: socket.socket) -> None:
-        for _ in range(_BATCH):
+        for number in range(_BATCH):
             if self.clients >= self.settings.max_connections:
-                self._hold("max_connections", None)
+                self._full(number, "max_connections", None)
                 return
             try:
                 connection, peer = sock.accept()
@@ -167,11 +170,18 @@ class Server:
             except OSError as error:
                 if error.errno in _GONE:
                     continue
-                self._hold(errno.errorcode.get(error.errno or 0, str(error)), self._pause)
+                self._full(number, errno.errorcode.get(error.errno or 0, str(error)), self._pause)
                 self._pause = min(2 * self._pause, _LAST_PAUSE)
                 return
             self._pause = _FIRST_PAUSE
             self._admit(connection, peer)
+
+    def _full(self, accepted: int, cause: str, seconds: float | None) -> None:
+        """Hold, if somebody waits: that is sure only of the first at a wake-up, and else the next one will tell."""
+        if accepted:
+            self._unhold()
+        else:
+            self._hold(cause, seconds)
 
     def _hold(self, cause: str, seconds: float | None) -> None:
         """Stop accepting until a client leaves, or for some seconds. Who comes meanwhile waits in the backlog."""
@@ -187,7 +197,7 @@ class Server:
 
     def _unhold(self) -> None:
         """Note that nobody waits any more. Not earlier: one in for one out is still a pause to those outside."""
-        if self._paused_since is not None:
+        if self._paused_since is not None and not self._waiting():
             seconds = round(self._loop.time() - self._paused_since, 3)
             self._paused_since = None
             self.ledger.log.info("accept_resumed", seconds=seconds, clients=self.clients)
@@ -204,9 +214,17 @@ class Server:
             except BlockingIOError:
                 self._sockets.pop().close()
             except OSError as error:
-                if error.errno not in _GONE:
+                if error.errno in _GONE:
+                    continue
+                # Want of descriptors is told of before the queue is looked at: nobody may be in it.
+                if kernel.waiting_connections(self._sockets[-1]) != 0:
                     return False
+                self._sockets.pop().close()
         return True
+
+    def _waiting(self) -> int:
+        """Return how many connections wait in the backlog, as far as the kernel tells."""
+        return sum(kernel.waiting_connections(sock) or 0 for sock in self._sockets)
 
     # Clients
 
@@ -235,7 +253,8 @@ class Server:
         """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""
         while True:
             timeouts = (self.settings.idle_timeout, self.settings.write_timeout)
-            await asyncio.sleep(min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout)))
+            pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout))
+            await asyncio.sleep(max(_SHORTEST_SWEEP, pause))
             now = self._loop.time()
             for client in self._clients.values():
                 reason = client.overdue(now, *timeouts)

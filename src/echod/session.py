@@ -125,7 +125,8 @@ class EchoSession(asyncio.Protocol):
             self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
             self._connected.resume_reading()
         else:
-            self._send_fin()
+            # Not now: asyncio's transport, which is calling, would report the end twice if it were closed here.
+            self.ended.get_loop().call_soon(self._send_fin)
 
     def eof_received(self) -> bool:
         """Go on writing to a client that has closed its own direction."""
@@ -169,9 +170,13 @@ class EchoSession(asyncio.Protocol):
         self.reason = reason
         if self.transport is None:
             return  # connection_made goes on from here
-        self._settle()  # asyncio's transport drops its buffer before connection_lost
         kernel.reset_on_close(self.sock)
         self.transport.abort()
+
+    def fail(self, error: Exception) -> None:
+        """Reset the connection for a failure of our own, which `ended` then holds."""
+        self.failure = error
+        self.abort("failed")
 
     def end(self) -> None:
         """Stop lingering: reset a client that left echo in our write buffer, close all others.
@@ -209,6 +214,8 @@ class EchoSession(asyncio.Protocol):
             self._connected.set_write_buffer_limits(high=0)
 
     def _send_fin(self) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return  # aborted or reset meanwhile
         # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
         try:
             self.sock.shutdown(socket.SHUT_WR)
@@ -217,13 +224,11 @@ class EchoSession(asyncio.Protocol):
             return
         self._fin_sent = True
         if self.eof and not kernel.unacknowledged(self.sock):
-            self._connected.close()
+            self.transport.close()
         else:
-            Linger(self, self._connected)
+            Linger(self, self.transport)
 
     def _settle(self) -> None:
-        if self.delivery is not None:
-            return
         self.tcp_info = kernel.tcp_info(self.sock)
         waiting = kernel.unacknowledged(self.sock)
         if self.tcp_info is None:  # pragma: no cover (Linux has it)
@@ -288,4 +293,6 @@ class Linger(asyncio.Protocol):
             self._transport.close()
         else:
             self._poll_after = min(2 * self._poll_after, _LAST_POLL)
-            self._timer = self._loop.call_later(min(self._poll_after, self._expiry - now), self._poll)
+            # With nothing left to be acknowledged only the client's EOF is waited for, and that is an event.
+            delay = min(self._poll_after, self._expiry - now) if left else self._expiry - now
+            self._timer = self._loop.call_later(delay, self._poll)

@@ -45,6 +45,11 @@ class StopSignals:
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
+    def ignore(self) -> None:
+        """Take no more signals: all is done but for the interpreter's own end, which would restore the defaults."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def release(self) -> None:
         """Let signals do what they do by default, those that came meanwhile too."""
         for number in STOP_SIGNALS:
