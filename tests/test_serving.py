@@ -261,6 +261,16 @@ def test_other_missing_addresses_are_errors(monkeypatch: pytest.MonkeyPatch) -> 
         open_listeners([("x", TcpAddress("name", 0))], 10)
 
 
+def test_all_or_none() -> None:
+    """Where one address cannot be opened, those that could are closed again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as chosen:
+        good, bad = chosen.getsockname(), taken.getsockname()
+        chosen.close()
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_listeners([("good", TcpAddress(*good)), ("bad", TcpAddress(*bad))], 10)
+        socket.create_server(good).close()
+
+
 def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the free port of one family is taken in the next, another is tried, and a fixed one is an error."""
     answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))

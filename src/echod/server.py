@@ -65,8 +65,8 @@ class ServerSettings(NamedTuple):
 class Server:
     """Echo to everyone who connects to some listening sockets.
 
-    The caller binds and listens; from then on the sockets are the server's. `start` it in a running loop, then either
-    `shutdown` (graceful) or `abort` it; both end with every socket closed and every client's task awaited.
+    The caller binds and listens; from then on the sockets are the server's. `start` it in a running loop, and end it with
+    `shutdown`, after which every socket is closed and every client's task awaited; `abort` makes that end at once.
 
     Args:
         sockets: listening stream sockets, non-blocking: usually one, or one for each address family.
