@@ -189,6 +189,7 @@ def test_reset_after_half_close_is_noticed(start: Start) -> None:
     line = daemon.wait_for("client_closed", reason="reset")
     assert line["sent"] == 400_000 > line["acked"]
     assert line["seconds"] < 20
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("by", ["quiet", "idle"])
@@ -207,6 +208,9 @@ def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
         select.select([], [], [], 1)  # the stall
         daemon.send_signal(signal.SIGCONT)
         assert receive(client, 6) == b"second"
+    if by == "idle":
+        daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait() == 0
 
 
 def test_half_close_with_a_full_buffer(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -212,38 +213,112 @@ def read_to_the_end(client: socket.socket) -> bytes:
     return data
 
 
-def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
-    """A departure between the moment accepting stops and the one in which the listener task waits is not missed."""
+def test_reset_after_our_fin(in_loop: InLoop) -> None:
+    """Who is let go and then resets was let go."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.session.finish("quiet")
+        assert await asyncio.to_thread(pair.client.recv, 1) == b""
+        reset(pair.client)
+        await pair.session.ended
+        assert pair.session.reason == "quiet"
+
+    in_loop(scene)
+
+
+def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
+    """After our FIN the client sends its own, and only then takes its echo: the connection waits for that."""
+
+    async def scene(pair: Pair) -> None:
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await pair.connect()
+        pair.session.data_received(bytes(200_000))
+        pair.session.finish("idle")
+        pair.client.shutdown(socket.SHUT_WR)
+        while not pair.session.eof:  # noqa: ASYNC110  (the session has no event for it)
+            await asyncio.sleep(0)
+        assert not pair.session.ended.done()
+        assert len(await asyncio.to_thread(read_to_the_end, pair.client)) == 200_000
+        await pair.session.ended
+        assert pair.session.delivery is not None
+        assert (pair.session.delivery.acked, pair.session.reason) == (200_000, "idle")
+
+    in_loop(scene)
+
+
+class Unsteady(socket.socket):
+    """A listening socket some of whose connections are gone when they are to be accepted."""
+
+    gone = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.gone:
+            self.gone -= 1
+            raise ConnectionAbortedError(errno.ECONNABORTED, "gone")
+        return super().accept()
+
+
+def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]) -> None:
+    """Run a scene with a server in the loop under test, and shut that down."""
 
     async def main() -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
+        listening = Unsteady()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
         listening.setblocking(False)
-        address = listening.getsockname()
-        linger = 1.0
         settings = ServerSettings(
             max_connections=10,
             idle_timeout=0,
             write_timeout=30,
-            session=SessionSettings(65536, linger),
-            drain=DrainSettings(0, 0.1, 1, linger),
+            session=SessionSettings(65536, 1.0),
+            drain=DrainSettings(0, 0.1, 1, 1.0),
         )
         server = Server([listening], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
         server.start()
         await asyncio.sleep(0)
-        server._hold("a test", None)
-        server._room.set()
-        for _ in range(3):
-            await asyncio.sleep(0)
-        reader, writer = await asyncio.open_connection(*address)
-        writer.write(b"x")
-        assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"
-        writer.close()
-        await writer.wait_closed()
+        await scene(server, listening)
         receipt = await server.shutdown()
         assert receipt.unacked_bytes == 0
 
     with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
         runner.run(main())
+
+
+async def echo(listening: socket.socket) -> None:
+    """Be a client that is served."""
+    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    writer.write(b"x")
+    assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"
+    writer.close()
+    await writer.wait_closed()
+
+
+def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
+    """A departure between the moment accepting stops and the one in which the listener task waits is not missed."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        server._hold("a test", None)
+        server._hold("a test, of another socket in the same iteration", None)
+        server._room.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await echo(listening)
+        assert server.ledger.account.accept_pauses == 1
+
+    serving(loop_name, scene)
+
+
+def test_connections_that_are_gone(loop_name: str) -> None:
+    """accept(2) may fail for the one connection alone: the next is served, in a stop as well."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        listening.gone = 2
+        await echo(listening)
+        assert listening.gone == 0
+        listening.gone = 2
+
+    serving(loop_name, scene)
 
 
 def test_cancel_lets_failures_out() -> None:

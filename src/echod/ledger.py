@@ -155,7 +155,7 @@ class Ledger:
                 "discarded_bytes": delivery.discarded,
                 "reason": reason,
             }
-            if session.tcp_info is not None:
+            if session.tcp_info is not None:  # pragma: no branch (Linux has it)
                 fields["rtt_ms"] = session.tcp_info.rtt_ms
                 fields["retransmits"] = session.tcp_info.retransmits
             self.log.info("client_closed", **fields)
@@ -168,5 +168,5 @@ class Ledger:
                 return delivery.received > 0 or reason == "failed"
             case "failed":
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
-            case "none":
+            case _:
                 return False

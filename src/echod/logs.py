@@ -108,10 +108,8 @@ class LogWriter:
         except OSError:
             written = len(data) - len(rest)
             whole = 0
-            for line in lines:
-                if written < len(line):
-                    break
-                written -= len(line)
+            while written >= len(lines[whole]):
+                written -= len(lines[whole])
                 whole += 1
             lost = len(lines) - whole - (self._torn and not whole)
             self._torn = written > 0 or (self._torn and not whole)
