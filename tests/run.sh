@@ -34,8 +34,8 @@ echo "== lint and types"
 status=0
 for version in $here; do
     bin=.venv-test-$version/bin
-    if [ "$version" = "$newest" ]; then
-        # On the newest: 3.11 does not trace a coroutine any more after an exception was thrown into it.
+    # 3.11 does not trace a coroutine any more after an exception was thrown into it: its figures would be wrong.
+    if [ "$version" = "$newest" ] && [ "$version" != 3.11 ]; then
         echo "== tests on Python $version, with branch coverage"
         "$bin/coverage" erase
         "$bin/coverage" run -m pytest -n 2 || status=1

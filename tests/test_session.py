@@ -312,7 +312,7 @@ def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
 def test_connections_that_are_gone(loop_name: str) -> None:
     """accept(2) may fail for the one connection alone: the next is served, in a stop as well."""
 
-    async def scene(server: Server, listening: Unsteady) -> None:
+    async def scene(_: Server, listening: Unsteady) -> None:
         listening.gone = 2
         await echo(listening)
         assert listening.gone == 0
