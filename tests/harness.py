@@ -172,6 +172,12 @@ class Daemon:
     def send_signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
+    def freeze(self) -> None:
+        """Send SIGSTOP, and wait until the process has stopped."""
+        self.send_signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{self.pid}/stat")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
     def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the end of the process and of its log; return its exit code."""
         code = self.process.wait(timeout)

@@ -70,7 +70,7 @@ def test_stop_serves_the_backlog(start: Start) -> None:
     """Clients whose handshake is complete when SIGTERM comes, and who were not yet accepted, get their echo."""
     clients = 1500
     daemon = start("--shutdown.quiet-period", "0.5")
-    daemon.send_signal(signal.SIGSTOP)
+    daemon.freeze()
     with Crowd() as crowd:
         for seed in range(clients):
             crowd.add(daemon.connect(), 1000, seed)
@@ -203,7 +203,7 @@ def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
         if by == "quiet":
             daemon.send_signal(signal.SIGTERM)
             daemon.wait_for("draining")
-        daemon.send_signal(signal.SIGSTOP)
+        daemon.freeze()
         client.sendall(b"second")
         select.select([], [], [], 1)  # the stall
         daemon.send_signal(signal.SIGCONT)

@@ -13,7 +13,7 @@ import structlog
 from echod import kernel
 from echod.client import Client
 from echod.daemon import loop_factory
-from echod.drain import DrainSettings
+from echod.drain import Drain, DrainSettings
 from echod.ledger import Ledger
 from echod.server import Server, ServerSettings, _cancel
 from echod.session import EchoSession, SessionSettings
@@ -211,6 +211,30 @@ def read_to_the_end(client: socket.socket) -> bytes:
     while more := client.recv(1 << 20):
         data += more
     return data
+
+
+def test_unread_input_is_no_silence(in_loop: InLoop) -> None:
+    """Neither the sweep nor a drain takes a client for silent whose message is there to be read."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        client = Client(pair.session, "peer", 0)
+        drain = Drain([client], lambda: True, DrainSettings(0, quiet_period=1, drain_timeout=9, linger_timeout=1))
+        drain._dismiss_quiet(0)
+        pair.client.sendall(b"x")
+        assert client.overdue(5, 1, 30) is None
+        drain._dismiss_quiet(5)
+        assert pair.session.reason is None
+        assert await asyncio.to_thread(pair.client.recv, 1) == b"x"
+        assert client.overdue(6, 1, 30) is None
+        assert client.overdue(8, 1, 30) == "idle"
+        drain._dismiss_quiet(6)
+        drain._dismiss_quiet(8)
+        assert pair.session.reason == "quiet"
+        pair.client.shutdown(socket.SHUT_WR)
+        await pair.session.ended
+
+    in_loop(scene)
 
 
 def test_reset_after_our_fin(in_loop: InLoop) -> None:
