@@ -315,47 +315,43 @@ warnings.warn("warned afterwards")
         assert late in text
 
 
-def test_writer_ends_a_torn_line(tmp_path: Path) -> None:
-    """After an error in the middle of a line, the next one begins at its own start, and the loss is counted."""
-    program = """
-import resource, signal, sys, threading
+def log_on_a_full_disk(path: Path, size: int, body: str) -> bytes:
+    """Return what a writer leaves in a file that can grow to `size` bytes, and after `body` without a limit."""
+    program = f"""
+import resource, signal, sys
 from echod.logs import LogWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (25, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
 out = open(sys.argv[1], "ab", buffering=0)
 writer = LogWriter(out.fileno(), lambda lines: b"dropped %d\\n" % lines)
+{body}
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+writer.write(b"next\\n")
+writer.close()
+out.close()
+"""
+    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
+    return path.read_bytes()
+
+
+def test_writer_ends_a_torn_line(tmp_path: Path) -> None:
+    """After an error in the middle of a line, the next one begins at its own start, and the loss is counted."""
+    body = """
 for _ in range(4):
     writer.write(b"123456789\\n")
 while not writer._dropped:
     pass
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-writer.write(b"next\\n")
-writer.close()
-out.close()
 """
-    path = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
-    assert path.read_bytes() == b"123456789\n123456789\n12345\nnext\ndropped 2\n"
+    log = log_on_a_full_disk(tmp_path / "log", 25, body)
+    assert log == b"123456789\n123456789\n12345\nnext\ndropped 2\n"
 
 
 def test_writer_keeps_counting_while_it_fails(tmp_path: Path) -> None:
     """A notice that could not be written is no loss of the count."""
-    program = """
-import resource, signal, sys
-from echod.logs import LogWriter
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-out = open(sys.argv[1], "ab", buffering=0)
-writer = LogWriter(out.fileno(), lambda lines: b"dropped %d\\n" % lines)
+    body = """
 for number in range(1, 4):
     writer.write(b"lost\\n")
     while writer._dropped != number:
         pass
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-writer.write(b"next\\n")
-writer.close()
-out.close()
 """
-    path = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
-    assert path.read_bytes() == b"next\ndropped 3\n"
+    assert log_on_a_full_disk(tmp_path / "log", 0, body) == b"next\ndropped 3\n"
