@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from echod.addresses import AddressError, TcpAddress, from_sockaddr, parse
+from echod.addresses import AddressError, InheritedAddress, TcpAddress, UnixAddress, from_sockaddr, parse
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,67 @@ def test_what_is_no_address(text: str, message: str) -> None:
         parse(text)
 
 
-def test_from_sockaddr() -> None:
-    assert from_sockaddr(("127.0.0.1", 80)) == "127.0.0.1:80"
-    assert from_sockaddr(("::1", 80, 0, 0)) == "[::1]:80"
+@pytest.mark.parametrize(
+    ("text", "address", "sockaddr"),
+    [
+        ("unix:/run/echod.sock", UnixAddress("/run/echod.sock"), "/run/echod.sock"),
+        ("unix:echod.sock", UnixAddress("echod.sock"), "echod.sock"),
+        ("unix:@echod", UnixAddress("@echod"), "\0echod"),
+        ("unix:" + "x" * 107, UnixAddress("x" * 107), "x" * 107),
+        ("unix:@" + "x" * 107, UnixAddress("@" + "x" * 107), "\0" + "x" * 107),
+        ("unix:/a:80", UnixAddress("/a:80"), "/a:80"),
+    ],
+)
+def test_unix(text: str, address: UnixAddress, sockaddr: str) -> None:
+    """A socket really can be bound there, and one byte more is too much for the kernel too."""
+    assert parse(text) == address
+    assert str(address) == text
+    assert address.sockaddr == sockaddr
+    if sockaddr.startswith("\0"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(address.sockaddr)
+            assert from_sockaddr(sock.getsockname()) == address
+
+
+@pytest.mark.parametrize("text", ["systemd:echod.socket", "systemd:web", "systemd:unknown"])
+def test_inherited(text: str) -> None:
+    assert parse(text) == InheritedAddress(text.removeprefix("systemd:"))
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("unix:", "'unix:' names no socket: write unix:PATH or unix:@NAME"),
+        ("unix:@", "names no socket"),
+        ("unix:a\0b", "names no socket"),
+        ("unix:a\nb", "names no socket"),
+        ("unix:" + "x" * 108, "has at most 107 bytes, not 108"),
+        ("unix:" + "ü" * 60, "has at most 107 bytes, not 120"),
+        ("unix:@" + "x" * 108, "has at most 107 bytes, not 109"),
+        ("systemd:", "names no inherited socket: write systemd:NAME"),
+        ("systemd:a:b", "names no inherited socket"),
+        ("systemd:ü", "names no inherited socket"),
+    ],
+)
+def test_what_is_no_socket(text: str, message: str) -> None:
+    with pytest.raises(AddressError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("sockaddr", "address"),
+    [
+        (("127.0.0.1", 80), TcpAddress("127.0.0.1", 80)),
+        (("::1", 80, 0, 0), TcpAddress("::1", 80)),
+        (("::ffff:192.0.2.1", 80, 0, 0), TcpAddress("192.0.2.1", 80)),
+        (("fe80::1%eth0", 80, 0, 2), TcpAddress("fe80::1%eth0", 80)),
+        ("/run/x", UnixAddress("/run/x")),
+        (b"\0x", UnixAddress("@x")),
+        ("", None),
+        (b"", None),
+        ((3, 5000), None),  # AF_VSOCK
+    ],
+)
+def test_from_sockaddr(sockaddr: object, address: TcpAddress | UnixAddress | None) -> None:
+    assert from_sockaddr(sockaddr) == address

@@ -14,7 +14,7 @@ import pytest
 
 from crowd import Crowd, Stuck
 from echod.addresses import TcpAddress
-from echod.listeners import ListenError, open_listeners
+from echod.listeners import ListenError, Wanted, open_listeners
 from harness import PATIENCE, Daemon, receive, reset, run
 
 if TYPE_CHECKING:
@@ -226,8 +226,8 @@ def patched_daemon(patch: str, loop_name: str) -> Daemon:
 
 def test_connections_inherit_socket_options() -> None:
     """Accepted connections have TCP_NODELAY and keepalive on, whichever loop serves them."""
-    (listener,) = open_listeners([("x", TcpAddress("127.0.0.1", 0))], 10)
-    (listening,) = listener.sockets
+    (listener,) = open_listeners([Wanted("x", TcpAddress("127.0.0.1", 0))], 10)
+    listening = listener.sockets[0].sock
     with listening, socket.create_connection(listening.getsockname()):
         accepted, _ = listening.accept()
         with accepted:
@@ -247,9 +247,9 @@ def test_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name with an IPv6 address that this host does not have is served on the others."""
     answer = found((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
-    (listener,) = open_listeners([("x", TcpAddress("name", 0))], 10)
-    (sock,) = listener.sockets
-    with sock:
+    (listener,) = open_listeners([Wanted("x", TcpAddress("name", 0))], 10)
+    (listening,) = listener.sockets
+    with listening.sock as sock:
         assert sock.getsockname()[0] == "127.0.0.1"
 
 
@@ -258,7 +258,7 @@ def test_other_missing_addresses_are_errors(monkeypatch: pytest.MonkeyPatch) -> 
     answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "192.0.2.1"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     with pytest.raises(ListenError, match=r"cannot listen on name:0: Cannot assign requested address"):
-        open_listeners([("x", TcpAddress("name", 0))], 10)
+        open_listeners([Wanted("x", TcpAddress("name", 0))], 10)
 
 
 def test_all_or_none() -> None:
@@ -267,7 +267,7 @@ def test_all_or_none() -> None:
         good, bad = chosen.getsockname(), taken.getsockname()
         chosen.close()
         with pytest.raises(ListenError, match="Address already in use"):
-            open_listeners([("good", TcpAddress(*good)), ("bad", TcpAddress(*bad))], 10)
+            open_listeners([Wanted("good", TcpAddress(*good)), Wanted("bad", TcpAddress(*bad))], 10)
         socket.create_server(good).close()
 
 
@@ -289,15 +289,15 @@ def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None
                 bind(self, (host, port if len(tries) == 1 else wanted))
 
         monkeypatch.setattr(socket, "socket", Steered)
-        (listener,) = open_listeners([("x", TcpAddress("name", 0))], 10)
-        ports = {sock.getsockname()[1] for sock in listener.sockets}
-        for sock in listener.sockets:
-            sock.close()
+        (listener,) = open_listeners([Wanted("x", TcpAddress("name", 0))], 10)
+        ports = {listening.sock.getsockname()[1] for listening in listener.sockets}
+        for listening in listener.sockets:
+            listening.close()
         assert len(ports) == 1
         assert port not in ports
         assert len(tries) == 4
         with pytest.raises(ListenError, match="Address already in use"):
-            open_listeners([("x", TcpAddress("name", port))], 10)
+            open_listeners([Wanted("x", TcpAddress("name", port))], 10)
 
 
 CLIENTS = {

@@ -11,10 +11,11 @@ import pytest
 import structlog
 
 from echod import kernel
-from echod.client import Client
+from echod.client import Client, Entrance, Quota, Timeouts
 from echod.daemon import loop_factory
 from echod.drain import Drain, DrainSettings
 from echod.ledger import Ledger
+from echod.listeners import ListeningSocket
 from echod.server import Server, ServerSettings, _cancel
 from echod.session import EchoSession, SessionSettings
 from harness import PATIENCE, reset
@@ -35,6 +36,9 @@ class Pair:
             self.sock, _ = listening.accept()
         self.sock.setblocking(False)
         self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
+
+    def life(self) -> Client:
+        return Client(self.sock, ("127.0.0.1", 1), 0, lambda _, __: self.session)
 
     async def connect(self) -> None:
         await asyncio.get_running_loop().connect_accepted_socket(self.session, self.sock)
@@ -130,7 +134,7 @@ def test_client_gone_before_its_turn(in_loop: InLoop) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(loop), "connect_accepted_socket", refuse)
-            await Client(pair.session, "peer", loop.time()).run()
+            await pair.life().run(Entrance(), Quota(0))
         assert pair.session.reason == "reset"
         assert pair.sock.fileno() == -1
 
@@ -218,16 +222,17 @@ def test_unread_input_is_no_silence(in_loop: InLoop) -> None:
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
-        client = Client(pair.session, "peer", 0)
+        client = pair.life()
         drain = Drain([client], lambda: True, DrainSettings(0, quiet_period=1, drain_timeout=9, linger_timeout=1))
         drain._dismiss_quiet(0)
         pair.client.sendall(b"x")
-        assert client.overdue(5, 1, 30) is None
+        timeouts = Timeouts(idle=1, write=30, handshake=10)
+        assert client.overdue(5, timeouts) is None
         drain._dismiss_quiet(5)
         before = pair.session.reason
         assert await asyncio.to_thread(pair.client.recv, 1) == b"x"
-        assert client.overdue(6, 1, 30) is None
-        assert client.overdue(8, 1, 30) == "idle"
+        assert client.overdue(6, timeouts) is None
+        assert client.overdue(8, timeouts) == "idle"
         drain._dismiss_quiet(6)
         drain._dismiss_quiet(8)
         assert (before, pair.session.reason) == (None, "quiet")
@@ -293,12 +298,11 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
         listening.setblocking(False)
         settings = ServerSettings(
             max_connections=10,
-            idle_timeout=0,
-            write_timeout=30,
+            timeouts=Timeouts(idle=0, write=30, handshake=10),
             session=SessionSettings(65536, 1.0),
             drain=DrainSettings(0, 0.1, 1, 1.0),
         )
-        server = Server([listening], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
+        server = Server([ListeningSocket(listening)], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
         server.start()
         await asyncio.sleep(0)
         await scene(server, listening)

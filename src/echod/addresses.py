@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
+from typing import Any
 
-FORMS = "HOST:PORT, [V6]:PORT or :PORT"
+FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
 HIGHEST_PORT = 65535
+
+# struct sockaddr_un holds 108 bytes: a path and its NUL, or the NUL that marks an abstract name and the name.
+_LONGEST_PATH = 107
 
 _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
@@ -27,17 +32,61 @@ class TcpAddress:
         return join_host_port(self.host, self.port)
 
 
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A unix socket: a path, or behind an @ a name in the abstract namespace of Linux (unix(7))."""
+
+    path: str
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads back."""
+        return f"unix:{self.path}"
+
+    @property
+    def sockaddr(self) -> str:
+        """What bind(2) and connect(2) take."""
+        return f"\0{self.path[1:]}" if self.path.startswith("@") else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class InheritedAddress:
+    """The sockets that whoever started the process has opened, and passed on under one name (sd_listen_fds(3))."""
+
+    name: str
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads back."""
+        return f"systemd:{self.name}"
+
+
+Address = TcpAddress | UnixAddress | InheritedAddress
+
+
 def join_host_port(host: str, port: int) -> str:
     """Return `host:port`, an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def from_sockaddr(sockaddr: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return the text of what `getsockname` or `accept` gives for AF_INET and AF_INET6."""
-    return join_host_port(sockaddr[0], sockaddr[1])
+def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
+    """Return what `getsockname`, `getpeername` or `accept` gives, for AF_INET, AF_INET6 and AF_UNIX.
+
+    An IPv4 address that a socket of both families shows as an IPv6 one is given as what it is. None is a unix socket
+    without a name, as clients have them, and a family of another kind.
+    """
+    match sockaddr:
+        case (str(host), int(port), *_):
+            # A zone belongs to a link-local address only, which is never a mapped one.
+            mapped = ipaddress.IPv6Address(host).ipv4_mapped if host.startswith("::ffff:") else None
+            return TcpAddress(str(mapped or host), port)
+        case str(path) if path:
+            return UnixAddress(path)
+        case bytes(name) if name:
+            return UnixAddress("@" + os.fsdecode(name[1:]))
+        case _:
+            return None
 
 
-def parse(text: str) -> TcpAddress:
+def parse(text: str) -> Address:
     """Read an address to listen on.
 
     Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
@@ -46,6 +95,33 @@ def parse(text: str) -> TcpAddress:
         AddressError: the text is none of the forms, or its port is none.
 
     """
+    if text.startswith("unix:"):
+        return _unix(text.removeprefix("unix:"), text)
+    if text.startswith("systemd:"):
+        return _inherited(text.removeprefix("systemd:"), text)
+    return _tcp(text)
+
+
+def _unix(path: str, text: str) -> UnixAddress:
+    size = len(os.fsencode(path))
+    if path in {"", "@"} or not path.isprintable():
+        msg = f"{text!r} names no socket: write unix:PATH or unix:@NAME"
+        raise AddressError(msg)
+    if size > _LONGEST_PATH + path.startswith("@"):
+        msg = f"{text!r}: a unix socket's path has at most {_LONGEST_PATH} bytes, not {size}"
+        raise AddressError(msg)
+    return UnixAddress(path)
+
+
+def _inherited(name: str, text: str) -> InheritedAddress:
+    # As systemd has them: LISTEN_FDNAMES separates names by colons.
+    if not (name.isascii() and name.isprintable()) or not name or ":" in name:
+        msg = f"{text!r} names no inherited socket: write systemd:NAME, as in FileDescriptorName= of the socket's unit"
+        raise AddressError(msg)
+    return InheritedAddress(name)
+
+
+def _tcp(text: str) -> TcpAddress:
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         msg = f"{text!r} has no port: write {FORMS}"

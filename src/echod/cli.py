@@ -7,12 +7,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from echod.signals import StopSignals
+from echod.signals import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-    from echod.sources import Loaded, Problem
+    from echod.resources import Resources
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -25,27 +25,33 @@ _STDERR = 2
 
 def main() -> int:
     """Run the `echod` command, and return its exit code."""
-    signals = StopSignals()
+    signals = Signals()
     _fill_standard_descriptors()
     # Imported below and not at the top, here and in _serve: these take a third of a second, and a signal in that time
     # is to be honoured too.
-    from echod import options, render, sources  # noqa: PLC0415
+    from echod import options, render, resources, sources  # noqa: PLC0415
 
     command, config, values = options.parse(sys.argv[1:])
     if command != "serve":
         signals.release()
+    if config is None:
+        config = os.environ.get(sources.CONFIG_VARIABLE) or None
+
+    def load() -> Resources:
+        return resources.acquire(sources.load(values, config))
+
     try:
-        loaded = sources.load(values, os.environ.get(sources.CONFIG_VARIABLE) or None if config is None else config)
+        found = load()
     except sources.SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
-    if problems := list(_unusable(loaded)):
-        return _fail(EXIT_CONFIG, problems)
     if command == "serve":
-        return _serve(loaded, signals)
-    for variable in loaded.unknown_variables:
+        return _serve(found, signals, load)
+    for variable in found.loaded.unknown_variables:
         _say(render.printable(f"warning: {variable} names no setting"))
+    for warning in found.warnings():
+        _say(render.printable("warning: {file}: the certificate ends in {days} days".format(**warning)))
     try:
-        _write(_STDOUT, "configuration OK\n" if command == "check" else render.toml(loaded))
+        _write(_STDOUT, "configuration OK\n" if command == "check" else render.toml(found.loaded))
     except OSError as error:
         return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
     return EXIT_OK
@@ -58,13 +64,13 @@ def _fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _serve(loaded: Loaded, signals: StopSignals) -> int:
+def _serve(found: Resources, signals: Signals, load: Callable[[], Resources]) -> int:
     from echod import daemon, listeners, logs  # noqa: PLC0415
 
-    log = logs.Log(loaded.settings.log)
+    log = logs.Log(found.loaded.settings.log)
     try:
         log.capture()
-        return daemon.serve(loaded, log.logger, signals)
+        return daemon.serve(found, log, signals, load)
     except listeners.ListenError as error:
         return _fail(EXIT_UNAVAILABLE, error.problems)
     except Exception:
@@ -73,19 +79,6 @@ def _serve(loaded: Loaded, signals: StopSignals) -> int:
     finally:
         log.close()
         signals.ignore()
-
-
-def _unusable(loaded: Loaded) -> Iterator[Problem]:
-    """Yield what is right by itself, and yet cannot be had on this machine."""
-    from echod import daemon, logs  # noqa: PLC0415
-    from echod.sources import Problem  # noqa: PLC0415
-
-    settings = loaded.settings
-    if settings.loop == "uvloop" and not daemon.has_uvloop():
-        message = "uvloop is not installed: install it, or choose auto or asyncio"
-        yield Problem(loaded.origins["loop",], "loop", message)
-    if (reason := logs.unusable(settings.log.file)) is not None:
-        yield Problem(loaded.origins["log", "file"], "log.file", reason)
 
 
 def _fail(code: int, problems: Iterable[object]) -> int:

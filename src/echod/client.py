@@ -3,12 +3,78 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import ipaddress
+import socket
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from echod import kernel
+from echod import addresses, kernel, proxy
+from echod.addresses import TcpAddress
+from echod.proxy_layer import HeaderReader
+from echod.tls_layer import TlsEnd, TlsLayer
 
 if TYPE_CHECKING:
-    from echod.session import EchoSession, Reason
+    from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Network, IPv6Network
+
+    from echod.addresses import UnixAddress
+    from echod.session import EchoSession, Reason, Stage
+
+
+class Timeouts(NamedTuple):
+    """How long a client may take, each in seconds."""
+
+    idle: float
+    """Without a byte either way; 0: for ever."""
+    write: float
+    """Taking nothing of the echo that holds up its reading."""
+    handshake: float
+    """For PROXY header and TLS handshake, from its connecting on."""
+
+
+class Entrance(NamedTuple):
+    """How a listener lets clients in."""
+
+    proxy_trusted: Sequence[IPv4Network | IPv6Network] | None = None
+    """Who may send the PROXY header that every client has to begin with; None: there is none."""
+    tls: TlsEnd | None = None
+    """None: without TLS."""
+
+
+class Quota:
+    """How many clients there are of each address, and may be.
+
+    The address of a client of IPv6 stands for its network of 64 bits: a single host may take any of that. Clients of
+    a unix socket have none, and are not counted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        """0: none."""
+        self._clients = Counter[object]()
+
+    def enter(self, client: TcpAddress | UnixAddress | None) -> bool:
+        """Count a client in, if there is room for it."""
+        key = _network(client)
+        if key is None:
+            return True
+        if self.limit and self._clients[key] >= self.limit:
+            return False
+        self._clients[key] += 1
+        return True
+
+    def leave(self, client: TcpAddress | UnixAddress | None) -> None:
+        """Count a client out that was let in."""
+        if (key := _network(client)) is not None:
+            self._clients[key] -= 1
+            if not self._clients[key]:
+                del self._clients[key]
+
+
+def _network(client: TcpAddress | UnixAddress | None) -> object:
+    if not isinstance(client, TcpAddress):
+        return None
+    return int(ipaddress.IPv6Address(client.host)) >> 64 if ":" in client.host else client.host
 
 
 class Client:
@@ -16,19 +82,35 @@ class Client:
 
     `run` is the body of the client's task. The bytes go past it, through the session; the task only waits for their
     end. That makes the task the one place where a failure of this client comes out.
+
+    Args:
+        sock: accepted, non-blocking.
+        sockaddr: what accept(2) gave with it.
+        opened: the loop's time.
+        new_session: makes the session.
+
     """
 
-    __slots__ = ("_left", "_received", "_since", "opened", "peer", "session")
+    __slots__ = ("_address", "_left", "_received", "_since", "header", "opened", "peer", "session")
 
-    def __init__(self, session: EchoSession, peer: str, opened: float) -> None:
-        self.session = session
-        self.peer = peer
+    def __init__(
+        self, sock: socket.socket, sockaddr: Any, opened: float, new_session: Callable[[Client, socket.socket], EchoSession]
+    ) -> None:
+        self._address = addresses.from_sockaddr(sockaddr)
+        self.peer = str(self._address) if self._address is not None else _nameless(sock, sockaddr)
         self.opened = opened
+        self.header: proxy.Header | None = None
         self._since = opened
         self._received = 0
         self._left = 0
+        self.session = new_session(self, sock)
 
-    async def run(self) -> None:
+    @property
+    def behind(self) -> TcpAddress | UnixAddress | None:
+        """The client that the PROXY header names, if there is a header and it does."""
+        return self.header.source if self.header is not None else None
+
+    async def run(self, entrance: Entrance, quota: Quota) -> None:
         """Serve the client until its connection is closed.
 
         Raises:
@@ -36,15 +118,77 @@ class Client:
 
         """
         session = self.session
-        loop = asyncio.get_running_loop()
+        entered: list[TcpAddress | UnixAddress | None] = []
+
+        def enter(client: TcpAddress | UnixAddress | None) -> bool:
+            if quota.enter(client):
+                entered.append(client)
+                return True
+            return False
+
+        def identify(header: proxy.Header) -> bool:
+            self.header = header
+            if enter(header.source or self._address):
+                return True
+            session.finish("client_limit")
+            return False
+
+        if entrance.proxy_trusted is not None:
+            if not self._is_trusted(entrance.proxy_trusted):
+                session.refuse("proxy_header", "the sender is not in proxy_trusted")
+                return
+        elif not enter(self._address):
+            session.refuse("client_limit", "")
+            return
         try:
-            await loop.connect_accepted_socket(session, session.sock)
+            await self._join(entrance, identify)
+            await session.ended
+        finally:
+            for client in entered:
+                quota.leave(client)
+
+    async def _join(self, entrance: Entrance, identify: Callable[[proxy.Header], bool]) -> None:
+        """Join the socket to the session, with what comes in between."""
+        session = self.session
+        following: EchoSession | TlsLayer = session
+        stage: Stage | None = None
+        if entrance.tls is not None:
+            following = TlsLayer(session, entrance.tls)
+            stage = "handshake"
+        front: EchoSession | TlsLayer | HeaderReader = following
+        if entrance.proxy_trusted is not None:
+            front = HeaderReader(session, following, identify)
+            stage = "proxy_header"
+        session.stage = stage
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: front, session.sock)
         except OSError as error:  # reset before its turn came, where the kernel tells so here
             session.connection_lost(error)
             session.sock.close()
-        await session.ended
+        else:
+            if stage is None:
+                session.begin()
 
-    def overdue(self, now: float, idle_timeout: float, write_timeout: float) -> Reason | None:
+    def _is_trusted(self, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+        # Who may connect to a unix socket is for its file's permissions to say.
+        if not isinstance(self._address, TcpAddress):
+            return True
+        address = ipaddress.ip_address(self._address.host)
+        return any(address in network for network in networks)
+
+    def describe(self) -> dict[str, object]:
+        """Return what the server sees of this connection, ready for JSON."""
+        session = self.session
+        local = addresses.from_sockaddr(session.sock.getsockname())
+        seen: dict[str, object] = {"local": str(local) if local is not None else None, "peer": self.peer}
+        if session.sock.family == socket.AF_UNIX and (credentials := kernel.peer_credentials(session.sock)):
+            seen["credentials"] = dict(zip(("pid", "uid", "gid"), credentials, strict=True))
+        seen["proxy"] = proxy.describe(self.header) if self.header is not None else None
+        seen["tls"] = session.tls._asdict() if session.tls is not None else None
+        seen["tcp_info"] = kernel.tcp_members(session.sock)
+        return seen
+
+    def overdue(self, now: float, timeouts: Timeouts) -> Reason | None:
         """Tell why this client has to be closed at the time `now`, if it has to.
 
         To be asked once each sweep, which is what the timeouts are exact to. What has moved is derived from counters
@@ -52,11 +196,12 @@ class Client:
 
         Args:
             now: the loop's time.
-            idle_timeout: seconds without a byte either way; 0: for ever.
-            write_timeout: seconds in which a client, while it holds up its own reading, takes nothing.
+            timeouts: those in force.
 
         """
         session = self.session
+        if session.stage is not None:
+            return session.stage if session.reason is None and now - self.opened >= timeouts.handshake else None
         if session.received != self._received:
             self._received = session.received
             self._since = now
@@ -65,8 +210,8 @@ class Client:
         silent = now - self._since
         if session.paused:
             reason: Reason = "stalled"
-            late = silent >= write_timeout
-        elif session.reason is None and idle_timeout and silent >= idle_timeout:
+            late = silent >= timeouts.write
+        elif session.reason is None and timeouts.idle and silent >= timeouts.idle:
             reason = "idle"
             late = True
         else:
@@ -82,3 +227,11 @@ class Client:
         if fell:
             self._since = now
         return reason if late and not fell and not unknown else None
+
+
+def _nameless(sock: socket.socket, sockaddr: object) -> str:
+    """Return what can be said of a peer without an address."""
+    if sock.family == socket.AF_UNIX and (credentials := kernel.peer_credentials(sock)):
+        pid, uid, _ = credentials
+        return f"unix:pid={pid},uid={uid}"
+    return str(sockaddr)

@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import contextlib
+import ipaddress
 import os
 import platform
 import signal
+import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import echod
 from echod import addresses, kernel
+from echod.client import Entrance, Timeouts
 from echod.drain import DrainSettings
 from echod.faults import Fault
 from echod.ledger import Ledger, Receipt
-from echod.listeners import open_listeners
+from echod.listeners import Wanted, inherit, open_listeners
 from echod.logs import STDERR
+from echod.resources import has_uvloop
 from echod.server import Server, ServerSettings
 from echod.session import EchoSession, SessionSettings
+from echod.settings import ListenerSettings, changes
+from echod.sources import SettingsError
+from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
     from echod.listeners import Listener
-    from echod.settings import ListenerSettings, Settings
-    from echod.signals import StopSignals
+    from echod.logs import Log
+    from echod.resources import Resources
+    from echod.settings import Key
+    from echod.signals import Signals
     from echod.sources import Loaded
 
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
 
 
-def serve(loaded: Loaded, log: FilteringBoundLogger, signals: StopSignals) -> int:
+def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resources]) -> int:
     """Be the daemon, until a signal.
+
+    Args:
+        found: the settings, and what they name.
+        log: of the process.
+        signals: those that have come already, and all that come.
+        load: finds the settings anew, for a reload; it may take its time.
 
     Returns:
         The exit code: 0, or 128 + N after a second signal N.
@@ -44,19 +59,28 @@ def serve(loaded: Loaded, log: FilteringBoundLogger, signals: StopSignals) -> in
         ListenError: some address cannot be opened; then none is.
 
     """
-    settings = loaded.settings
-    for variable in loaded.unknown_variables:
-        log.warning("unknown_variable", variable=variable)
+    settings = found.loaded.settings
+    for variable in found.loaded.unknown_variables:
+        log.logger.warning("unknown_variable", variable=variable)
     descriptors = kernel.raise_descriptor_limit()
-    wanted = [(name, addresses.parse(table.address)) for name, table in settings.all_listeners().items()]
-    listeners = open_listeners(wanted, settings.limits.backlog)
+    inherited = inherit()
+    tables = _tables(found.loaded, inherited)
+    wanted = [
+        Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()
+    ]
+    listeners = open_listeners(wanted, settings.limits.backlog, inherited)
+    used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
+    for name in inherited.keys() - used:
+        log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        return runner.run(_Daemon(settings, log, descriptors).run(listeners, signals))
+        return runner.run(_Daemon(found, tables, log, load, descriptors).run(listeners, signals))
 
 
-def has_uvloop() -> bool:
-    """Tell whether uvloop is installed."""
-    return importlib.util.find_spec("uvloop") is not None
+def _tables(loaded: Loaded, inherited: Mapping[str, object]) -> dict[str, ListenerSettings]:
+    """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
+    if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
+        return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
+    return loaded.settings.all_listeners()
 
 
 def loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -76,68 +100,159 @@ def loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop]:
 class _Daemon:
     """What runs inside the loop."""
 
-    def __init__(self, settings: Settings, log: FilteringBoundLogger, descriptors: int) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        found: Resources,
+        tables: Mapping[str, ListenerSettings],
+        log: Log,
+        load: Callable[[], Resources],
+        descriptors: int,
+    ) -> None:
+        self._found = found
+        self._first = found.loaded.settings
+        self._tables = dict(tables)
         self._log = log
+        self._load = load
         self._descriptors = descriptors
-        self._servers: list[Server] = []
+        self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
+        self._buffers = TlsBuffers()
+        self._servers: dict[str, Server] = {}
         self._stop = asyncio.Event()
         self._signals: list[int] = []
+        self._reloading = False
+        self._reload_again = False
 
-    async def run(self, listeners: list[Listener], signals: StopSignals) -> int:
+    async def run(self, listeners: list[Listener], signals: Signals) -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_exception)
-        signals.attach(loop, self._on_signal)
-        max_connections = self._cap(len(listeners))
-        tables = self._settings.all_listeners()
+        signals.attach(loop, self._on_signal, self._on_hangup)
+        self._warn()
+        max_connections = self._cap()
         for listener in listeners:
-            server_settings = self._server_settings(tables[listener.name], max_connections)
-            ledger = Ledger(self._log.bind(listener=listener.name), self._settings.log.connections)
-            self._servers.append(Server(listener.sockets, server_settings, ledger))
-        self._log.info(
+            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections)
+            server_settings = self._server_settings(listener.name, max_connections)
+            self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
+        self._logger.info(
             "started",
             version=echod.__version__,
             pid=os.getpid(),
             loop=type(loop).__module__.partition(".")[0],
             python=platform.python_version(),
         )
-        for listener, server in zip(listeners, self._servers, strict=True):
-            server.start()
-            for sock in listener.sockets:
-                address = addresses.from_sockaddr(sock.getsockname())
-                self._log.info("listening", listener=listener.name, address=address)
+        for listener in listeners:
+            self._servers[listener.name].start()
+            for listening in listener.sockets:
+                name = listening.sock.getsockname()
+                address = addresses.from_sockaddr(name)
+                self._logger.info("listening", listener=listener.name, address=str(address or name))
         await self._stop.wait()
-        clients = sum(server.clients for server in self._servers)
-        self._log.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
-        receipts = await asyncio.gather(*(server.shutdown() for server in self._servers))
-        self._log.info("drained", **asdict(Receipt.total(receipts)))
-        self._log.info("stopped", **self._totals())
+        servers = self._servers.values()
+        clients = sum(server.clients for server in servers)
+        self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
+        receipts = await asyncio.gather(*(server.shutdown() for server in servers))
+        self._logger.info("drained", **asdict(Receipt.total(receipts)))
+        self._logger.info("stopped", **self._totals())
         signals.detach(loop)
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
+
+    @property
+    def _logger(self) -> FilteringBoundLogger:
+        return self._log.logger
+
+    # Signals and accidents
 
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
         self._stop.set()
         if len(self._signals) == 2:
-            for server in self._servers:
+            for server in self._servers.values():
                 server.abort()
 
     def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        session, error = context.get("protocol"), context.get("exception")
+        protocol, error = context.get("protocol"), context.get("exception")
+        # What stands between a transport and its session knows the session.
+        session = getattr(protocol, "session", protocol)
         if isinstance(session, EchoSession) and isinstance(error, Exception):
             session.fail(error)  # it comes out of the client's task, and is logged there
         else:
-            self._log.error("loop_error", message=context["message"], exc_info=error)
+            self._logger.error("loop_error", message=context["message"], exc_info=error)
 
-    def _cap(self, listeners: int) -> int:
+    # Reloading
+
+    def _on_hangup(self) -> None:
+        """Read the settings again, in a thread: a file may be slow, and a handshake of a check takes its time."""
+        if self._reloading:
+            self._reload_again = True
+            return
+        self._reloading = True
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                outcome: Resources | SettingsError = self._load()
+            except SettingsError as error:
+                outcome = error
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._reload, outcome)
+
+        # No executor's: those are waited for at the end, and a file may be a pipe that nobody writes to.
+        threading.Thread(target=work, name="reload", daemon=True).start()
+
+    def _reload(self, outcome: Resources | SettingsError) -> None:
+        self._reloading = False
+        if not self._stop.is_set():
+            if isinstance(outcome, SettingsError):
+                self._logger.error("reload_failed", problems=[str(problem) for problem in outcome.problems])
+            else:
+                self._apply(outcome)
+        if self._reload_again:
+            self._reload_again = False
+            self._on_hangup()
+
+    def _apply(self, found: Resources) -> None:
+        settings = found.loaded.settings
+        try:
+            self._log.reopen(settings.log)
+        except OSError as error:
+            self._logger.error("reload_failed", problems=[f"log.file: {settings.log.file!r}: {error.strerror}"])  # noqa: TRY400  (no fault of ours)
+            return
+        before, self._found = self._found.loaded.settings, found
+        tables, max_connections = settings.all_listeners(), self._cap()
+        for name, server in self._servers.items():
+            server.ledger.reconfigure(self._logger.bind(listener=name), settings.log.connections)
+            # One that has gone from the settings is served on as it was, until a restart.
+            if name in tables:
+                self._tables[name] = tables[name]
+                server.reconfigure(self._server_settings(name, max_connections), settings.limits.backlog)
+        self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
+        self._warn()
+        if waiting := sorted(".".join(key) for key in self._waiting_for_restart()):
+            self._logger.warning("restart_needed", settings=waiting)
+
+    def _waiting_for_restart(self) -> Iterator[Key]:
+        """Yield what is not in force, since it takes effect at a start only."""
+        began_with, now = self._first, self._found.loaded.settings
+        for key in changes(began_with, now):
+            if key[0] in {"loop", "listen"}:
+                yield key
+            elif key[0] == "listeners" and not (key[1] in began_with.listeners and key[1] in now.listeners):
+                yield key[:2]
+            elif key[0] == "listeners" and key[2] in {"address", "socket_mode"}:
+                yield key
+
+    def _warn(self) -> None:
+        for fields in self._found.warnings():
+            self._logger.warning("certificate_ends_soon", **fields)
+
+    # Settings
+
+    def _cap(self) -> int:
         """Return the most clients a listener may have, which the descriptors bound too."""
-        wanted = self._settings.limits.max_connections
-        # The lowest free descriptor tells, but for a hole or two, how many are in use.
-        lowest_free = os.dup(STDERR)
-        os.close(lowest_free)
-        room = max(1, self._descriptors - lowest_free - _RESERVED_DESCRIPTORS)
+        wanted, listeners = self._found.loaded.settings.limits.max_connections, len(self._tables)
+        room = max(1, self._descriptors - self._own_descriptors)
         if wanted * listeners > room:
-            self._log.warning(
+            self._logger.warning(
                 "descriptor_limit",
                 limit=self._descriptors,
                 max_connections=wanted,
@@ -146,21 +261,28 @@ class _Daemon:
             )
         return min(wanted, room)
 
-    def _server_settings(self, table: ListenerSettings, max_connections: int) -> ServerSettings:
-        limits, shutdown = self._settings.limits, self._settings.shutdown
-        fault = self._settings.faults.get(table.fault)
+    def _server_settings(self, name: str, max_connections: int) -> ServerSettings:
+        settings, table = self._found.loaded.settings, self._tables[name]
+        limits, shutdown = settings.limits, settings.shutdown
+        fault = settings.faults.get(table.fault)
+        trusted = None
+        if table.proxy_protocol == "require":
+            trusted = [ipaddress.ip_network(network) for network in table.proxy_trusted]
+        tls = self._found.tls.get(name)
         return ServerSettings(
             max_connections=max_connections,
-            idle_timeout=limits.idle_timeout,
-            write_timeout=limits.write_timeout,
-            session=SessionSettings(limits.write_buffer, shutdown.linger_timeout),
+            max_connections_per_client=limits.max_connections_per_client,
+            timeouts=Timeouts(limits.idle_timeout, limits.write_timeout, limits.handshake_timeout),
+            session=SessionSettings(limits.write_buffer, shutdown.linger_timeout, limits.max_line),
             drain=DrainSettings(**shutdown.model_dump()),
+            entrance=Entrance(trusted, TlsEnd(tls.context, self._buffers) if tls is not None else None),
+            mode=table.mode,
             fault=None if fault is None else Fault(table.fault, fault.trigger.encode()),
         )
 
     def _totals(self) -> dict[str, int]:
         """Return what was done since the start, for the last line of the log."""
-        accounts = [server.ledger.account for server in self._servers]
+        accounts = [server.ledger.account for server in self._servers.values()]
         return {
             "connections": sum(account.accepted for account in accounts),
             "empty": sum(account.empty for account in accounts),
@@ -170,3 +292,10 @@ class _Daemon:
             "acked": sum(account.acked for account in accounts),
             "discarded_bytes": sum(account.discarded for account in accounts),
         }
+
+
+def _lowest_free_descriptor() -> int:
+    """Return what tells, but for a hole or two, how many descriptors are in use."""
+    descriptor = os.dup(STDERR)
+    os.close(descriptor)
+    return descriptor

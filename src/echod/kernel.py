@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import resource
+import select
 import socket
 import struct
 import sys
@@ -23,6 +24,19 @@ _STATE = struct.Struct("B")
 _UNACKED = struct.Struct("24xI")
 _DETAILS = struct.Struct("68xI28xI16xQ")
 _TCP_CLOSE = 7
+
+# The same structure by its members' names, times in microseconds where the kernel has them so.
+_MEMBERS = struct.Struct("8x24I16xQQ3I")
+_MEMBER_NAMES = (
+    *("rto_us", "ato_us", "snd_mss", "rcv_mss", "unacked", "sacked", "lost", "retrans", "fackets"),
+    *("last_data_sent_ms", "last_ack_sent_ms", "last_data_recv_ms", "last_ack_recv_ms"),
+    *("pmtu", "rcv_ssthresh", "rtt_us", "rttvar_us", "snd_ssthresh", "snd_cwnd", "advmss", "reordering"),
+    *("rcv_rtt_us", "rcv_space", "total_retrans"),
+    *("bytes_acked", "bytes_received", "segs_out", "segs_in", "notsent_bytes"),
+)
+
+_TCP_FAMILIES = frozenset({socket.AF_INET, socket.AF_INET6})
+_CREDENTIALS = struct.Struct("3i")
 
 _ON = struct.pack("ii", 1, 0)
 
@@ -39,16 +53,37 @@ class TcpInfo(NamedTuple):
 
 
 def tcp_info(sock: socket.socket) -> TcpInfo | None:
-    """Return the connection's TCP_INFO, or None where the kernel has none."""
-    if sys.platform != "linux":  # pragma: no cover (Linux only)
+    """Return the connection's TCP_INFO, or None where the kernel has none: on a unix socket, or outside Linux."""
+    if not has_tcp_info(sock):
         return None
     rtt, retransmits, acked = _DETAILS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128))
     return TcpInfo(rtt / 1000, retransmits, acked)
 
 
+def has_tcp_info(sock: socket.socket) -> bool:
+    """Tell whether there is a TCP_INFO of this socket."""
+    return sys.platform == "linux" and sock.family in _TCP_FAMILIES
+
+
+def tcp_members(sock: socket.socket) -> dict[str, int] | None:
+    """Return the connection's TCP_INFO by its members' names, as far as they are of use to a person."""
+    if not has_tcp_info(sock):
+        return None
+    members = _MEMBERS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MEMBERS.size))
+    return dict(zip(_MEMBER_NAMES, members, strict=True))
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int] | None:
+    """Return the process, user and group that connected to a unix socket (SO_PEERCRED), or None outside Linux."""
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
+        return None
+    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid, gid
+
+
 def is_reset(sock: socket.socket) -> bool:
     """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged, so ask about that first."""
-    if sys.platform != "linux":  # pragma: no cover (Linux only)
+    if not has_tcp_info(sock):
         return False
     (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
     return bool(state == _TCP_CLOSE)
@@ -68,10 +103,12 @@ def unread(sock: socket.socket) -> int:
     return int(count)
 
 
-def waiting_connections(listening: socket.socket) -> int | None:
-    """Return how many connections wait in a listening socket's queue, or None where the kernel does not tell."""
-    if sys.platform != "linux":  # pragma: no cover (Linux only)
-        return None
+def waiting_connections(listening: socket.socket) -> int:
+    """Return how many connections wait in a listening socket's queue; 1 for any number, where the kernel does not tell."""
+    if not has_tcp_info(listening):
+        poll = select.poll()
+        poll.register(listening, select.POLLIN)
+        return len(poll.poll(0))
     (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
     return int(count)
 

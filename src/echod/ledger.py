@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from echod.session import Delivery, EchoSession, Reason
+    from echod.client import Client
+    from echod.session import Delivery, Reason
 
 Choice = Literal["all", "nonempty", "failed", "none"]
 
-_GOOD_ENDS = frozenset({"eof", "quiet"})
+_GOOD_ENDS = frozenset({"eof", "quiet", "info"})
+
+# Ends that tell of more than their bytes do.
+_TELLING_ENDS = frozenset({"failed", "info", "handshake", "tls", "proxy_header", "client_limit"})
 
 
 @dataclass(slots=True)
@@ -30,6 +34,8 @@ class Account:
     sent: int = 0
     acked: int = 0
     discarded: int = 0
+    unsent: int = 0
+    unacked: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
 
     def snapshot(self) -> Account:
@@ -44,6 +50,9 @@ class Account:
         self.sent += delivery.sent
         self.acked += delivery.acked
         self.discarded += delivery.discarded
+        # Connection by connection: what one sends without having received it makes up for nothing of another's.
+        self.unsent += max(0, delivery.received - delivery.sent)
+        self.unacked += delivery.sent - delivery.acked
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class Receipt:
     aborted: int
     """Reset, because they did not take their echo."""
     failed: int
-    """Closed by an exception."""
+    """Closed for what they did, or by an exception."""
     unsent_bytes: int
     """Received, never taken by the kernel for sending."""
     unacked_bytes: int
@@ -76,9 +85,6 @@ class Receipt:
         outcomes = Counter[str]()
         for reason, count in (after.reasons - before.reasons).items():
             outcomes[_OUTCOMES[reason]] += count
-        received = after.received - before.received
-        sent = after.sent - before.sent
-        acked = after.acked - before.acked
         return cls(
             clients=present + after.accepted - before.accepted,
             completed=outcomes["completed"],
@@ -86,8 +92,8 @@ class Receipt:
             cut=outcomes["cut"],
             aborted=outcomes["aborted"],
             failed=outcomes["failed"],
-            unsent_bytes=received - sent,
-            unacked_bytes=sent - acked,
+            unsent_bytes=after.unsent - before.unsent,
+            unacked_bytes=after.unacked - before.unacked,
             discarded_bytes=after.discarded - before.discarded,
             seconds=round(seconds, 3),
         )
@@ -107,6 +113,12 @@ _OUTCOMES: Mapping[Reason, str] = {
     "eof": "completed",
     "reset": "completed",
     "idle": "quiet",
+    "info": "completed",
+    "handshake": "failed",
+    "tls": "failed",
+    "proxy_header": "failed",
+    "client_limit": "failed",
+    "line_too_long": "failed",
     "quiet": "quiet",
     "cut": "cut",
     "stalled": "aborted",
@@ -130,32 +142,40 @@ class Ledger:
         self.account = Account()
         self._connections = connections
 
-    def close(
-        self,
-        session: EchoSession,
-        peer: str,
-        opened: float,
-        now: float,
-        failure: BaseException | None,
-    ) -> None:
-        """Enter a connection that has ended; the times are the loop's."""
+    def reconfigure(self, log: FilteringBoundLogger, connections: Choice) -> None:
+        """Write to another logger from now on, and about other connections."""
+        self.log = log
+        self._connections = connections
+
+    def close(self, client: Client, now: float, failure: BaseException | None) -> None:
+        """Enter a client that has left; the time is the loop's."""
+        session = client.session
         reason, delivery = session.reason, session.delivery
         assert reason is not None
         assert delivery is not None
         self.account.add(reason, delivery)
         if failure is not None:
-            self.log.error("client_failed", peer=peer, exc_info=failure)
+            self.log.error("client_failed", peer=client.peer, exc_info=failure)
         if self._wants(reason, delivery):
             fields: dict[str, object] = {
-                "peer": peer,
-                "seconds": round(now - opened, 3),
+                "peer": client.peer,
+                "seconds": round(now - client.opened, 3),
                 "received": delivery.received,
                 "sent": delivery.sent,
                 "acked": delivery.acked,
                 "discarded_bytes": delivery.discarded,
                 "reason": reason,
             }
-            if session.tcp_info is not None:  # pragma: no branch (Linux has it)
+            if session.detail:
+                fields["detail"] = session.detail
+            if client.behind is not None:
+                fields["client"] = str(client.behind)
+            if session.tls is not None:
+                fields["tls"] = session.tls.version
+                fields["cipher"] = session.tls.cipher
+                if session.tls.subject is not None:
+                    fields["subject"] = session.tls.subject
+            if session.tcp_info is not None:
                 fields["rtt_ms"] = session.tcp_info.rtt_ms
                 fields["retransmits"] = session.tcp_info.retransmits
             self.log.info("client_closed", **fields)
@@ -165,7 +185,7 @@ class Ledger:
             case "all":
                 return True
             case "nonempty":
-                return delivery.received > 0 or reason == "failed"
+                return delivery.received > 0 or reason in _TELLING_ENDS
             case "failed":
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
             case _:

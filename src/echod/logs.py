@@ -127,6 +127,22 @@ class LogWriter:
             return 0
 
 
+class _Target:
+    """Where lines go, and the thread that writes them there."""
+
+    def __init__(self, file: str) -> None:
+        self.file = None if file == "-" else open(file, "ab", buffering=0)  # noqa: SIM115, PTH123
+        descriptor = STDERR if self.file is None else self.file.fileno()
+        self.terminal = os.isatty(descriptor)
+        self.processors: list[Processor] = []
+        self.writer = LogWriter(descriptor, lambda lines: _notice(self.processors, lines))
+
+    def close(self) -> None:
+        self.writer.close()
+        if self.file is not None:
+            self.file.close()
+
+
 class Log:
     """The log of the process.
 
@@ -139,20 +155,39 @@ class Log:
     """
 
     def __init__(self, settings: LogSettings) -> None:
-        self._file = None if settings.file == "-" else open(settings.file, "ab", buffering=0)  # noqa: SIM115, PTH123
-        descriptor = STDERR if self._file is None else self._file.fileno()
-        terminal = os.isatty(descriptor)
+        self.logger: FilteringBoundLogger
+        self._target: _Target | None = None
+        self._retired: list[threading.Thread] = []
+        self.reopen(settings)
+        self._bridge = _Bridge(self)
+
+    def reopen(self, settings: LogSettings) -> None:
+        """Go by other settings from now on, and open the file anew, as it is wanted after a rotation.
+
+        `logger` is another one then. What is queued for the file before is still written, by a thread.
+
+        Raises:
+            OSError: the file cannot be opened for appending; nothing has changed then.
+
+        """
+        before = self._target
+        if before is None or before.file is not None or settings.file != "-":
+            self._target = _Target(settings.file)
+            if before is not None:
+                closing = threading.Thread(target=before.close, name="log end", daemon=True)
+                closing.start()
+                self._retired = [thread for thread in self._retired if thread.is_alive()] + [closing]
+        target = self._target
+        assert target is not None
         form = settings.format
         if form == "auto":
-            form = "console" if terminal else "json"
-        processors = [_order, *_renderers(form, colors=terminal)]
-        self._writer = LogWriter(descriptor, lambda lines: _notice(processors, lines))
-        self.logger: FilteringBoundLogger = structlog.wrap_logger(
-            _Lines(self._writer),
-            processors=processors,
+            form = "console" if target.terminal else "json"
+        target.processors = [_order, *_renderers(form, colors=target.terminal)]
+        self.logger = structlog.wrap_logger(
+            _Lines(target.writer),
+            processors=target.processors,
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
-        self._bridge = _Bridge(self.logger)
 
     def capture(self) -> None:
         """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""
@@ -167,9 +202,10 @@ class Log:
         sys.unraisablehook = sys.__unraisablehook__
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
-        self._writer.close()
-        if self._file is not None:
-            self._file.close()
+        assert self._target is not None
+        self._target.close()
+        for thread in self._retired:
+            thread.join()
 
 
 def unusable(file: str) -> str | None:
@@ -195,14 +231,14 @@ class _Lines:
 class _Bridge(logging.Handler):
     """Passes the records of `logging` on to structlog."""
 
-    def __init__(self, logger: FilteringBoundLogger) -> None:
+    def __init__(self, log: Log) -> None:
         super().__init__()
-        self._logger = logger
+        self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
         # structlog has names for the standard levels only.
         level = min(record.levelno // 10, 5) * 10
-        self._logger.log(level, record.getMessage().strip(), logger=record.name, exc_info=record.exc_info)
+        self._log.logger.log(level, record.getMessage().strip(), logger=record.name, exc_info=record.exc_info)
 
 
 def _renderers(form: str, *, colors: bool) -> list[Processor]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import echod
 from echod import render
-from echod.settings import Key, Settings, is_section, leaves
+from echod.settings import Key, Settings, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _EPILOG = """\
-Faults and listeners have names, so their options do too: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS.
+Faults and listeners have names, so their options do too: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS,
+--listeners.NAME.tls.certificate FILE.
 Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEOUT. The command line has precedence, then
 the environment, then the file.
 
@@ -116,7 +117,7 @@ class _Append(argparse.Action):
 
 def _key(option: str) -> Key:
     parts = option.removeprefix("--").split(".")
-    section = Settings.model_fields.get(parts[0])
+    field = Settings.model_fields.get(parts[0])
     # What is a name, in a table of names, is kept as written.
-    names = {1} if section is not None and is_section(section) and section.default == {} else set()
+    names = {1} if field is not None and field.default == {} else set()
     return tuple(part if index in names else part.replace("-", "_") for index, part in enumerate(parts))

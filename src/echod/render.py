@@ -51,6 +51,8 @@ def printable(text: str) -> str:
 def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
     for name, item in table.items() if isinstance(table, dict) else table:
         key = (*path, name)
+        if item is None:
+            continue  # a table that is not there
         if isinstance(item, BaseModel | dict):
             if not isinstance(item, dict):
                 yield f"\n[{'.'.join(map(_key, key))}]"

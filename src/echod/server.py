@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from echod import addresses, kernel
-from echod.client import Client
+from echod import kernel
+from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
 from echod.faults import FaultSession
 from echod.ledger import Receipt
+from echod.modes import InfoSession, LineSession
 from echod.session import EchoSession, SessionSettings
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from echod.faults import Fault
     from echod.ledger import Ledger
+    from echod.listeners import ListeningSocket
+
+Mode = Literal["stream", "line", "info"]
 
 # Connections taken at one wake-up, so that those who are already served get their turn in between.
 _BATCH = 64
@@ -53,12 +57,13 @@ class ServerSettings(NamedTuple):
 
     max_connections: int
     """At this many clients it stops accepting."""
-    idle_timeout: float
-    """Seconds without a byte either way; 0: for ever."""
-    write_timeout: float
-    """Seconds in which a client takes nothing of the echo that holds up its reading."""
+    timeouts: Timeouts
     session: SessionSettings
     drain: DrainSettings
+    max_connections_per_client: int = 0
+    """Clients of one address, an IPv6 network of 64 bits being one; 0: no limit."""
+    entrance: Entrance = Entrance()
+    mode: Mode = "stream"
     fault: Fault | None = None
 
 
@@ -69,22 +74,45 @@ class Server:
     `shutdown`, after which every socket is closed and every client's task awaited; `abort` makes that end at once.
 
     Args:
-        sockets: listening stream sockets, non-blocking: usually one, or one for each address family.
+        sockets: usually one, or one for each address family.
         settings: the limits and timeouts.
         ledger: where the clients' ends are entered.
 
     """
 
-    def __init__(self, sockets: Sequence[socket.socket], settings: ServerSettings, ledger: Ledger) -> None:
+    def __init__(self, sockets: Sequence[ListeningSocket], settings: ServerSettings, ledger: Ledger) -> None:
         self.settings = settings
         self.ledger = ledger
         self._sockets = list(sockets)
         self._clients: dict[asyncio.Task[None], Client] = {}
+        self._quota = Quota(settings.max_connections_per_client)
         self._room = asyncio.Event()
         self._aborted = asyncio.Event()
+        self._sweep_again = asyncio.Event()
         self._pause = _FIRST_PAUSE
         self._paused_since: float | None = None
         self._drain: Drain | None = None
+
+    def reconfigure(self, settings: ServerSettings, backlog: int) -> None:
+        """Take other settings from now on.
+
+        Clients that are connected keep what they have begun with, a fault and a mode of their own above all, but for
+        limits and timeouts. Nobody is dropped for a limit that has become lower.
+
+        Args:
+            settings: all of them.
+            backlog: of the listening sockets, but for inherited ones.
+
+        """
+        self.settings = settings
+        self._quota.limit = settings.max_connections_per_client
+        for client in self._clients.values():
+            client.session.reconfigure(settings.session)
+        for listening in self._sockets:
+            if not listening.inherited:
+                listening.sock.listen(backlog)
+        self._room.set()
+        self._sweep_again.set()
 
     @property
     def clients(self) -> int:
@@ -113,14 +141,16 @@ class Server:
             async with asyncio.timeout(settings.delay):
                 await self._aborted.wait()
         await _cancel(self._listener)
+        for listening in self._sockets:
+            listening.withdraw()
         self._drain = Drain(self._clients.values(), self._accept_rest, settings)
         if self._aborted.is_set():
             self._drain.hurry()
         if not await self._drain.run():
             if waiting := self._waiting():
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
-            for sock in self._sockets:
-                sock.close()
+            for listening in self._sockets:
+                listening.close()
         if self._clients:
             await asyncio.wait(self._clients)
         await _cancel(self._sweeper)
@@ -144,15 +174,16 @@ class Server:
         while True:
             # Its result: the seconds after which to try again, or None where only a client's leaving helps.
             self._obstacle: asyncio.Future[float | None] = self._loop.create_future()
-            for sock in self._sockets:
+            for listening in self._sockets:
+                sock = listening.sock
                 self._loop.add_reader(sock, self._accept, sock)
                 if self._paused_since is not None:
                     self._accept(sock)  # when nobody waits any more, no event will say so
             try:
                 timeout = await self._obstacle
             finally:
-                for sock in self._sockets:
-                    self._loop.remove_reader(sock)
+                for listening in self._sockets:
+                    self._loop.remove_reader(listening.sock)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._room.wait()
@@ -206,45 +237,55 @@ class Server:
         """Empty the backlog and close the sockets; return whether descriptors sufficed.
 
         Both are one step without an await, as closing resets whoever is in the backlog. The cap does not hold here:
-        these clients have been let in by the kernel already.
+        these clients have been let in by the kernel already. An inherited socket is only let go of: who holds it too
+        keeps its backlog for the next process.
         """
         while self._sockets:
+            listening = self._sockets[-1]
             try:
-                self._admit(*self._sockets[-1].accept())
+                if not listening.inherited:
+                    self._admit(*listening.sock.accept())
+                    continue
             except BlockingIOError:
-                self._sockets.pop().close()
+                pass
             except OSError as error:
                 if error.errno in _GONE:
                     continue
                 # Want of descriptors is told of before the queue is looked at: nobody may be in it.
-                if kernel.waiting_connections(self._sockets[-1]) != 0:
+                if kernel.waiting_connections(listening.sock):
                     return False
-                self._sockets.pop().close()
+            self._sockets.pop().close()
         return True
 
     def _waiting(self) -> int:
         """Return how many connections wait in the backlog, as far as the kernel tells."""
-        return sum(kernel.waiting_connections(sock) or 0 for sock in self._sockets)
+        return sum(kernel.waiting_connections(listening.sock) for listening in self._sockets)
 
     # Clients
 
-    def _admit(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+    def _admit(self, sock: socket.socket, sockaddr: Any) -> None:
         self.ledger.account.accepted += 1
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
-        ended: asyncio.Future[None] = self._loop.create_future()
-        if self.settings.fault is None:
-            session = EchoSession(sock, self.settings.session, ended)
-        else:
-            session = FaultSession(sock, self.settings.session, ended, self.settings.fault)
-        client = Client(session, addresses.from_sockaddr(peer), self._loop.time())
-        task = self._loop.create_task(client.run())
+        client = Client(sock, sockaddr, self._loop.time(), self._new_session)
+        task = self._loop.create_task(client.run(self.settings.entrance, self._quota))
         self._clients[task] = client
         task.add_done_callback(self._depart)
+
+    def _new_session(self, client: Client, sock: socket.socket) -> EchoSession:
+        settings = self.settings
+        ended: asyncio.Future[None] = self._loop.create_future()
+        if settings.mode == "info":
+            return InfoSession(sock, settings.session, ended, client.describe)
+        if settings.fault is not None:
+            return FaultSession(sock, settings.session, ended, settings.fault)
+        if settings.mode == "line":
+            return LineSession(sock, settings.session, ended)
+        return EchoSession(sock, settings.session, ended)
 
     def _depart(self, task: asyncio.Task[None]) -> None:
         """Strike a client off the registry. Every task's exception comes by here, so none can hide another."""
         client = self._clients.pop(task)
-        self.ledger.close(client.session, client.peer, client.opened, self._loop.time(), task.exception())
+        self.ledger.close(client, self._loop.time(), task.exception())
         self._room.set()
         if self._drain is not None:
             self._drain.client_left()
@@ -252,12 +293,16 @@ class Server:
     async def _sweep(self) -> None:
         """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""
         while True:
-            timeouts = (self.settings.idle_timeout, self.settings.write_timeout)
+            timeouts = self.settings.timeouts
             pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout))
-            await asyncio.sleep(max(_SHORTEST_SWEEP, pause))
+            self._sweep_again.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(_SHORTEST_SWEEP, pause)):
+                    await self._sweep_again.wait()
+                continue
             now = self._loop.time()
             for client in self._clients.values():
-                reason = client.overdue(now, *timeouts)
+                reason = client.overdue(now, timeouts)
                 if reason == "stalled":
                     client.session.abort(reason)
                 elif reason is not None:

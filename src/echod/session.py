@@ -11,7 +11,27 @@ from echod import kernel
 if TYPE_CHECKING:
     from typing import Self
 
-Reason = Literal["eof", "reset", "idle", "stalled", "quiet", "cut", "aborted", "fault", "failed"]
+    from echod.tls_layer import TlsFacts, TlsLayer
+
+Reason = Literal[
+    "eof",
+    "reset",
+    "idle",
+    "stalled",
+    "handshake",
+    "tls",
+    "proxy_header",
+    "client_limit",
+    "line_too_long",
+    "info",
+    "quiet",
+    "cut",
+    "aborted",
+    "fault",
+    "failed",
+]
+
+Stage = Literal["proxy_header", "handshake"]
 
 # The poll of a lingering connection: the kernel has no event for "all is acknowledged".
 _FIRST_POLL = 0.002
@@ -25,10 +45,12 @@ class SessionSettings(NamedTuple):
     """High-water mark, bytes: above it reading pauses, to go on at a quarter of it."""
     linger_timeout: float
     """Seconds without progress after our FIN until the connection is closed."""
+    max_line: int = 65536
+    """Bytes of a line with its ending, in mode line."""
 
 
 class Delivery(NamedTuple):
-    """How far one client's echo got, in bytes: received >= sent >= acked."""
+    """How far one client's echo got, in bytes; over TLS those inside of it, but for what was discarded."""
 
     received: int
     """Read from the client, to be echoed."""
@@ -52,12 +74,16 @@ class EchoSession(asyncio.Protocol):
     - the client resets the connection.
 
     `ended` is done when the connection is closed; it holds an exception when that was no fault of the network's.
+
+    Before the first byte of the client's own, a connection may have a PROXY header and a TLS handshake to come: its
+    `stage`. The session has its transport already then, and can be ended in each of these ways.
     """
 
     __slots__ = (
         "_fin_sent",
         "_large",
         "delivery",
+        "detail",
         "discarded",
         "ended",
         "eof",
@@ -67,7 +93,10 @@ class EchoSession(asyncio.Protocol):
         "received",
         "settings",
         "sock",
+        "stage",
         "tcp_info",
+        "tls",
+        "tls_layer",
         "transport",
     )
 
@@ -82,7 +111,11 @@ class EchoSession(asyncio.Protocol):
         self.discarded = 0
         self.paused = False
         self.eof = False
+        self.stage: Stage | None = None
         self.reason: Reason | None = None
+        self.detail = ""
+        self.tls_layer: TlsLayer | None = None
+        self.tls: TlsFacts | None = None
         self.failure: Exception | None = None
         self.delivery: Delivery | None = None
         self.tcp_info: kernel.TcpInfo | None = None
@@ -150,6 +183,23 @@ class EchoSession(asyncio.Protocol):
 
     # What the client's life calls
 
+    def reconfigure(self, settings: SessionSettings) -> None:
+        """Go by other settings from now on."""
+        self.settings = settings
+        self._large = settings.write_buffer
+        if self.transport is not None and self.reason is None and not self.paused:
+            self.transport.set_write_buffer_limits(high=settings.write_buffer)
+
+    def begin(self) -> None:
+        """Be told that what comes from now on is the client's own."""
+        self.stage = None
+
+    def refuse(self, reason: Reason, detail: str) -> None:
+        """Close a connection that has no transport yet, without reading a byte of it."""
+        self.reason, self.detail = reason, detail
+        self.connection_lost(None)
+        self.sock.close()
+
     def finish(self, reason: Reason) -> None:
         """Begin the close that loses nothing; without effect on a session that is ending already."""
         if self.reason is not None:
@@ -158,10 +208,16 @@ class EchoSession(asyncio.Protocol):
         if self.transport is None:
             return  # connection_made goes on from here
         self.transport.pause_reading()
+        self.conclude()
+        if self.tls_layer is not None:
+            self.tls_layer.close_notify()
         if self.transport.get_write_buffer_size():
             self.transport.set_write_buffer_limits(high=0)  # resume_writing goes on from here
         else:
             self._send_fin()
+
+    def conclude(self) -> None:
+        """Write what is still to be written before the end."""
 
     def abort(self, reason: Reason) -> None:
         """Reset the connection now; what the client has not got is lost, and counted."""
@@ -188,12 +244,17 @@ class EchoSession(asyncio.Protocol):
         elif self.transport is not None:
             self.transport.close()
 
+    @property
+    def written(self) -> int:
+        """How many bytes were given to the transport so far."""
+        return self.received
+
     def unsent(self) -> int:
-        """Return the number of bytes received and not yet taken by the kernel."""
+        """Return the number of bytes written and not yet taken by the kernel."""
         return self.transport.get_write_buffer_size() if self.transport is not None else 0
 
     def undelivered(self) -> int:
-        """Return the number of bytes received and not yet acknowledged, a FIN counting as one."""
+        """Return the number of bytes written and not yet acknowledged, a FIN counting as one."""
         if self.transport is None:
             return 0
         return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
@@ -231,13 +292,17 @@ class EchoSession(asyncio.Protocol):
     def _settle(self) -> None:
         self.tcp_info = kernel.tcp_info(self.sock)
         waiting = kernel.unacknowledged(self.sock)
-        if self.tcp_info is None:  # pragma: no cover (Linux has it)
-            sent = self.received - self.unsent()
+        if self.tcp_info is None:  # a unix socket, or no Linux
+            written = self.written if self.tls_layer is None else self.tls_layer.written
+            sent = written - self.unsent()
             acked = max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
             sent = self.tcp_info.acked + waiting - self._fin_sent
             acked = min(self.tcp_info.acked, sent)
+        if self.tls_layer is not None:
+            sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
+            self.tls_layer = None  # which has the session, and would keep it until the garbage collector comes
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
 
 
@@ -248,10 +313,10 @@ class Linger(asyncio.Protocol):
     in which the number of unacknowledged bytes did not fall.
     """
 
-    __slots__ = ("_expiry", "_least", "_loop", "_poll_after", "_session", "_timer", "_transport")
+    __slots__ = ("_expiry", "_least", "_loop", "_poll_after", "_timer", "_transport", "session")
 
     def __init__(self, session: EchoSession, transport: asyncio.Transport) -> None:
-        self._session = session
+        self.session = session
         self._transport = transport
         self._loop = session.ended.get_loop()
         self._least = kernel.unacknowledged(session.sock)
@@ -264,31 +329,31 @@ class Linger(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Count and drop."""
-        self._session.discarded += len(data)
+        self.session.discarded += len(data)
 
     def eof_received(self) -> bool:
         """Close, or wait on for the acknowledgement of our last bytes."""
-        self._session.eof = True
-        if not kernel.unacknowledged(self._session.sock):
+        self.session.eof = True
+        if not kernel.unacknowledged(self.session.sock):
             self._transport.close()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hand the end over to the session."""
         self._timer.cancel()
-        self._session.connection_lost(exc)
+        self.session.connection_lost(exc)
 
     def _poll(self) -> None:
-        left = kernel.unacknowledged(self._session.sock)
+        left = kernel.unacknowledged(self.session.sock)
         now = self._loop.time()
         if left < self._least:
             self._least = left
-            self._expiry = now + self._session.settings.linger_timeout
-        if self._session.eof and not left:
+            self._expiry = now + self.session.settings.linger_timeout
+        if self.session.eof and not left:
             self._transport.close()
-        elif self._session.eof and kernel.is_reset(self._session.sock):
+        elif self.session.eof and kernel.is_reset(self.session.sock):
             # The transport stopped polling the socket at its EOF, so nobody else will notice.
-            self._session.abort("reset")
+            self.session.abort("reset")
         elif now >= self._expiry:
             self._transport.close()
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -71,11 +73,31 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _network(text: str) -> str:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        kind = "network"
+        message = "Input should be a network such as '10.0.0.0/8' or '2001:db8::/32', or an address"
+        raise PydanticCustomError(kind, message) from None
+    return text
+
+
+def _mode(text: str) -> str:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        kind = "permissions"
+        raise PydanticCustomError(kind, "Input should be permissions in octal, such as '0660'")
+    return text
+
+
 Seconds = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(ge=0)]
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1, le=_LARGEST_SIZE)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_HIGHEST_COUNT)]
+Number = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=_HIGHEST_COUNT)]
 Address = Annotated[str, AfterValidator(_address)]
+Network = Annotated[str, AfterValidator(_network)]
+Permissions = Annotated[str, AfterValidator(_mode)]
 Text = Annotated[str, AfterValidator(_text)]
 FileName = Annotated[Text, AfterValidator(_file_name)]
 
@@ -91,6 +113,11 @@ class LimitsSettings(_Section):
         10_000,
         description="Clients of each listener. At this number it stops accepting, and clients wait in the backlog.",
     )
+    max_connections_per_client: Number = Field(
+        0,
+        description="Clients of each listener from one address, or one network of 64 bits of IPv6; others are closed at "
+        "once. Behind a proxy it is the address in the PROXY header that counts. 0: no limit.",
+    )
     backlog: Count = Field(
         4096,
         description="Connections that wait to be accepted, for each listening socket. The kernel's own limit is "
@@ -104,9 +131,17 @@ class LimitsSettings(_Section):
         description="Reset a client that has not taken a byte for this many seconds while its echo waits and its "
         "reading is paused.",
     )
+    handshake_timeout: PositiveSeconds = Field(
+        10.0,
+        description="Close a client that has not completed its PROXY header and its TLS handshake after this many seconds.",
+    )
     write_buffer: Size = Field(
         ByteSize(64 * 1024),
         description="The high-water mark of each client's write buffer. Above it, reading from the client pauses.",
+    )
+    max_line: Size = Field(
+        ByteSize(64 * 1024),
+        description="The longest line in mode line, its ending included. A client that sends a longer one is closed.",
     )
 
 
@@ -158,11 +193,41 @@ class FaultSettings(_Section):
     action: Literal["raise"] = Field(description="raise: an exception in the client's session.")
 
 
+class TlsSettings(_Section):
+    """TLS on a listener."""
+
+    certificate: FileName = Field(
+        description="File with the certificate, and behind it those between it and its authority, PEM."
+    )
+    private_key: FileName = Field(description="File with the certificate's key, PEM, not encrypted.")
+    client_ca: Text = Field(
+        "",
+        description="File with the authorities, PEM, one of which has to have signed the certificate that each client "
+        "then has to show. Empty: no client certificates.",
+    )
+    minimum_version: Literal["1.2", "1.3"] = Field("1.2", description="The lowest version of TLS.")
+
+
 class ListenerSettings(_Section):
     """A listener with settings of its own. Its name is the table's."""
 
     address: Address = Field(description=f"Where to listen: {addresses.FORMS}.")
+    mode: Literal["stream", "line", "info"] = Field(
+        "stream",
+        description="stream: every byte at once. line: whole lines, and an unfinished one at the end. info: one JSON object "
+        "on what the server sees of the connection, then close.",
+    )
+    proxy_protocol: Literal["off", "require"] = Field(
+        "off", description="require: every client begins with a PROXY header, version 1 or 2."
+    )
+    proxy_trusted: Annotated[tuple[Network, ...], BeforeValidator(_split)] = Field(
+        ("127.0.0.0/8", "::1/128"),
+        description="Networks whose hosts may send the PROXY header; others are closed before a byte is read. On a unix "
+        "socket, the permissions of its file decide.",
+    )
+    socket_mode: Permissions = Field("0660", description="Permissions of a unix socket's file, octal.")
     fault: str = Field("", description="The name of the fault it shows. Empty: none.")
+    tls: TlsSettings | None = Field(None, description="TLS: a table, [listeners.NAME.tls]. Without it there is none.")
 
 
 class Settings(BaseSettings):
@@ -199,11 +264,13 @@ class Settings(BaseSettings):
         return {text: ListenerSettings(address=text) for text in self.listen} | self.listeners
 
 
-def is_section(field: FieldInfo) -> bool:
-    """Tell whether a field holds a table, of fixed keys or of names."""
-    return get_origin(field.annotation) is dict or (
-        isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    )
+def section(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of the table that a field holds, if it holds one; of a table of names, that of each."""
+    # Of a table that may be missing, and of a table of names, it is an argument of the type.
+    for annotation in (field.annotation, *get_args(field.annotation)):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+    return None
 
 
 def leaves(model: type[BaseModel] = Settings, path: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
@@ -211,5 +278,21 @@ def leaves(model: type[BaseModel] = Settings, path: Key = ()) -> Iterator[tuple[
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from leaves(field.annotation, (*path, name))
-        elif not is_section(field):
+        elif section(field) is None:
             yield (*path, name), field
+
+
+def changes(before: Settings, after: Settings) -> Iterator[Key]:
+    """Yield the keys whose values differ, in the model's order; of a table of names, also those that one alone has."""
+    one, other = dict(_flat(before.model_dump())), dict(_flat(after.model_dump()))
+    for key in one | other:
+        if key not in one or key not in other or one[key] != other[key]:
+            yield key
+
+
+def _flat(table: dict[str, Any], path: Key = ()) -> Iterator[tuple[Key, object]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*path, name))
+        else:
+            yield (*path, name), value

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, get_origin
 
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
 from echod import addresses, render
-from echod.settings import PREFIX, Key, Settings, is_section
+from echod.settings import PREFIX, Key, ListenerSettings, Settings, section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
@@ -125,7 +127,7 @@ def _read_environment(names: Mapping[str, str], problems: list[Problem]) -> dict
     variables = {lower: os.environ[name] for lower, name in names.items()}
     for name, field in Settings.model_fields.items():
         variable = _variable((name,))
-        if is_section(field) and variables.pop(variable, None) is not None:
+        if section(field) is not None and variables.pop(variable, None) is not None:
             problems.append(Problem(names[variable], "", f"is a section: set {names[variable]}__KEY for each key"))
     source = _Environment(Settings)
     source.env_vars = variables
@@ -141,7 +143,7 @@ def _is_setting(variable: str) -> bool:
     """Tell whether a variable is a setting's, or would be one in its section."""
     name, separator, _ = variable.removeprefix(PREFIX).lower().partition("__")
     field = Settings.model_fields.get(name)
-    return field is not None and (not separator or is_section(field))
+    return field is not None and (not separator or section(field) is not None)
 
 
 # Merging them
@@ -205,10 +207,13 @@ def _origin(key: Key, origins: Mapping[Key, str]) -> str:
 
 
 def _unknown(key: Key) -> str:
-    model: Any = Settings
-    for name in key[:-1]:
-        # A table of names holds tables of one model, whatever the name.
-        model = get_args(model)[1] if get_origin(model) is dict else model.model_fields[name].annotation
+    model: type[BaseModel] = Settings
+    names = iter(key[:-1])
+    for name in names:
+        field = model.model_fields[name]
+        if get_origin(field.annotation) is dict:
+            next(names, None)  # the tables of such a table are of one model, whatever their names
+        model = section(field) or model
     return f"unknown key; {_hint(key[-1], model.model_fields)}"
 
 
@@ -231,13 +236,14 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
     ]
     if listen == [] and not values.get("listeners"):
         yield Problem(_origin(("listen",), origins), "listen", "there is no address to listen on")
-    seen: set[addresses.TcpAddress] = set()
+    seen: set[addresses.Address] = set()
     for key, text in places:
         try:
             address = addresses.parse(str(text).strip())
         except addresses.AddressError:
             continue
-        if address in seen and (address.port or key == ("listen",)):
+        free = isinstance(address, addresses.TcpAddress) and not address.port
+        if address in seen and (not free or key == ("listen",)):
             yield Problem(_origin(key, origins), ".".join(key), f"{str(text).strip()!r} is listened on already")
         seen.add(address)
     faults = _table(values, "faults")
@@ -246,10 +252,30 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
         if name in names:
             key = ("listeners", name)
             yield Problem(_origin(key, origins), ".".join(key), "an address in listen has this name already")
-        fault = table.get("fault")
-        if isinstance(fault, str) and fault and fault not in faults:
-            key = ("listeners", name, "fault")
-            yield Problem(_origin(key, origins), ".".join(key), f"no fault is named {fault!r}; {_hint(fault, faults)}")
+        for key_name, message in _useless(table, faults):
+            key = ("listeners", name, key_name)
+            yield Problem(_origin(key, origins), ".".join(key), message)
+
+
+def _useless(table: Mapping[str, Any], faults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a listener's table that could have no effect, each with why."""
+    fault = table.get("fault")
+    if isinstance(fault, str) and fault:
+        if fault not in faults:
+            yield "fault", f"no fault is named {fault!r}; {_hint(fault, faults)}"
+        elif table.get("mode") == "info":
+            yield "fault", "in mode info there is no echo that could be wrong: choose stream or line"
+    # With their defaults they stand in what `echod config` prints.
+    if _differs(table, "proxy_trusted") and table.get("proxy_protocol", "off") == "off":
+        yield "proxy_trusted", "is of use with proxy_protocol = 'require' only"
+    if _differs(table, "socket_mode") and not re.match("unix:[^@]", str(table.get("address"))):
+        yield "socket_mode", "is for the file of unix:PATH only"
+
+
+def _differs(table: Mapping[str, Any], name: str) -> bool:
+    default = ListenerSettings.model_fields[name].default
+    given = table.get(name, default)
+    return bool(given != (list(default) if isinstance(given, list) else default))
 
 
 def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
