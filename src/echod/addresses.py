@@ -27,6 +27,17 @@ class TcpAddress:
         return join_host_port(self.host, self.port)
 
 
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A unix socket's path; it begins with "@" for an abstract name."""
+
+    path: str
+
+    def __str__(self) -> str:
+        """Return the address as text."""
+        return f"unix:{self.path}"
+
+
 def join_host_port(host: str, port: int) -> str:
     """Return `host:port`, an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
