@@ -220,7 +220,7 @@ def _text(packed: bytes) -> str:
 
 def _port(text: str, which: str) -> int:
     leading_zero = text.startswith("0") and text != "0"
-    if not text.isdecimal() or leading_zero or len(text) > 5 or int(text) > HIGHEST_PORT:
+    if not text.isdecimal() or leading_zero or int(text) > HIGHEST_PORT:
         msg = f"version 1: the {which} port is no number from 0 to {HIGHEST_PORT} without leading zeros"
         raise ProxyError(msg)
     return int(text)
@@ -450,7 +450,7 @@ def _packed(address: TcpAddress) -> bytes:
         msg = f"{address.port} is no port from 0 to {HIGHEST_PORT}"
         raise ProxyError(msg)
     try:
-        return ipaddress.ip_address(address.host.partition("%")[0]).packed
+        return ipaddress.ip_address(address.host).packed  # without a zone
     except ValueError:
         msg = f"{address.host!r} is no IPv4 or IPv6 address"
         raise ProxyError(msg) from None
