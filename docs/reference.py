@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 from pydantic import ByteSize
 
 from echod import render
-from echod.settings import FaultSettings, ListenerSettings, Settings, leaves
+from echod.settings import FaultSettings, ListenerSettings, Settings, TlsSettings, leaves, section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -42,7 +42,11 @@ unknown variable, such as `ECHOD_PORT`, which Kubernetes injects for a service n
 
 Durations are seconds from 0 up, with a fraction if need be. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`. An
 address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. A host
-name that has several addresses, such as localhost, is listened on at each.
+name that has several addresses, such as localhost, is listened on at each. `unix:PATH` is a unix socket, `unix:@NAME` one
+in the abstract namespace, and `systemd:NAME` stands for the sockets of that name that echod inherits
+([sockets.md](sockets.md)).
+
+SIGHUP has all of this read again ([reload.md](reload.md)).
 
 `config.example.toml` has every key with its default.
 """
@@ -88,7 +92,10 @@ def page() -> Iterator[str]:
         yield NAMED.format(
             title=f"[{name}.NAME]", text=text, name=name, key=key, variable=name.upper(), key_variable=key.upper()
         )
-        yield table(model.model_fields.items())
+        yield table((name, field) for name, field in model.model_fields.items() if section(field) is None)
+        if model is ListenerSettings:
+            yield f"### [listeners.NAME.tls]\n\n{model.model_fields['tls'].description}\n"
+            yield table(TlsSettings.model_fields.items())
     yield TAIL
 
 
@@ -115,7 +122,7 @@ def kind(annotation: object) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
-        return "addresses"
+        return "list"
     if get_origin(annotation) is Annotated:
         return kind(get_args(annotation)[0])
     return {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]

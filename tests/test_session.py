@@ -302,7 +302,9 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
             session=SessionSettings(65536, 1.0),
             drain=DrainSettings(0, 0.1, 1, 1.0),
         )
-        server = Server([ListeningSocket(listening)], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
+        server = Server(
+            [ListeningSocket(listening)], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none")
+        )
         server.start()
         await asyncio.sleep(0)
         await scene(server, listening)

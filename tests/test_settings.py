@@ -13,7 +13,7 @@ import pytest
 
 from echod import render
 from echod.options import parse
-from echod.settings import Settings, leaves
+from echod.settings import LimitsSettings, Settings, leaves
 from echod.sources import Loaded, SettingsError, load
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ SAMPLES = {
     "limits.backlog": "6",
     "limits.idle_timeout": "7.5",
     "limits.write_timeout": "8",
+    "limits.max_connections_per_client": "3",
+    "limits.handshake_timeout": "4.5",
     "limits.write_buffer": "9KiB",
+    "limits.max_line": "100",
     "shutdown.delay": "1",
     "shutdown.quiet_period": "2.5",
     "shutdown.drain_timeout": "3.5",
@@ -191,9 +194,21 @@ def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "line"),
     [
-        ("LISTEN", "", "listen.0: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
-        ("LISTEN", "h:1,", "listen.1: '' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
-        ("LISTEN", '["h:1"]', "listen.0: '[\"h:1\"]' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+        (
+            "LISTEN",
+            "",
+            "listen.0: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        ),
+        (
+            "LISTEN",
+            "h:1,",
+            "listen.1: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        ),
+        (
+            "LISTEN",
+            '["h:1"]',
+            "listen.0: '[\"h:1\"]' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        ),
         ("LISTEN", "h:1, H:1", "listen: 'H:1' is listened on already"),
         ("LOOP", "", "loop: should be 'auto', 'uvloop' or 'asyncio', not ''"),
         ("LIMITS__IDLE_TIMEOUT", "", "limits.idle_timeout: should be a valid number, not ''"),
@@ -246,10 +261,10 @@ fault = 3
 [log]
 level = "loud"
 """)
-    limits = "there are: max_connections, backlog, idle_timeout, write_timeout, write_buffer"
+    limits = f"there are: {', '.join(LimitsSettings.model_fields)}"
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
-        "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT or :PORT",
+        "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
         "FILE: listen.1: 'h:70000': '70000' is no port: write a number from 0 to 65535",
         "FILE: limits.max_connections: should be a number, not True",
         "FILE: limits.backlog: should be a valid integer, not 'x'",
@@ -377,7 +392,10 @@ def test_what_the_parser_cannot_bear(write: Write, text: str) -> None:
     [
         ("log.file", "log.file: should be UTF-8 text, not '\\udcff'"),
         ("faults.b.trigger", "faults.b.trigger: should be a valid string, not '\\udcff'"),
-        ("listen", "listen.0: '\\udcff' has no port: write HOST:PORT, [V6]:PORT or :PORT"),
+        (
+            "listen",
+            "listen.0: '\\udcff' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        ),
     ],
 )
 def test_bytes_that_are_no_text(key: str, message: str) -> None:
@@ -475,7 +493,7 @@ def test_example_file(write: Write) -> None:
     result = loaded(config=str(path))
     assert result.settings == Settings()
     assert {key for key, _ in leaves()} <= set(result.origins)
-    uncommented = re.sub(r"^# (?=\[|[a-z]+ = )", "", path.read_text(), flags=re.MULTILINE)
+    uncommented = re.sub(r"^# (?=\[|[a-z_]+ = )", "", path.read_text(), flags=re.MULTILINE)
     settings = loaded(config=write(uncommented)).settings
     assert settings.all_listeners()["127.0.0.1:8000"].fault == ""
     assert settings.listeners["boom"].fault == "boom"

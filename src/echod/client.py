@@ -94,7 +94,11 @@ class Client:
     __slots__ = ("_address", "_left", "_received", "_since", "header", "opened", "peer", "session")
 
     def __init__(
-        self, sock: socket.socket, sockaddr: Any, opened: float, new_session: Callable[[Client, socket.socket], EchoSession]
+        self,
+        sock: socket.socket,
+        sockaddr: Any,
+        opened: float,
+        new_session: Callable[[Client, socket.socket], EchoSession],
     ) -> None:
         self._address = addresses.from_sockaddr(sockaddr)
         self.peer = str(self._address) if self._address is not None else _nameless(sock, sockaddr)

@@ -65,9 +65,7 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
     tables = _tables(found.loaded, inherited)
-    wanted = [
-        Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()
-    ]
+    wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
     listeners = open_listeners(wanted, settings.limits.backlog, inherited)
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:

@@ -18,7 +18,7 @@ _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 class TlsError(ValueError):
     """A file cannot be used; `key` says which setting named it."""
 
-    def __init__(self, key: str, message: str) -> None:
+    def __init__(self, message: str, key: str) -> None:
         super().__init__(message)
         self.key = key
 
@@ -83,7 +83,8 @@ def _load_chain(context: ssl.SSLContext, certificate: str, private_key: str) -> 
         try:
             Path(file).read_bytes()
         except OSError as error:
-            raise TlsError(key, f"{file!r} cannot be read: {error.strerror}") from error
+            message = f"{file!r} cannot be read: {error.strerror}"
+            raise TlsError(message, key) from error
     _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "certificate", certificate)
     encrypted = False
 
@@ -100,19 +101,22 @@ def _load_chain(context: ssl.SSLContext, certificate: str, private_key: str) -> 
         elif error.reason == "KEY_VALUES_MISMATCH":
             message = f"{private_key!r} is not the key of the certificate in {certificate!r}"
         elif error.reason in {"EE_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "CA_KEY_TOO_SMALL"}:
-            raise TlsError("certificate", f"{certificate!r}: {_reason(error)}, for OpenSSL's security level") from error
+            message = f"{certificate!r}: {_reason(error)}, for OpenSSL's security level"
+            raise TlsError(message, "certificate") from error
         else:
             message = f"{private_key!r} holds no private key in PEM form"
-        raise TlsError("private_key", message) from error
+        raise TlsError(message, "private_key") from error
 
 
 def _load_authorities(context: ssl.SSLContext, key: str, file: str) -> None:
     try:
         context.load_verify_locations(file)
     except ssl.SSLError as error:
-        raise TlsError(key, f"{file!r} holds no certificate in PEM form") from error
+        message = f"{file!r} holds no certificate in PEM form"
+        raise TlsError(message, key) from error
     except OSError as error:
-        raise TlsError(key, f"{file!r} cannot be read: {error.strerror}") from error
+        message = f"{file!r} cannot be read: {error.strerror}"
+        raise TlsError(message, key) from error
 
 
 def _expiry(context: ssl.SSLContext, certificate: str) -> float:
@@ -134,7 +138,8 @@ def _expiry(context: ssl.SSLContext, certificate: str) -> float:
             continue
         except ssl.SSLCertVerificationError as error:
             what = "has expired" if error.verify_code == _EXPIRED else f"would be refused: {error.verify_message}"
-            raise TlsError("certificate", f"{certificate!r}: the certificate {what}") from error
+            message = f"{certificate!r}: the certificate {what}"
+            raise TlsError(message, "certificate") from error
     found = client.getpeercert()
     assert found
     return float(ssl.cert_time_to_seconds(str(found["notAfter"])))

@@ -278,10 +278,10 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
 def subject(certificate: ssl._PeerCertRetDictType) -> str:
     """Return a certificate's subject, the most specific part first, with the special characters of RFC 4514 escaped."""
-    parts = []
-    for names in reversed(certificate.get("subject", ())):
-        parts.append("+".join(f"{_SHORT.get(name, name)}={_escape(value)}" for name, value in names))
-    return ",".join(parts)
+    return ",".join(
+        "+".join(f"{_SHORT.get(name, name)}={_escape(value)}" for name, value in names)
+        for names in reversed(certificate.get("subject", ()))
+    )
 
 
 # RFC 4514, section 3.
