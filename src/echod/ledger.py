@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
@@ -128,19 +128,47 @@ _OUTCOMES: Mapping[Reason, str] = {
 }
 
 
+class Entry(NamedTuple):
+    """One connection's line: what it was, from accepted to closed. None is what it did not have."""
+
+    peer: str
+    client: str | None
+    """Who the PROXY header says it is."""
+    seconds: float
+    received: int
+    """Bytes, as the three below; over TLS those inside of it, but for what was discarded."""
+    sent: int
+    acked: int
+    discarded_bytes: int
+    reason: Reason
+    detail: str | None
+    """What was wrong, where a client is to blame."""
+    tls: str | None
+    """The version."""
+    cipher: str | None
+    subject: str | None
+    """Of the client's certificate."""
+    rtt_ms: float | None
+    retransmits: int | None
+
+
 class Ledger:
     """One listener's account and its lines in the log.
 
     Args:
         log: the logger, bound to the listener's name.
         connections: which closed connections get a line.
+        observers: called with the entry of every connection, whether it gets a line or not.
 
     """
 
-    def __init__(self, log: FilteringBoundLogger, connections: Choice) -> None:
+    def __init__(
+        self, log: FilteringBoundLogger, connections: Choice, observers: Sequence[Callable[[Entry], None]] = ()
+    ) -> None:
         self.log = log
         self.account = Account()
         self._connections = connections
+        self._observers = observers
 
     def reconfigure(self, log: FilteringBoundLogger, connections: Choice) -> None:
         """Write to another logger from now on, and about other connections."""
@@ -156,29 +184,16 @@ class Ledger:
         self.account.add(reason, delivery)
         if failure is not None:
             self.log.error("client_failed", peer=client.peer, exc_info=failure)
-        if self._wants(reason, delivery):
-            fields: dict[str, object] = {
-                "peer": client.peer,
-                "seconds": round(now - client.opened, 3),
-                "received": delivery.received,
-                "sent": delivery.sent,
-                "acked": delivery.acked,
-                "discarded_bytes": delivery.discarded,
-                "reason": reason,
-            }
-            if session.detail:
-                fields["detail"] = session.detail
-            if client.behind is not None:
-                fields["client"] = str(client.behind)
-            if session.tls is not None:
-                fields["tls"] = session.tls.version
-                fields["cipher"] = session.tls.cipher
-                if session.tls.subject is not None:
-                    fields["subject"] = session.tls.subject
-            if session.tcp_info is not None:
-                fields["rtt_ms"] = session.tcp_info.rtt_ms
-                fields["retransmits"] = session.tcp_info.retransmits
-            self.log.info("client_closed", **fields)
+        wanted = self._wants(reason, delivery)
+        if not (wanted or self._observers):
+            return
+        entry = _entry(client, reason, delivery, now)
+        if wanted:
+            self.log.info(
+                "client_closed", **{name: value for name, value in entry._asdict().items() if value is not None}
+            )
+        for observe in self._observers:
+            observe(entry)
 
     def _wants(self, reason: Reason, delivery: Delivery) -> bool:
         match self._connections:
@@ -190,3 +205,24 @@ class Ledger:
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
             case _:
                 return False
+
+
+def _entry(client: Client, reason: Reason, delivery: Delivery, now: float) -> Entry:
+    session = client.session
+    tls, info = session.tls, session.tcp_info
+    return Entry(
+        peer=client.peer,
+        client=None if client.behind is None else str(client.behind),
+        seconds=round(now - client.opened, 3),
+        received=delivery.received,
+        sent=delivery.sent,
+        acked=delivery.acked,
+        discarded_bytes=delivery.discarded,
+        reason=reason,
+        detail=session.detail or None,
+        tls=None if tls is None else tls.version,
+        cipher=None if tls is None else tls.cipher,
+        subject=None if tls is None else tls.subject,
+        rtt_ms=None if info is None else info.rtt_ms,
+        retransmits=None if info is None else info.retransmits,
+    )
