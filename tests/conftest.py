@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from certificates import Certificates
 from harness import Daemon
 
 if TYPE_CHECKING:
@@ -33,3 +34,9 @@ def start(loop_name: str) -> Iterator[Start]:
     yield start
     for daemon in daemons:
         daemon.kill()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Return certificates, made once."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from certificates import TlsSocket
+
 # What all clients send, each from a place of its own on, round and round. Its length is no multiple of any buffer's.
 PATTERN = os.urandom(1_000_003)
 _TWICE = PATTERN * 2
@@ -32,7 +34,7 @@ class Peer:
 
     """
 
-    def __init__(self, sock: socket.socket, total: int | None, rng: random.Random) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, total: int | None, rng: random.Random) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.port = sock.getsockname()[1]
@@ -46,15 +48,16 @@ class Peer:
         """How it ended: "eof" or the error's name."""
         self._rng = rng
         self._place = rng.randrange(len(PATTERN))
+        self._size = 0
 
     @property
     def writing(self) -> bool:
         return not self.end and self.sent != self.total
 
     def write(self) -> None:
-        size = self._rng.randint(1, _LARGEST)
-        if self.total is not None:
-            size = min(size, self.total - self.sent)
+        # A write that did not succeed at once is tried again with the same bytes.
+        self._size = self._size or self._rng.randint(1, _LARGEST)
+        size = self._size if self.total is None else min(self._size, self.total - self.sent)
         start = (self._place + self.sent) % len(PATTERN)
         try:
             self.sent += self.sock.send(memoryview(_TWICE)[start : start + size])
@@ -63,6 +66,7 @@ class Peer:
         except OSError as error:
             self._ended(error)
             return
+        self._size = 0
         if self.sent == self.total and self.half_close:
             self.sock.shutdown(socket.SHUT_WR)
 
@@ -103,7 +107,7 @@ class Crowd:
         for peer in self.peers:
             peer.sock.close()
 
-    def add(self, sock: socket.socket, total: int | None, seed: int) -> Peer:
+    def add(self, sock: socket.socket | TlsSocket, total: int | None, seed: int) -> Peer:
         """Take in a connected socket."""
         peer = Peer(sock, total, random.Random(seed))
         self.peers.append(peer)

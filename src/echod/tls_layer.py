@@ -93,7 +93,8 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._tcp: asyncio.Transport | None = None
         self._begun = False
         self._plain = 0
-        self._marks: list[tuple[int, int]] = [(0, 0)]
+        # Ciphertext and plaintext up to the end of a write, and whether it is one write since the mark before.
+        self._marks: list[tuple[int, int, bool]] = [(0, 0, False)]
         self._most_marks = _MARKS
         self.written = 0
         """Bytes given to the TCP transport: those of the handshake and of the records' frames too."""
@@ -149,7 +150,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._object.write(data)
         self._plain += len(data)
         self._flush()
-        self._marks.append((self.written, self._plain))
+        self._marks.append((self.written, self._plain, True))
         if len(self._marks) > self._most_marks:
             self._prune()
 
@@ -165,11 +166,21 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def plaintext(self, ciphertext: int) -> int:
         """Return how many bytes of plaintext lie whole in the first so many bytes that were written.
 
-        Exact for the records that were not acknowledged lately; where a client lets very many of them pile up, it may
-        be fewer than there were, and never more.
+        That is what a client can make use of. Where very many writes are not acknowledged, it may be fewer than there
+        were, and never more.
         """
         index = bisect_right(self._marks, ciphertext, key=lambda mark: mark[0])
-        return self._marks[index - 1][1] if index else 0
+        if not index:
+            return 0
+        start, plain, _ = self._marks[index - 1]
+        if index == len(self._marks):
+            return plain
+        end, plain_end, single = self._marks[index]
+        if not single:
+            return plain
+        # A large write is several records, all but the last of the full size.
+        overhead = -(-(end - start - (plain_end - plain)) // -(-(plain_end - plain) // _RECORD))
+        return plain + (ciphertext - start) // (_RECORD + overhead) * _RECORD
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Have another protocol take this layer's place: TLS ends here."""
@@ -273,7 +284,8 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         first = bisect_right(self._marks, arrived, key=lambda mark: mark[0]) - 1
         del self._marks[:first]
         if len(self._marks) > _MARKS // 2:
-            del self._marks[1:-1:2]
+            kept = [(written, plain, False) for written, plain, _ in self._marks[2::2]]
+            self._marks[1:] = kept if len(self._marks) % 2 else [*kept, self._marks[-1]]
 
 
 def subject(certificate: ssl._PeerCertRetDictType) -> str:
