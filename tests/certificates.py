@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ssl
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import trustme
 
 if TYPE_CHECKING:
     import socket
+    from pathlib import Path
     from types import TracebackType
 
     from harness import Daemon
