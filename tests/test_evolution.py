@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +25,7 @@ ONE, TURN, BUSY, SELECTORS, TASKS, SHUTDOWN = STEPS
 DOCS = HERE.parents[1] / "docs"
 BOOM = b"boom\r\n"
 # How long the first client of a scene is silent, seconds: long beside any delay of a busy machine.
-SILENCE = 1.0
+SILENCE = 0.6
 FAULT = (
     *("--faults.boom.trigger", "boom\r\n", "--faults.boom.action", "raise"),
     *("--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "boom"),
@@ -71,13 +72,6 @@ def test_nobody_waits(step: str) -> None:
         assert waited < 0.8 * SILENCE
 
 
-def test_echod_lets_nobody_wait(start: Start) -> None:
-    """The same of echod."""
-    waited = second_client(start(), SILENCE)
-    assert waited is not None
-    assert waited < 0.8 * SILENCE
-
-
 def test_a_bare_accept_fails(tmp_path: Path) -> None:
     """Without the `suppress` around it, the first non-blocking `accept` ends the server."""
     text = (HERE / f"{BUSY}.py").read_text()
@@ -91,19 +85,23 @@ def test_a_bare_accept_fails(tmp_path: Path) -> None:
 def test_the_busy_loop_burns_a_core() -> None:
     """With one silent client it takes more than half of what CPU it can get: in truth all of it."""
     with Step(BUSY) as server:
-        assert idle(server, 1) > 0.5
+        assert idle(server, 0.5) > 0.5
 
 
 @pytest.mark.parametrize("step", [ONE, TURN, SELECTORS, TASKS, SHUTDOWN])
 def test_the_others_idle(step: str) -> None:
     """With one silent client they take next to nothing."""
     with Step(step) as server:
-        assert idle(server, 0.5) < 0.05
+        assert idle(server, 0.4) < 0.05
 
 
-def test_echod_idles(start: Start) -> None:
-    """The same of echod."""
-    assert idle(start(), 0.5) < 0.05
+def test_echod_idles_and_lets_nobody_wait(start: Start) -> None:
+    """The same two scenes with echod."""
+    daemon = start()
+    assert idle(daemon, 0.4) < 0.05
+    waited = second_client(daemon, SILENCE)
+    assert waited is not None
+    assert waited < 0.8 * SILENCE
 
 
 @pytest.mark.parametrize("step", [TURN, BUSY, SELECTORS])
@@ -226,19 +224,20 @@ def test_the_drain_of_echod_refuses(start: Start) -> None:
 
 def test_an_error_takes_the_time_of_all() -> None:
     """Step 6's second flaw: the first error ends the drain, at once for everybody; no other is looked at."""
-    with Step(SHUTDOWN) as server, connect(server) as innocent:
+    with Step(SHUTDOWN) as server:
         for client in [connect(server) for _ in range(2)]:
             assert converse(client) == b"hello\r\n"
             reset(client)
-        assert converse(innocent) == b"hello\r\n"
         server.wait_for("ConnectionResetError", count=2)
-        assert "Errno 107" not in server.output, "both tasks have failed by now, and nobody knows"
-        server.send_signal(signal.SIGTERM)
-        server.wait_for("draining 3 tasks")
-        assert innocent.recv(1) == b""
+        with connect(server) as innocent:
+            assert converse(innocent) == b"hello\r\n"
+            assert "Errno 107" not in server.output, "both tasks have failed by now, and nobody knows"
+            server.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert innocent.recv(1) == b""
+            assert time.monotonic() - began < 1.5
         assert server.wait() == 1
-        drains = re.findall(r"in drain\n(?:.*\n)*?(?=\S)", server.output)
-        assert len(drains) == 1, "the drain has seen one of the two"
+        assert server.output.count(", in drain\n") == 1, "the drain has seen one of the two"
 
 
 def test_an_error_in_echod_hides_none(start: Start) -> None:
@@ -273,9 +272,7 @@ def test_the_cost_of_two_bytes_a_call() -> None:
 
 def test_table_and_picture_are_of_one_measurement() -> None:
     """Each figure of the table in docs/evolution.md stands in the picture too."""
-    rows = re.findall(r"^\| (\[?[1-6]|echod).*$", (DOCS / "evolution.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (?:[1-6] |echod).*$", (DOCS / "evolution.md").read_text(), re.MULTILINE)
     assert len(rows) == 7
-    picture = (DOCS / "evolution.svg").read_text()
-    for row in re.findall(r"^\| (?:\[[1-6]|echod).*$", (DOCS / "evolution.md").read_text(), re.MULTILINE):
-        for figure in (cell.strip() for cell in row.strip("|").split("|")[1:]):
-            assert f">{figure}<" in picture
+    picture = re.findall(r">([^<]+)</text>", (DOCS / "evolution.svg").read_text())
+    assert picture[4:] == [cell.strip() for row in rows for cell in row.strip("|").split("|")]

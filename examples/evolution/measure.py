@@ -1,0 +1,146 @@
+"""Measure the six steps and echod, and write the table in docs/evolution.md and the picture docs/evolution.svg.
+
+    PYTHONPATH=tests python examples/evolution/measure.py [ROUNDS]
+
+Each round goes through all of them in turn, each scene with a fresh process; the figures are the medians of all rounds.
+On a machine that has other work the times grow, so do it on one that has none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from harness import Daemon
+from scenes import HERE, STEPS, Loss, Step, cost, idle, second_client, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DOCS = HERE.parents[1] / "docs"
+PAGE, PICTURE = DOCS / "evolution.md", DOCS / "evolution.svg"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "echod")
+COLUMNS = ("CPU, one silent client", "second client's wait", "CPU a message", "a stop under load loses")
+# How many clients and messages a step can take, where it is not 50 and 20,000: the first serves one, and the second
+# asks each of 50 once for every `accept` that follows, which makes 1 + 2 + … + 50.
+LOADS = {STEPS[0]: (1, 3000, " (1 client)"), STEPS[1]: (50, 1275, " (in turn)")}
+SILENCE = 1.0
+CLIENTS = 50
+
+
+class Figure(NamedTuple):
+    """A cell of the table, and a bar of the picture."""
+
+    text: str
+    bar: float
+    """From 0 to 1; beyond: no end."""
+
+
+class Samples:
+    """What the rounds found of one server."""
+
+    def __init__(self, name: str, make: Callable[[], Daemon | Step]) -> None:
+        self.name = name
+        self._make = make
+        self._clients, self._messages, self._remark = LOADS.get(name, (CLIENTS, 20_000, ""))
+        self.idle: list[float] = []
+        self.wait: list[float] = []
+        self.cost: list[float] = []
+        self.loss: list[Loss] = []
+
+    def measure(self) -> None:
+        """Play each scene once."""
+        with self._make() as server:
+            self.idle.append(idle(server, 1))
+        with self._make() as server:
+            wait = second_client(server, SILENCE)
+            self.wait.append(float("inf") if wait is None else wait)
+        with self._make() as server:
+            self.cost.append(cost(server, self._clients, self._messages))
+        with self._make() as server:
+            self.loss.append(stop(server, CLIENTS, 0.5, 3))
+
+    def figures(self) -> list[Figure]:
+        """Return the medians, in the order of `COLUMNS`."""
+        share, wait, price = (statistics.median(values) for values in (self.idle, self.wait, self.cost))
+        clients = statistics.median_high(loss.clients for loss in self.loss)
+        size = statistics.median(loss.size for loss in self.loss)
+        return [
+            Figure(f"{share:.1%}", share),
+            Figure(
+                "never served" if wait == float("inf") else f"{wait * 1e3:,.{0 if wait > 1e-2 else 2}f} ms", wait / 1.5
+            ),
+            Figure(f"{price * 1e6:.{0 if price > 1e-4 else 1}f} µs{self._remark}", price * 1e6 / 300),
+            Figure(f"{clients} clients, {size / 1e3:,.0f} kB" if clients else "nothing", size / (CLIENTS * 16384)),
+        ]
+
+
+def table(rows: dict[str, list[Figure]], rounds: int) -> str:
+    """Return the table, and under what conditions it came to be."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    lines += [f"| {name} | " + " | ".join(figure.text for figure in figures) + " |" for name, figures in rows.items()]
+    python, cores = platform.python_version(), os.cpu_count()
+    return "\n".join(lines) + f"\n\nMedians of {rounds} rounds, Python {python}, {cores} cores, {platform.system()}.\n"
+
+
+def picture(rows: dict[str, list[Figure]]) -> str:
+    """Return the same figures as bars, an SVG that suits light and dark pages."""
+    left, top, width, height, bar = 116, 64, 206, 40, 178
+    across, down = left + width * len(COLUMNS), top + height * len(rows) + 12
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" viewBox="0 0 {across} {down}"'
+        ' role="img" aria-labelledby="title">',
+        '<title id="title">The six steps and echod: idle CPU, second client, CPU a message, loss at a stop</title>',
+        "<style>",
+        "  text { font: 13px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }",
+        "  .head { font-weight: 600 } .card { fill: #ffffff; stroke: #d0d7de } .track { fill: #eaeef2 }",
+        "  .step { fill: #bc4c00 } .echod { fill: #1a7f37 }",
+        "  @media (prefers-color-scheme: dark) {",
+        "    text { fill: #e6edf3 } .card { fill: #0d1117; stroke: #30363d } .track { fill: #262c36 }",
+        "    .step { fill: #f0883e } .echod { fill: #3fb950 }",
+        "  }",
+        "</style>",
+        f'<rect class="card" x="0.5" y="0.5" width="{across - 1}" height="{down - 1}" rx="8"/>',
+    ]
+    parts += [
+        f'<text class="head" x="{left + width * column}" y="36">{title}</text>' for column, title in enumerate(COLUMNS)
+    ]
+    for row, (name, figures) in enumerate(rows.items()):
+        y = top + height * row
+        kind = "echod" if name == "echod" else "step"
+        parts.append(f'<text class="head" x="16" y="{y + 13}">{name}</text>')
+        for column, figure in enumerate(figures):
+            x = left + width * column
+            length = round(bar * min(figure.bar, 1), 1)
+            parts.append(f'<text x="{x}" y="{y + 13}">{figure.text}</text>')
+            parts.append(f'<rect class="track" x="{x}" y="{y + 19}" width="{bar}" height="8" rx="2"/>')
+            if length >= 0.5:
+                parts.append(f'<rect class="{kind}" x="{x}" y="{y + 19}" width="{length}" height="8" rx="2"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main(rounds: int) -> None:
+    """Measure, and write both."""
+    servers = [Samples(step, partial(Step, step)) for step in STEPS]
+    servers.append(Samples("echod", Daemon))
+    for number in range(1, rounds + 1):
+        for server in servers:
+            server.measure()
+            print(
+                f"{number}/{rounds} {server.name:16} idle {server.idle[-1]:.4f}  wait {server.wait[-1] * 1e3:.2f} ms"
+                f"  message {server.cost[-1] * 1e6:.1f} µs  {server.loss[-1]}",
+                flush=True,
+            )
+    rows = dict(zip(NAMES, (server.figures() for server in servers), strict=True))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows, rounds) + END + rest.partition(END)[2])
+    PICTURE.write_text(picture(rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
