@@ -94,7 +94,7 @@ def picture(rows: dict[str, list[Figure]]) -> str:
     across, down = left + width * len(COLUMNS), top + height * len(rows) + 12
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" viewBox="0 0 {across} {down}">',
-        '<title>The six steps and echod: idle CPU, second client, CPU a message, loss at a stop</title>',
+        "<title>The six steps and echod: idle CPU, second client, CPU a message, loss at a stop</title>",
         "<style>",
         "  text { font: 13px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }",
         "  .head { font-weight: 600 } .card { fill: #ffffff; stroke: #d0d7de } .track { fill: #eaeef2 }",
