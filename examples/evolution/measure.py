@@ -4,7 +4,8 @@
 
 Each round goes through all of them in turn, each scene with a fresh process; the figures are the medians of all rounds.
 A scene of times is played again where other processes took part of the CPU meanwhile: they change how much a server finds
-to do at each wake-up, and with that its CPU a message by half and more. On a machine that is never quiet this gives up.
+to do at each wake-up, and with that its CPU a message by half and more. On a machine that is never quiet this gives up;
+with three rounds and more it writes what it has.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ SILENCE = 1.0
 CLIENTS = 50
 # What others may take while a scene of times is played, as a share of a core, and how often it is tried.
 OTHERS, TRIES = 0.1, 120
+ENOUGH = 3
 
 
 def others() -> float:
@@ -58,6 +60,10 @@ class Figure(NamedTuple):
     text: str
     bar: float
     """From 0 to 1; beyond: no end."""
+
+
+class TooBusyError(Exception):
+    """Other processes took part of the CPU in every try."""
 
 
 class Samples:
@@ -82,6 +88,16 @@ class Samples:
         with self._make() as server:
             self.loss.append(stop(server, CLIENTS, 0.5, 3))
 
+    def last(self) -> str:
+        """Return what the last round found, in words."""
+        times = f"wait {self.wait[-1] * 1e3:.2f} ms  message {self.cost[-1] * 1e6:.1f} µs"
+        return f"{self.name:16} idle {self.idle[-1]:.4f}  {times}  {self.loss[-1]}"
+
+    def cut(self, rounds: int) -> None:
+        """Forget what came after so many rounds."""
+        for values in (self.idle, self.wait, self.cost, self.loss):
+            del values[rounds:]
+
     def _undisturbed(self, scene: Callable[[Subject], T]) -> T:
         """Play a scene until no other process has had a part in it."""
         for _ in range(TRIES):
@@ -91,8 +107,7 @@ class Samples:
             if others() - before < OTHERS * (time.monotonic() - began):
                 return result
             time.sleep(0.5)
-        message = "the machine is too busy to measure on"
-        raise SystemExit(message)
+        raise TooBusyError
 
     def figures(self) -> list[Figure]:
         """Return the medians, in the order of `COLUMNS`."""
@@ -161,14 +176,17 @@ def main(rounds: int) -> None:
     """Measure, and write both."""
     servers = [Samples(step, partial(Step, step)) for step in STEPS]
     servers.append(Samples("echod", Daemon))
-    for number in range(1, rounds + 1):
+    try:
+        for number in range(1, rounds + 1):
+            for server in servers:
+                server.measure()
+                print(f"{number}/{rounds} {server.last()}", flush=True)
+    except TooBusyError:
+        whole = len(servers[-1].loss)
+        if whole < ENOUGH:
+            sys.exit(f"the machine is too busy to measure on: {whole} rounds in {TRIES} tries for each scene")
         for server in servers:
-            server.measure()
-            print(
-                f"{number}/{rounds} {server.name:16} idle {server.idle[-1]:.4f}  wait {server.wait[-1] * 1e3:.2f} ms"
-                f"  message {server.cost[-1] * 1e6:.1f} µs  {server.loss[-1]}",
-                flush=True,
-            )
+            server.cut(whole)
     rows = dict(zip(NAMES, (server.figures() for server in servers), strict=True))
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows, servers) + END + rest.partition(END)[2])
