@@ -5,7 +5,7 @@ PYTHON ?= python3
 VERSIONS ?= 3.11 3.12 3.13
 ARGUMENTS ?= --config config.example.toml
 
-.PHONY: run test lint docs clean
+.PHONY: run test lint docs evolution clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
@@ -15,6 +15,10 @@ test:
 
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/configuration.md
+
+# The figures of docs/evolution.md; two minutes and more, on a machine that has nothing else to do.
+evolution: .venv/installed
+	PYTHONPATH=tests .venv/bin/python examples/evolution/measure.py
 
 .venv/installed: pyproject.toml $(shell find src -name '*.py')
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,197 @@
+"""Measure the six steps and echod, and write the table in docs/evolution.md and the picture docs/evolution.svg.
+
+    PYTHONPATH=tests python examples/evolution/measure.py [ROUNDS]
+
+Each round goes through all of them in turn, each scene with a fresh process; the figures are the medians of all rounds.
+A scene of times is played again where other processes took part of the CPU meanwhile: they change how much a server finds
+to do at each wake-up, and with that its CPU a message by half and more. On a machine that is never quiet this gives up;
+with three rounds and more it writes what it has.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from harness import Daemon
+from scenes import HERE, STEPS, Loss, Step, cost, idle, second_client, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scenes import Subject
+
+T = TypeVar("T")
+
+DOCS = HERE.parents[1] / "docs"
+PAGE, PICTURE = DOCS / "evolution.md", DOCS / "evolution.svg"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "echod")
+COLUMNS = ("CPU, one silent client", "second client's wait", "CPU a message", "a stop under load loses")
+# How many clients and messages a step can take, where it is not 50 and 20,000: the first serves one, and the second
+# asks each of 50 once for every `accept` that follows, which makes 1 + 2 + … + 50.
+LOADS = {STEPS[0]: (1, 3000, " (1 client)"), STEPS[1]: (50, 1275, " (in turn)")}
+SILENCE = 1.0
+CLIENTS = 50
+# What others may take while a scene of times is played, as a share of a core, and how often it is tried.
+OTHERS, TRIES = 0.1, 120
+ENOUGH = 3
+
+
+def others() -> float:
+    """Return the CPU time of all processes but this one and those it has waited for, seconds; what was stolen too."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[:8])
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy - sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+class Figure(NamedTuple):
+    """A cell of the table, and a bar of the picture."""
+
+    text: str
+    bar: float
+    """From 0 to 1; beyond: no end."""
+
+
+class TooBusyError(Exception):
+    """Other processes took part of the CPU in every try."""
+
+
+class Samples:
+    """What the rounds found of one server."""
+
+    def __init__(self, name: str, make: Callable[[], Daemon | Step]) -> None:
+        self.name = name
+        self._make = make
+        self._clients, self._messages, self._remark = LOADS.get(name, (CLIENTS, 20_000, ""))
+        self.idle: list[float] = []
+        self.wait: list[float] = []
+        self.cost: list[float] = []
+        self.loss: list[Loss] = []
+
+    def measure(self) -> None:
+        """Play each scene once."""
+        with self._make() as server:
+            self.idle.append(idle(server, 1))
+        wait = self._undisturbed(lambda server: second_client(server, SILENCE))
+        self.wait.append(float("inf") if wait is None else wait)
+        self.cost.append(self._undisturbed(lambda server: cost(server, self._clients, self._messages)))
+        with self._make() as server:
+            self.loss.append(stop(server, CLIENTS, 0.5, 3))
+
+    def last(self) -> str:
+        """Return what the last round found, in words."""
+        times = f"wait {self.wait[-1] * 1e3:.2f} ms  message {self.cost[-1] * 1e6:.1f} µs"
+        return f"{self.name:16} idle {self.idle[-1]:.4f}  {times}  {self.loss[-1]}"
+
+    def cut(self, rounds: int) -> None:
+        """Forget what came after so many rounds."""
+        for values in (self.idle, self.wait, self.cost, self.loss):
+            del values[rounds:]
+
+    def _undisturbed(self, scene: Callable[[Subject], T]) -> T:
+        """Play a scene until no other process has had a part in it."""
+        for _ in range(TRIES):
+            began, before = time.monotonic(), others()
+            with self._make() as server:
+                result = scene(server)
+            if others() - before < OTHERS * (time.monotonic() - began):
+                return result
+            time.sleep(0.5)
+        raise TooBusyError
+
+    def figures(self) -> list[Figure]:
+        """Return the medians, in the order of `COLUMNS`."""
+        share, wait, price = (statistics.median(values) for values in (self.idle, self.wait, self.cost))
+        clients = statistics.median_high(loss.clients for loss in self.loss)
+        size = statistics.median(loss.size for loss in self.loss)
+        return [
+            Figure(f"{share:.1%}", share),
+            Figure(
+                "never served" if wait == float("inf") else f"{wait * 1e3:,.{0 if wait > 1e-2 else 2}f} ms", wait / 1.5
+            ),
+            Figure(f"{price * 1e6:.{0 if price > 1e-4 else 1}f} µs{self._remark}", price * 1e6 / 300),
+            Figure(f"{clients} clients, {size / 1e3:,.0f} kB" if clients else "nothing", size / (CLIENTS * 16384)),
+        ]
+
+
+def table(rows: dict[str, list[Figure]], servers: list[Samples]) -> str:
+    """Return the table, and under what conditions it came to be."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
+    lines += [f"| {name} | " + " | ".join(figure.text for figure in figures) + " |" for name, figures in rows.items()]
+    python, cores = platform.python_version(), os.cpu_count()
+    spread = ", ".join(f"{min(s.cost) * 1e6:.3g} to {max(s.cost) * 1e6:.3g} µs" for s in servers)
+    return (
+        "\n".join(lines)
+        + f"\n\nMedians of {len(servers[0].cost)} rounds, Python {python}, {cores} cores, {platform.system()}. CPU a message "
+        + f"in single rounds, in the order of the rows: {spread}.\n"
+    )
+
+
+def picture(rows: dict[str, list[Figure]]) -> str:
+    """Return the same figures as bars, an SVG that suits light and dark pages."""
+    left, top, width, height, bar = 116, 64, 206, 40, 178
+    across, down = left + width * len(COLUMNS), top + height * len(rows) + 12
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" viewBox="0 0 {across} {down}">',
+        "<title>The six steps and echod: idle CPU, second client, CPU a message, loss at a stop</title>",
+        "<style>",
+        "  text { font: 13px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }",
+        "  .head { font-weight: 600 } .card { fill: #ffffff; stroke: #d0d7de } .track { fill: #eaeef2 }",
+        "  .step { fill: #bc4c00 } .echod { fill: #1a7f37 }",
+        "  @media (prefers-color-scheme: dark) {",
+        "    text { fill: #e6edf3 } .card { fill: #0d1117; stroke: #30363d } .track { fill: #262c36 }",
+        "    .step { fill: #f0883e } .echod { fill: #3fb950 }",
+        "  }",
+        "</style>",
+        f'<rect class="card" x="0.5" y="0.5" width="{across - 1}" height="{down - 1}" rx="8"/>',
+    ]
+    parts += [
+        f'<text class="head" x="{left + width * column}" y="36">{title}</text>' for column, title in enumerate(COLUMNS)
+    ]
+    for row, (name, figures) in enumerate(rows.items()):
+        y = top + height * row
+        kind = "echod" if name == "echod" else "step"
+        parts.append(f'<text class="head" x="16" y="{y + 13}">{name}</text>')
+        for column, figure in enumerate(figures):
+            x = left + width * column
+            length = round(bar * min(figure.bar, 1), 1)
+            parts.append(f'<text x="{x}" y="{y + 13}">{figure.text}</text>')
+            parts.append(f'<rect class="track" x="{x}" y="{y + 19}" width="{bar}" height="8" rx="2"/>')
+            if length >= 0.5:
+                parts.append(f'<rect class="{kind}" x="{x}" y="{y + 19}" width="{length}" height="8" rx="2"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main(rounds: int) -> None:
+    """Measure, and write both."""
+    servers = [Samples(step, partial(Step, step)) for step in STEPS]
+    servers.append(Samples("echod", Daemon))
+    try:
+        for number in range(1, rounds + 1):
+            for server in servers:
+                server.measure()
+                print(f"{number}/{rounds} {server.last()}", flush=True)
+    except TooBusyError:
+        whole = len(servers[-1].loss)
+        if whole < ENOUGH:
+            sys.exit(f"the machine is too busy to measure on: {whole} rounds in {TRIES} tries for each scene")
+        for server in servers:
+            server.cut(whole)
+    rows = dict(zip(NAMES, (server.figures() for server in servers), strict=True))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows, servers) + END + rest.partition(END)[2])
+    PICTURE.write_text(picture(rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
