@@ -170,10 +170,11 @@ def test_reset_is_on_record(start: Start) -> None:
     """What a client that resets did not get is in its line: neither counted as acknowledged, nor all as sent."""
     daemon = start()
     with Crowd() as crowd:
-        peer = crowd.add(daemon.connect(receive_buffer=4096), None, 1)
+        client = daemon.connect(receive_buffer=4096)
+        peer = crowd.add(client, None, 1)
         crowd.pause_reading(peer)
         crowd.run(Stuck(peer))
-        reset(peer.sock)
+        reset(client)
     line = daemon.wait_for("client_closed", reason="reset")
     assert line["received"] > line["sent"] > line["acked"] > 0
 
