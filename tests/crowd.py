@@ -37,7 +37,8 @@ class Peer:
     def __init__(self, sock: socket.socket | TlsSocket, total: int | None, rng: random.Random) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self.port = sock.getsockname()[1]
+        name = sock.getsockname()
+        self.port = name[1] if name else 0  # a unix socket's client has none
         self.total = total
         self.sent = 0
         self.received = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
 Event = dict[str, Any]
@@ -55,6 +55,7 @@ class Daemon:
         module: what it is to run.
         prepare: called in the child before it starts.
         listen: an address, or None where the arguments say.
+        pass_fds: descriptors that it inherits.
         read_log: whether the log is read; if not, `log_pipe` is its reading end.
 
     """
@@ -67,6 +68,7 @@ class Daemon:
         module: tuple[str, ...] = ("-m", "echod"),
         prepare: Callable[[], None] | None = None,
         listen: str | None = "127.0.0.1:0",
+        pass_fds: Sequence[int] = (),
         read_log: bool = True,
     ) -> None:
         self._news = threading.Condition()
@@ -77,6 +79,7 @@ class Daemon:
             [sys.executable, *python, *module, *listening, *arguments],
             stderr=subprocess.PIPE,
             env=clean_environment(env),
+            pass_fds=pass_fds,
             preexec_fn=prepare,  # noqa: PLW1509  (no threads hold locks in the children these tests make)
         )
         assert self.process.stderr is not None

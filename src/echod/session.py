@@ -80,6 +80,7 @@ class EchoSession(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_dropped",
         "_fin_sent",
         "_large",
         "delivery",
@@ -105,6 +106,7 @@ class EchoSession(asyncio.Protocol):
         self.settings = settings
         self._large = settings.write_buffer
         self._fin_sent = False
+        self._dropped = 0
         self.ended = ended
         self.transport: asyncio.Transport | None = None
         self.received = 0
@@ -226,6 +228,7 @@ class EchoSession(asyncio.Protocol):
         self.reason = reason
         if self.transport is None:
             return  # connection_made goes on from here
+        self._dropped = self.unsent()  # asyncio's transport will have emptied its buffer when it reports the end
         kernel.reset_on_close(self.sock)
         self.transport.abort()
 
@@ -294,8 +297,9 @@ class EchoSession(asyncio.Protocol):
         waiting = kernel.unacknowledged(self.sock)
         if self.tcp_info is None:  # a unix socket, or no Linux
             written = self.written if self.tls_layer is None else self.tls_layer.written
-            sent = written - self.unsent()
-            acked = max(0, sent - waiting)
+            sent = written - max(self.unsent(), self._dropped)
+            # Who resets such a connection may have left anything unread, and the kernel has forgotten how much.
+            acked = 0 if self.reason == "reset" else max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
             sent = self.tcp_info.acked + waiting - self._fin_sent
