@@ -150,6 +150,10 @@ class Certificates:
             context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, version)
         return context
 
+    def over(self, sock: socket.socket) -> TlsSocket:
+        """Return a client for a crowd, over a connected socket."""
+        return TlsSocket(sock, self.context(), "localhost")
+
     def join(
         self, daemon: Daemon, context: ssl.SSLContext | None = None, *, receive_buffer: int | None = None
     ) -> TlsSocket:

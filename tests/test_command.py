@@ -228,7 +228,18 @@ def test_invalid_settings(command: str, tmp_path: Path) -> None:
     assert result.stderr == f"echod: --log.file: log.file: {str(tmp_path)!r} cannot be written\n"
     missing = str(tmp_path / "none" / "log")
     assert run(command, "--log.file", missing).returncode == 78
+    too_long = "x" * 300
+    assert "cannot be written" in run(command, "--log.file", too_long).stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_log_file_that_does_not_open(tmp_path: Path) -> None:
+    """What shows only when it is opened is an error of the settings too."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        result = run("--log.file", str(path))
+    assert (result.returncode, result.stderr) == (78, f"echod: log.file: {str(path)!r}: No such device or address\n")
 
 
 @pytest.fixture

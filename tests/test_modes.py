@@ -119,11 +119,10 @@ def test_unfinished_line_at_an_end_by_the_server(start: Start, by: str) -> None:
 def test_large_lines_that_nobody_reads(start: Start) -> None:
     """Backpressure holds for lines as for a stream."""
     daemon = start(*LINE, "--limits.max-line", "1MiB", "--limits.write-timeout", "1", listen=None)
-    with daemon.connect(receive_buffer=4096, timeout=5) as client:
-        line = b"x" * 500_000 + b"\n"
-        with pytest.raises(OSError, match="reset|timed out|Broken pipe"):
-            for _ in range(100):
-                client.sendall(line)
+    with daemon.connect(receive_buffer=4096) as client:
+        lines = (b"x" * 500_000 + b"\n") * 100
+        with pytest.raises(ConnectionError):
+            client.sendall(lines)
     assert daemon.wait_for("client_closed")["reason"] == "stalled"
 
 
@@ -239,8 +238,10 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
         ),
         (
             ("--listeners.x.proxy-protocol", "require", "--listeners.x.proxy-trusted", "10.0.0.1/8"),
-            ("--listeners.x.proxy-trusted: listeners.x.proxy_trusted.0: should be a network such as '10.0.0.0/8' or "
-            "'2001:db8::/32', or an address, not '10.0.0.1/8'"),
+            (
+                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted.0: should be a network such as '10.0.0.0/8' or "
+                "'2001:db8::/32', or an address, not '10.0.0.1/8'"
+            ),
         ),
         (
             (

@@ -67,7 +67,10 @@ def _fill_standard_descriptors() -> None:
 def _serve(found: Resources, signals: Signals, load: Callable[[], Resources]) -> int:
     from echod import daemon, listeners, logs  # noqa: PLC0415
 
-    log = logs.Log(found.loaded.settings.log)
+    try:
+        log = logs.Log(found.loaded.settings.log)
+    except OSError as error:
+        return _fail(EXIT_CONFIG, [f"log.file: {found.loaded.settings.log.file!r}: {error.strerror}"])
     try:
         log.capture()
         return daemon.serve(found, log, signals, load)

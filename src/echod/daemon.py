@@ -225,7 +225,7 @@ class _Daemon:
                 server.reconfigure(self._server_settings(name, max_connections), settings.limits.backlog)
         self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
         self._warn()
-        if waiting := sorted(".".join(key) for key in self._waiting_for_restart()):
+        if waiting := sorted({".".join(key) for key in self._waiting_for_restart()}):
             self._logger.warning("restart_needed", settings=waiting)
 
     def _waiting_for_restart(self) -> Iterator[Key]:

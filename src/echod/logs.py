@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -211,8 +212,9 @@ class Log:
 def unusable(file: str) -> str | None:
     """Tell why a log file cannot be appended to, as far as that shows without creating it; None if it can."""
     path = Path(file)
-    if file == "-" or (not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
-        return None
+    with contextlib.suppress(OSError):  # a name that is too long, for one
+        if file == "-" or (not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
+            return None
     return f"{file!r} cannot be written"
 
 
