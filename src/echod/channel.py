@@ -12,7 +12,7 @@ from echod.addresses import TcpAddress, UnixAddress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echod.secure import Tls
+    from echod.secure import Secure, Tls
 
 
 class TlsError(OSError):
@@ -47,6 +47,7 @@ class Connected(NamedTuple):
 
     socket: socket.socket
     channel: Channel
+    tls: Secure | None
     seconds: float
     """Of connecting and of the TLS handshake."""
 
@@ -107,14 +108,14 @@ class Route(NamedTuple):
             if self.header is not None:
                 host, port = sock.getpeername()[:2]
                 sock.sendall(self.header(TcpAddress(host.partition("%")[0], port)))
-            channel: Channel = sock
+            secure = None
             if self.tls is not None:
                 limit_time(sock, began + timeout)
-                channel = self.tls.handshake(sock)
+                secure = self.tls.handshake(sock)
         except BaseException:
             sock.close()
             raise
-        return Connected(sock, channel, time.perf_counter() - began)
+        return Connected(sock, secure or sock, secure, time.perf_counter() - began)
 
 
 def limit_time(sock: socket.socket, deadline: float) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
-from echod import addresses, channel
+from echod import addresses, channel, units
 from echod.addresses import TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
@@ -31,13 +31,7 @@ _MESSAGE_SIZE = 64
 _STREAM_SIZE = 65536
 _RECEIVE = 65536
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{infix}B".upper(): base**power
-    for infix, base in (("", 1000), ("i", 1024))
-    for power, prefix in enumerate("KMGT", 1)
-}
-
-_LARGEST_SIZE = _UNITS["TIB"]
+_LARGEST_SIZE = 1024**4
 
 # The modules of the extra `probe`, each with the package that it is of.
 _EXTRA = {"rich": "rich", "hdrh": "hdrhistogram"}
@@ -445,11 +439,12 @@ def _seed(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-z]*)", text, re.ASCII | re.IGNORECASE)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
+    try:
+        size = units.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if not 0 < size <= _LARGEST_SIZE:
-        msg = f"{text!r} is no size from 1 byte to 1TiB: write bytes, or such as 64KiB"
+        msg = f"{text!r} is no size from 1 byte to 1TiB"
         raise argparse.ArgumentTypeError(msg)
     return size
 
