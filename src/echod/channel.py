@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from echod.secure import Secure, Tls
 
 
+_RETRY = 0.01
+
+
 class TlsError(OSError):
     """TLS has failed; the message says how."""
 
@@ -72,8 +75,8 @@ class Route(NamedTuple):
         """
         if isinstance(self.target, UnixAddress):
             return [Endpoint(socket.AF_UNIX, self.target.sockaddr)]
-        host, port = self.target.host or "localhost", self.target.port
-        found = socket.getaddrinfo(host, port, self.family, socket.SOCK_STREAM)
+        # Without a host: the loopback addresses of both families, whatever this machine's files say of localhost.
+        found = socket.getaddrinfo(self.target.host or None, self.target.port, self.family, socket.SOCK_STREAM)
         return list(dict.fromkeys(Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found))
 
     def connect(self, endpoints: list[Endpoint], timeout: float) -> Connected:
@@ -99,12 +102,11 @@ class Route(NamedTuple):
         began = time.perf_counter()
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout)
             if endpoint.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.source is not None:
                 sock.bind(socket.getaddrinfo(self.source, 0, endpoint.family, socket.SOCK_STREAM)[0][4])
-            sock.connect(endpoint.sockaddr)
+            _reach(sock, endpoint, began + timeout)
             if self.header is not None:
                 host, port = sock.getpeername()[:2]
                 sock.sendall(self.header(TcpAddress(host.partition("%")[0], port)))
@@ -116,6 +118,17 @@ class Route(NamedTuple):
             sock.close()
             raise
         return Connected(sock, secure or sock, secure, time.perf_counter() - began)
+
+
+def _reach(sock: socket.socket, endpoint: Endpoint, deadline: float) -> None:
+    while True:
+        limit_time(sock, deadline)
+        try:
+            sock.connect(endpoint.sockaddr)
+        except BlockingIOError:  # a unix socket's full backlog, for which connect(2) does not wait as it does for TCP
+            time.sleep(_RETRY)
+        else:
+            return
 
 
 def limit_time(sock: socket.socket, deadline: float) -> None:

@@ -202,12 +202,12 @@ class Load:
             while thread.is_alive() and not self._interrupt.signal:
                 thread.join(_PATIENCE)
         for number, connected in sorted(opened, key=operator.itemgetter(0)):
-            connected.socket.setblocking(False)
+            connected.socket.settimeout(0)
             connection = Connection(number, connected, self._order.size)
             self._selector.register(connected.socket, selectors.EVENT_READ, connection)
             self._live[number] = connection
             self._figures.connect_seconds = max(self._figures.connect_seconds, connected.seconds)
-            self._figures.tls = connected.tls and connected.tls.version
+            self._figures.tls = connected.tls.version if connected.tls else None
         self._figures.connected = len(self._live)
 
     def run(self) -> Figures:
@@ -234,31 +234,37 @@ class Load:
             if now >= stop and not self._over:
                 self._quota = 0
                 self._stop_sending()
-            for key, events in self._schedule(now) if order.rate else self._selector.select(_PATIENCE):
-                connection = key.data
-                if connection.ended:
-                    continue
-                if events & selectors.EVENT_READ:
-                    # What TLS has already taken from the socket, the selector does not see.
-                    while self._read(connection) and connection.tls:
-                        pass
-                if events & selectors.EVENT_WRITE and not connection.ended:
-                    self._write(connection)
-            if len(self._latencies) >= _BATCH:
-                self._flush()
-        now = _CLOCK()
+            self._serve(self._schedule(now) if order.rate else self._selector.select(_PATIENCE))
+        self._finish(_CLOCK())
+        self._figures.cpu_seconds = time.process_time() - cpu
+        return self._figures
+
+    def _serve(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        for key, events in ready:
+            connection: Connection = key.data
+            if connection.ended:
+                continue
+            if events & selectors.EVENT_READ:
+                # What TLS has already taken from the socket, the selector does not see.
+                while self._read(connection) and connection.tls:
+                    pass
+            if events & selectors.EVENT_WRITE and not connection.ended:
+                self._write(connection)
+        if len(self._latencies) >= _BATCH:
+            self._flush()
+
+    def _finish(self, now: int) -> None:
         for connection in list(self._live.values()):
             self._close(connection)
         self._flush()
         self._selector.close()
-        figures = self._figures
-        figures.cpu_seconds = time.process_time() - cpu
-        figures.signal = self._interrupt.signal
+        self._figures.signal = self._interrupt.signal
         # Up to the last echo; but where nothing came any more, that is measured too.
-        end = now if figures.signal else max(self._last, min(now, self._began + int(order.duration * _NANO)))
-        figures.seconds = (end - self._began) / _NANO
+        end = max(self._last, min(now, self._began + int(self._order.duration * _NANO)))
+        if self._figures.signal is not None:
+            end = now
+        self._figures.seconds = (end - self._began) / _NANO
         self._mark(end)
-        return figures
 
     def _schedule(self, now: int) -> list[tuple[selectors.SelectorKey, int]]:
         """Send what is due, and wait for events until something else is."""

@@ -18,7 +18,7 @@ _NINES = 6
 _LINES = 14
 
 _WIDTH, _HEIGHT = 860, 460
-_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 30, 60, 60
+_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 45, 60, 60
 
 _HEAD = f"""\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img">
@@ -68,7 +68,7 @@ def svg(title: str, latencies: Mapping[float, float]) -> str:
         percent = 100 - 100 * 10.0**-nine
         parts.append(_line(x(percent), _TOP, x(percent), _HEIGHT - _BOTTOM))
         parts.append(_text(x(percent), _HEIGHT - _BOTTOM + 22, f"{percent:.{max(nine - 2, 0)}f}%", "middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "of the messages took at most", "middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "of the messages took at most that long", "middle"))
     for seconds in lines if len(lines) <= _LINES else lines[:: math.ceil(len(lines) / _LINES)]:
         parts.append(_line(_LEFT, y(seconds), _WIDTH - _RIGHT, y(seconds)))
         parts.append(_text(_LEFT - 10, y(seconds) + 5, seconds_text(seconds), "end"))

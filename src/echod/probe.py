@@ -317,7 +317,10 @@ def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
         (given.stream and given.rate, "--stream sends as fast as it can, and --rate at a set rate: give one of them"),
         (given.stream and given.pipeline, "--stream never waits for an echo, so --pipeline sets nothing"),
         (given.stream and given.plot, "--stream has no messages, so there is no latency to --plot"),
-        (given.rate and given.pipeline, "--rate sends what is due however much is on its way, so --pipeline sets nothing"),
+        (
+            given.rate and given.pipeline,
+            "--rate sends what is due however much is on its way, so --pipeline sets nothing",
+        ),
         (tls_options and not given.tls, f"{', '.join(tls_options)}: only with --tls"),
         (given.key and not given.cert, "--key is the key of a certificate: give --cert too"),
         (given.insecure and given.ca, "--insecure takes any certificate, so --ca sets nothing"),

@@ -5,6 +5,7 @@ Drawing takes milliseconds, in which a measurement would neither send nor receiv
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,18 +72,16 @@ class Display:
             return
         some = sorted(sample[:_SAMPLE])
         state = (seconds, messages, received, errors, some[len(some) // 2] if some else 0, some[-1] if some else 0)
-        try:
-            # Below PIPE_BUF, so all of it or nothing; a terminal that is slow misses some states.
+        # Below PIPE_BUF, so all of it or nothing; a terminal that is slow misses some states.
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, json.dumps(state).encode() + b"\n")
-        except (BlockingIOError, BrokenPipeError):
-            pass
 
 
 def _draw(order: Order, reading: int) -> None:
     """Draw each state that comes out of the pipe, until its end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the end of the pipe comes soon enough
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
     # Nothing may hold the lines' thread up here: there is none, what comes is drawn.
     bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     total = order.count or order.duration

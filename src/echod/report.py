@@ -49,9 +49,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 class Bar(NamedTuple):
     """A part of the histogram."""
 
-    upto: float
+    limit: float
     """Seconds: the upper end, which belongs to it."""
-    count: int
+    messages: int
 
 
 class Latencies:
@@ -105,6 +105,10 @@ class Latencies:
         values = histogram.get_percentile_to_value_dict(list(of))
         # The histogram gives the upper end of what it cannot tell apart.
         return {percent: _seconds(min(value, histogram.max_value)) for percent, value in sorted(values.items())}
+
+    def encoded(self) -> str:
+        """Return all of it in the format that the HDR histograms of other languages read, in units of 100 ns."""
+        return str(self._moved().encode(), "ascii")
 
     def bars(self) -> list[Bar]:
         """Return the histogram in parts; the limits grow by one factor, so that a long tail takes few of them."""
@@ -171,7 +175,10 @@ def answer(order: Order, figures: Figures) -> Answer:
         return Answer(Ending.UNREACHABLE, _json(order, figures, Ending.UNREACHABLE) if order.json else "", problem)
     if order.plot is not None and figures.latencies.count:
         try:
-            order.plot.write_text(plot.svg(_title(order), figures.latencies.percentiles(plot.percentiles(figures.latencies.count))), "utf-8")
+            order.plot.write_text(
+                plot.svg(_title(order), figures.latencies.percentiles(plot.percentiles(figures.latencies.count))),
+                "utf-8",
+            )
         except OSError as error:
             problem = problem or f"--plot: {str(order.plot)!r} cannot be written: {error.strerror}"
             ending = Ending.FAILED if ending is Ending.RIGHT else ending
@@ -227,6 +234,7 @@ def _json(order: Order, figures: Figures, ending: Ending) -> str:
         "throughput": figures.throughput,
         "latency": latency,
         "histogram": [list(bar) for bar in latencies.bars()] if latencies.count else None,
+        "hdr": latencies.encoded() if latencies.count else None,
         "send_lag": figures.lag if order.rate else None,
         "errors": dict(figures.errors),
         "mismatch": {"connection": figures.mismatch[0]} | figures.mismatch[1]._asdict() if figures.mismatch else None,
@@ -254,17 +262,23 @@ def _text(order: Order, figures: Figures) -> str:
         table.add_row("unanswered", f"{figures.unanswered:,}")
     table.add_row("bytes", f"{figures.received:,}", f"{bytes_text(_per_second(figures.received, figures))}/s")
     table.add_row("connections", f"{figures.connected:,}", f"within {seconds_text(figures.connect_seconds)}")
-    table.add_row("errors", f"{figures.errors.total():,}", ", ".join(f"{kind} {count}" for kind, count in figures.errors.most_common()))
+    table.add_row(
+        "errors",
+        f"{figures.errors.total():,}",
+        ", ".join(f"{kind} {count}" for kind, count in figures.errors.most_common()),
+    )
     if order.rate:
         table.add_row("sent late by", f"{seconds_text(figures.lag)}", "at most")
     console.print(table)
     if order.stream and len(figures.throughput) > 1:
         console.print()
         most = max(figures.throughput)
-        console.print(_bars(
-            (f"second {second}", f"{bytes_text(value)}/s", value / most if most else 0)
-            for second, value in enumerate(figures.throughput, 1)
-        ))
+        console.print(
+            _bars(
+                (f"second {second}", f"{bytes_text(value)}/s", value / most if most else 0)
+                for second, value in enumerate(figures.throughput, 1)
+            )
+        )
     if figures.latencies.count:
         console.print()
         table = Table.grid(padding=(0, 2))
@@ -276,8 +290,10 @@ def _text(order: Order, figures: Figures) -> str:
         console.print(table)
         console.print()
         bars = figures.latencies.bars()
-        largest = max(bar.count for bar in bars)
-        console.print(_bars((f"up to {seconds_text(bar.upto)}", f"{bar.count:,}", bar.count / largest) for bar in bars))
+        largest = max(bar.messages for bar in bars)
+        console.print(
+            _bars((f"up to {seconds_text(bar.limit)}", f"{bar.messages:,}", bar.messages / largest) for bar in bars)
+        )
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
