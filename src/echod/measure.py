@@ -59,6 +59,7 @@ _CLOCK = time.perf_counter_ns
 def run(order: Order) -> Answer:
     """Measure, and report."""
     interrupt = Interrupt()
+    interrupt.install()
     kernel.raise_descriptor_limit()
     if order.plot is not None and (problem := report.unwritable(order.plot)):
         return Answer(Ending.FAILED, problem=problem)  # now, and not when all is measured
@@ -74,6 +75,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Take the signals from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -183,12 +187,12 @@ class Load:
         numbers = iter(range(self._order.connections))
         lock = threading.Lock()
 
+        def take() -> int | None:
+            with lock:
+                return next(numbers, None) if self._interrupt.signal is None else None
+
         def work() -> None:
-            while not self._interrupt.signal:
-                with lock:
-                    number = next(numbers, None)
-                if number is None:
-                    return
+            while (number := take()) is not None:
                 try:
                     opened.append((number, self._order.route.connect(endpoints, self._order.timeout)))
                 except OSError as error:
@@ -199,7 +203,7 @@ class Load:
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive() and not self._interrupt.signal:
+            while thread.is_alive() and self._interrupt.signal is None:
                 thread.join(_PATIENCE)
         for number, connected in sorted(opened, key=operator.itemgetter(0)):
             connected.socket.settimeout(0)

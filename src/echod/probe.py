@@ -396,7 +396,7 @@ def _tls(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Tls:
 
 def _target(text: str) -> TcpAddress | UnixAddress:
     try:
-        address = addresses.parse_any(text)
+        address = addresses.parse(text)
     except addresses.AddressError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(address, TcpAddress | UnixAddress):
@@ -418,7 +418,7 @@ def _ip(text: str) -> str:
 
 def _claim(text: str) -> TcpAddress:
     try:
-        address = addresses.parse_any(text)
+        address = addresses.parse(text)
     except addresses.AddressError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(address, TcpAddress) or _family(address.host) is None or "%" in address.host:
