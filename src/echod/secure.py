@@ -99,6 +99,8 @@ def _blame(option: str, path: Path) -> Iterator[None]:
 def _text(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLEOFError):
+        return "the connection ended without close_notify"
     return (error.reason or str(error)).lower().replace("_", " ")
 
 
@@ -162,14 +164,12 @@ class Secure:
             try:
                 return self._object.read(size)
             except ssl.SSLWantReadError:
-                if self.unsent:  # the answer to a KeyUpdate
+                # The answer to a KeyUpdate. Whether it can be sent or not: a peer may wait for us to receive.
+                with contextlib.suppress(BlockingIOError):
                     self.flush()
                 self._fill()
             except ssl.SSLZeroReturnError:
                 return b""
-            except ssl.SSLEOFError as error:
-                msg = "the connection ended without close_notify"
-                raise TlsError(msg) from error
             except ssl.SSLError as error:
                 raise TlsError(_text(error)) from error
 
