@@ -139,9 +139,9 @@ def run(arguments: Sequence[str]) -> Answer:
     try:
         from echod import measure  # noqa: PLC0415  (a quick check has no need of it)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        if (package := _EXTRA.get(str(error.name).partition(".")[0])) is None:
             raise
-        message = f"a measurement needs {_EXTRA[error.name]}, which is not installed: pip install 'echod[probe]'"
+        message = f"a measurement needs {package}, which is not installed: pip install 'echod[probe]'"
         return Answer(Ending.FAILED, problem=message)
     return measure.run(order)
 
