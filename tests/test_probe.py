@@ -665,7 +665,7 @@ def test_report() -> None:
         result = run("probe", peer.target, "--count", "3000", "--size", "100")
     assert (result.returncode, result.stderr) == (0, "")
     title, *lines = result.stdout.splitlines()
-    assert title.startswith(f"{peer.target}: 1 connection, messages of 100 B, 1 at once, ")
+    assert title.startswith(f"{peer.target}: 1 connection, messages of 100 B, 1 at a time, ")
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert rows["messages"][0] == "3,000"
     assert rows["bytes"][0] == "300,000"
@@ -719,7 +719,7 @@ def test_plot(tmp_path: Path) -> None:
         name = "{http://www.w3.org/2000/svg}"
         assert root.tag == f"{name}svg"
         labels = [element.text for element in root.iter(f"{name}text")]
-        assert f"{peer.target}: 1 connection, messages of 64 B, 1 at once" in labels
+        assert f"{peer.target}: 1 connection, messages of 64 B, 1 at a time" in labels
         assert {"0%", "90%", "99%", "99.9%", "99.99%"} < set(labels)
         (curve,) = root.iter(f"{name}polyline")
         points = [tuple(map(float, point.split(","))) for point in curve.attrib["points"].split()]

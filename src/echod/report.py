@@ -196,7 +196,7 @@ def _title(order: Order) -> str:
     elif order.rate:
         how = f"{order.rate:g} messages of {order.size} B a second"
     else:
-        how = f"messages of {order.size} B, {order.pipeline} at once"
+        how = f"messages of {order.size} B, {order.pipeline} at a time"
     return f"{order.target}: {connections}, {how}"
 
 
