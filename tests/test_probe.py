@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import random
 import re
 import select
 import signal
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from echod import measure as measure_module
 from echod import probe, progress, report, units
 from echod.channel import TlsError
-from harness import PATIENCE, clean_environment, reset, run
+from harness import PATIENCE, clean_environment, receive, reset, run
 from peers import Peer, change, closing, each, echo, ending, messages, resetting, silent
 
 if TYPE_CHECKING:
@@ -405,6 +406,21 @@ def test_small_buffers(options: tuple[str, ...]) -> None:
     assert (found["messages"], found["bytes_received"], found["errors"]) == (10, 20_000_000, {})
 
 
+def test_a_message_that_takes_long() -> None:
+    """Longer than the timeout, which is for standing still."""
+
+    def handler(sock: socket.socket) -> None:
+        data = b""
+        while len(data) < 20_000_000:
+            data += receive(sock, 500_000)
+            time.sleep(0.05)
+        sock.sendall(data)
+
+    with Peer(handler, narrow()) as peer:
+        found = measure(peer.target, "--count", "1", "--size", "20MB", "--timeout", "1")
+    assert found["latency"]["max"] > 2
+
+
 def test_fewer_messages_than_connections() -> None:
     with Peer(echo) as peer:
         found = measure(peer.target, "--count", "2", "--connections", "5")
@@ -469,6 +485,28 @@ def test_rate_does_not_hide_a_stall() -> None:
     assert opened["latency"]["p90"] > 0.4
     assert opened["seconds"] == pytest.approx(1.0, abs=0.5)
     assert 0 < opened["send_lag"] < 0.3
+
+
+def test_rate_does_not_hide_a_stall_of_the_probe() -> None:
+    """What was due while the probe itself did not run is late, and it tells so."""
+    pid: list[int] = []
+
+    def act(sock: socket.socket, number: int, message: bytes) -> None:
+        if number == 50:
+            os.kill(pid[0], signal.SIGSTOP)
+            time.sleep(0.6)
+            os.kill(pid[0], signal.SIGCONT)
+        sock.sendall(message)
+
+    with Peer(messages(64, act)) as peer:
+        command = [sys.executable, "-m", "echod", "probe", peer.target, "--count", "200", "--rate", "200", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
+            pid.append(process.pid)
+            output, _ = process.communicate(timeout=PATIENCE)
+    found = json.loads(output)
+    assert found["messages"] == 200
+    assert found["latency"]["p90"] > 0.4
+    assert found["send_lag"] > 0.5
 
 
 def test_rate_is_kept() -> None:
@@ -615,6 +653,20 @@ def test_finds_more_than_was_sent() -> None:
             f"echod: {peer.target}: connection 0: wrong echo at offset 64: expected nothing, as no more had been sent,"
             " got 0x21 (errors by kind: wrong_echo 1)\n"
         )
+
+
+def test_finds_what_it_would_have_sent_next() -> None:
+    """No echo may come before its message, be it right."""
+    coming = random.Random(5).randbytes(measure_module.PERIOD)[:65]
+
+    def handler(sock: socket.socket) -> None:
+        assert sock.recv(64, socket.MSG_WAITALL) == coming[:64]
+        sock.sendall(coming)
+        silent(sock)
+
+    with Peer(handler) as peer:
+        found = measure(peer.target, "--count", "1", "--seed", "5", code=1)
+    assert found["mismatch"] == {"connection": 0, "offset": 64, "expected": None, "got": coming[64]}
 
 
 def test_errors_by_kind() -> None:
@@ -1114,6 +1166,18 @@ def test_large_messages_over_tls(authority: Authority) -> None:
         assert (found["bytes_received"], found["errors"]) == (6_000_000, {})
         found = measure(peer.target, "--tls", "--insecure", "--stream", "--duration", "0.5", "--half-close")
         assert found["bytes_sent"] == found["bytes_received"] > 0
+
+
+def test_a_tls_server_that_does_not_receive_while_it_sends(authority: Authority) -> None:
+    """Nor does it receive on until somebody takes its echo: so that is taken even while nothing can be sent."""
+
+    def handler(sock: socket.socket) -> None:
+        while data := receive(sock, 3_000_000):
+            sock.sendall(data)
+
+    with Peer(handler, narrow(), authority.context) as peer:
+        options = ("--tls", "--insecure", "--count", "4", "--size", "3MB", "--pipeline", "4", "--timeout", "3")
+        assert measure(peer.target, *options)["messages"] == 4
 
 
 def test_tls_that_breaks_off(authority: Authority) -> None:
