@@ -274,6 +274,17 @@ def test_proxy_header_decides_the_family() -> None:
 # --- the command line
 
 
+def test_documentation() -> None:
+    """It has every option, and every key of the JSON."""
+    text = (Path(__file__).parent.parent / "docs" / "probe.md").read_text("utf-8")
+    options = set(re.findall(r"--[a-z][a-z0-9-]+", run("probe", "--help").stdout))
+    assert len(options) > 20
+    assert options - set(re.findall(r"--[a-z][a-z0-9-]+", text)) == {"--help"}
+    with Peer(echo) as peer:
+        keys = measure(peer.target).keys() | measure(peer.target, "--count", "1").keys()
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+
+
 def test_help() -> None:
     result = run("probe", "--help")
     assert (result.returncode, result.stderr) == (0, "")
