@@ -1189,7 +1189,8 @@ def test_a_tls_server_that_does_not_receive_while_it_sends(authority: Authority)
             sock.sendall(data)
 
     with Peer(handler, narrow(), authority.context) as peer:
-        order = probe.parse([peer.target, *"--tls --insecure --count 4 --size 300kB --pipeline 4 --timeout 3".split()])
+        options = ("--tls", "--insecure", "--count", "4", "--size", "300kB", "--pipeline", "4", "--timeout", "3")
+        order = probe.parse([peer.target, *options])
         with progress.Display(order) as display:
             load = measure_module.Load(order, measure_module.Interrupt(), display)
             load.connect()

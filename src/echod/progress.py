@@ -82,7 +82,7 @@ def _draw(order: Order, reading: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the end of the pipe comes soon enough
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
-    # Nothing may hold the lines' thread up here: there is none, what comes is drawn.
+    # It is drawn when there is news, and by no thread in between.
     bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     total = order.count or order.duration
     task = bar.add_task(str(order.target), total=total, text="connecting")
