@@ -763,6 +763,32 @@ def test_report_of_a_rate_and_errors() -> None:
     assert result.stderr.endswith(" (errors by kind: early_eof 1)\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_report_that_cannot_be_written() -> None:
+    """1, whatever the echo was."""
+    with Peer(echo) as peer:
+        command = ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "echod", "probe", peer.target]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n")
+
+
+def test_nothing_is_left_open(authority: Authority) -> None:
+    """In Python's development mode, which warns of each socket and file that is."""
+    with Peer(echo, tls=authority.context) as secure, Peer(each(ending(100), resetting(100), echo)) as plain:
+        for arguments in (
+            (secure.target, "--tls", "--insecure"),
+            (secure.target, "--tls"),
+            (secure.target, "--tls", "--insecure", "--count", "10", "--connections", "2", "--half-close"),
+            (plain.target, "--count", "10", "--connections", "3"),
+            (REFUSED, "--count", "1"),
+        ):
+            command = [sys.executable, "-X", "dev", "-W", "error", "-m", "echod", "probe", *arguments]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+            assert result.returncode in {0, 1, 69}
+            assert "Warning" not in result.stderr
+            assert result.stderr.count("\n") == (result.returncode != 0)
+
+
 def test_unreachable_measurement() -> None:
     result = run("probe", REFUSED, "--count", "1")
     assert (result.returncode, result.stdout) == (69, "")
