@@ -1110,6 +1110,39 @@ def test_tls(authority: Authority) -> None:
         assert peer.errors == []
 
 
+@pytest.mark.parametrize("arguments", [("--half-close",), ("--count", "100", "--pipeline", "4", "--half-close")])
+def test_all_listeners_of_the_daemon(
+    start: Start, authority: Authority, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """Whatever echod listens on and asks for, its own client speaks."""
+    path = tmp_path / "echo.sock"
+    daemon = start(
+        *("--listeners.secure.address", "127.0.0.1:0", "--listeners.secure.tls.certificate", authority.server),
+        *("--listeners.secure.tls.private-key", authority.server, "--listeners.secure.tls.client-ca", authority.ca),
+        *("--listeners.behind.address", "127.0.0.1:0", "--listeners.behind.proxy-protocol", "require"),
+        *("--listeners.behind.proxy-trusted", "127.0.0.0/8", "--listeners.local.address", f"unix:{path}"),
+        *("--log.connections", "all"),
+        listen=None,
+    )
+    daemon.wait_for("listening", count=3)
+    addresses = {line["listener"]: line["address"] for line in daemon.all("listening")}
+    tls = ("--tls", "--ca", authority.ca, "--cert", authority.both)
+    for listener, options in {
+        "secure": tls,
+        "behind": ("--proxy-v1", "192.0.2.7:4321"),
+        "local": (),
+    }.items():
+        result = run("probe", addresses[listener], *options, *arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        closed = daemon.wait_for("client_closed", listener=listener)
+        assert closed["reason"] == "eof"
+        assert closed["received"] == (6400 if "--count" in arguments else 64)
+    assert run("probe", addresses["behind"], "--proxy-v2", "192.0.2.8:1", *arguments).returncode == 0
+    clients = [line["client"] for line in daemon.all("client_closed") if line["listener"] == "behind"]
+    assert clients[0] == "192.0.2.7:4321"
+    daemon.wait_for("client_closed", listener="behind", client="192.0.2.8:1")
+
+
 def test_tls_is_verified(authority: Authority) -> None:
     """Neither an unknown authority nor another name will do: there is no connection then."""
     with Peer(echo, tls=authority.context) as peer:
