@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 from echod.signals import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from echod.resources import Resources
 
@@ -18,6 +19,9 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
+
+# What a shell makes of a signal's number.
+_SIGNALLED = 128
 
 _STDOUT = 1
 _STDERR = 2
@@ -27,6 +31,9 @@ def main() -> int:
     """Run the `echod` command, and return its exit code."""
     signals = Signals()
     _fill_standard_descriptors()
+    if sys.argv[1:2] == ["probe"]:
+        signals.release()
+        return _probe(sys.argv[2:])
     # Imported below and not at the top, here and in _serve: these take a third of a second, and a signal in that time
     # is to be honoured too.
     from echod import options, render, resources, sources  # noqa: PLC0415
@@ -62,6 +69,29 @@ def _fill_standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         os.set_inheritable(descriptor, True)  # noqa: FBT003  (its parameter is positional)
     os.close(descriptor)
+
+
+def _probe(arguments: Sequence[str]) -> int:
+    try:
+        # Before all else that this command imports: a health check runs it every few seconds.
+        from echod import probe  # noqa: PLC0415
+
+        ending, text, problem = probe.run(arguments)
+    except KeyboardInterrupt:
+        return _SIGNALLED + signal.SIGINT
+    if problem:
+        _say(problem)
+    try:
+        _write(_STDOUT, text)
+    except OSError as error:
+        return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
+    return {
+        probe.Ending.RIGHT: EXIT_OK,
+        probe.Ending.FAILED: EXIT_FAILURE,
+        probe.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
+        probe.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
+        probe.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
+    }[ending]
 
 
 def _serve(found: Resources, signals: Signals, load: Callable[[], Resources]) -> int:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _EPILOG = """\
+A client is `echod probe TARGET`, which tells whether an echo is right, and how fast: see `echod probe --help`.
+
 Faults and listeners have names, so their options do too: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS,
 --listeners.NAME.tls.certificate FILE.
 Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEOUT. The command line has precedence, then
