@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import socket
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echod import addresses, kernel, proxy
@@ -91,7 +92,7 @@ class Client:
 
     """
 
-    __slots__ = ("_address", "_left", "_received", "_since", "header", "opened", "peer", "session")
+    __slots__ = ("_address", "_entered", "_left", "_received", "_since", "header", "opened", "peer", "session")
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class Client:
         self.peer = str(self._address) if self._address is not None else _nameless(sock, sockaddr)
         self.opened = opened
         self.header: proxy.Header | None = None
+        self._entered = False
         self._since = opened
         self._received = 0
         self._left = 0
@@ -121,37 +123,37 @@ class Client:
             Exception: whatever failed in the session, save what the network did.
 
         """
-        session = self.session
-        entered: list[TcpAddress | UnixAddress | None] = []
-
-        def enter(client: TcpAddress | UnixAddress | None) -> bool:
-            if quota.enter(client):
-                entered.append(client)
-                return True
-            return False
-
-        def identify(header: proxy.Header) -> bool:
-            self.header = header
-            if enter(header.source or self._address):
-                return True
-            session.finish("client_limit")
-            return False
-
         if entrance.proxy_trusted is not None:
             if not self._is_trusted(entrance.proxy_trusted):
-                session.refuse("proxy_header", "the sender is not in proxy_trusted")
+                self.session.refuse("proxy_header", "the sender is not in proxy_trusted")
                 return
-        elif not enter(self._address):
-            session.refuse("client_limit", "")
+        elif not self._enter(quota):
+            self.session.refuse("client_limit", "")
             return
         try:
-            await self._join(entrance, identify)
-            await session.ended
+            await self._join(entrance, quota)
+            await self.session.ended
         finally:
-            for client in entered:
-                quota.leave(client)
+            if self._entered:
+                quota.leave(self._counted)
 
-    async def _join(self, entrance: Entrance, identify: Callable[[proxy.Header], bool]) -> None:
+    @property
+    def _counted(self) -> TcpAddress | UnixAddress | None:
+        """Whom the quota counts."""
+        return self.behind or self._address
+
+    def _enter(self, quota: Quota) -> bool:
+        self._entered = quota.enter(self._counted)
+        return self._entered
+
+    def _identify(self, quota: Quota, header: proxy.Header) -> bool:
+        """Take the PROXY header; end the session, and say so, if there are enough clients of that address."""
+        self.header = header
+        if not self._enter(quota):
+            self.session.finish("client_limit")
+        return self._entered
+
+    async def _join(self, entrance: Entrance, quota: Quota) -> None:
         """Join the socket to the session, with what comes in between."""
         session = self.session
         following: EchoSession | TlsLayer = session
@@ -161,7 +163,7 @@ class Client:
             stage = "handshake"
         front: EchoSession | TlsLayer | HeaderReader = following
         if entrance.proxy_trusted is not None:
-            front = HeaderReader(session, following, identify)
+            front = HeaderReader(session, following, partial(self._identify, quota))
             stage = "proxy_header"
         session.stage = stage
         try:
