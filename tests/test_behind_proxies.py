@@ -203,14 +203,15 @@ def test_clients_of_one_address_behind_a_proxy(start: Start) -> None:
         client.sendall(encode_v2(TcpAddress(host, 1), there))
         return client
 
-    clients = [join(host) for host in ("192.0.2.1", "192.0.2.2", "2001:db8:1::1", "2001:db8:1:1::1")]
-    assert [served(client) for client in clients] == [True] * 4
-    more = [join(host) for host in ("192.0.2.1", "2001:db8:1::2", "2001:db8:1:0:ffff::")]
-    assert [served(client) for client in more] == [False] * 3
-    daemon.wait_for("client_closed", count=3, reason="client_limit")
+    hosts = ("192.0.2.1", "192.0.2.2", "2001:db8:1::1", "2001:db8:1:1::1", "::ffff:192.0.2.3", "::ffff:192.0.2.4")
+    clients = [join(host) for host in hosts]
+    assert [served(client) for client in clients] == [True] * 6
+    more = [join(host) for host in ("192.0.2.1", "2001:db8:1::2", "2001:db8:1:0:ffff::", "192.0.2.4")]
+    assert [served(client) for client in more] == [False] * 4
+    daemon.wait_for("client_closed", count=4, reason="client_limit")
     for client in (*clients, *more):
         reset(client)
-    daemon.wait_for("client_closed", count=4, reason="reset")
+    daemon.wait_for("client_closed", count=6, reason="reset")
     with join("192.0.2.1") as again:
         assert served(again)
         assert daemon.stop() == 0

@@ -247,6 +247,22 @@ def test_all_inherited_sockets(loop_name: str, parents: list[socket.socket]) -> 
         assert sorted(line["listener"] for line in daemon.all("client_closed")) == ["local", "web", "web"]
 
 
+def test_reload_of_inherited_sockets(loop_name: str, parents: list[socket.socket], tmp_path: Path) -> None:
+    """They go by the settings that were read last, as all others do."""
+    file = tmp_path / "echo.toml"
+    file.touch()
+    with hand_over([listening(parents)], "web", "--config", str(file), loop_name=loop_name) as daemon:
+        with socket.create_connection(parents[0].getsockname(), PATIENCE) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            file.write_text("[limits]\nidle_timeout = 0.3\n")
+            daemon.send_signal(signal.SIGHUP)
+            assert client.recv(1) == b""
+        assert daemon.wait_for("client_closed")["reason"] == "idle"
+        assert daemon.stop() == 0
+        assert not daemon.all("restart_needed")
+
+
 def test_inherited_sockets_by_name(loop_name: str, parents: list[socket.socket]) -> None:
     """A listener takes the one it names; one that nobody names is told of."""
     sockets = [listening(parents), listening(parents)]

@@ -75,7 +75,11 @@ class Quota:
 def _network(client: TcpAddress | UnixAddress | None) -> object:
     if not isinstance(client, TcpAddress):
         return None
-    return int(ipaddress.IPv6Address(client.host)) >> 64 if ":" in client.host else client.host
+    if ":" not in client.host:
+        return client.host
+    address = ipaddress.IPv6Address(client.host)
+    # HAProxy names an IPv4 client so that has come to a socket of both families.
+    return str(address.ipv4_mapped) if address.ipv4_mapped else int(address) >> 64
 
 
 class Client:

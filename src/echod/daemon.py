@@ -28,7 +28,7 @@ from echod.sources import SettingsError
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
@@ -64,17 +64,18 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
         log.logger.warning("unknown_variable", variable=variable)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    tables = _tables(found.loaded, inherited)
+    tables = _tables(found.loaded, tuple(inherited))
     wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
     listeners = open_listeners(wanted, settings.limits.backlog, inherited)
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        return runner.run(_Daemon(found, tables, log, load, descriptors).run(listeners, signals))
+        daemon = _Daemon(found, tuple(inherited), log, load, descriptors)
+        return runner.run(daemon.run(listeners, signals))
 
 
-def _tables(loaded: Loaded, inherited: Mapping[str, object]) -> dict[str, ListenerSettings]:
+def _tables(loaded: Loaded, inherited: Sequence[str]) -> dict[str, ListenerSettings]:
     """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
     if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
@@ -101,14 +102,15 @@ class _Daemon:
     def __init__(
         self,
         found: Resources,
-        tables: Mapping[str, ListenerSettings],
+        inherited: Sequence[str],
         log: Log,
         load: Callable[[], Resources],
         descriptors: int,
     ) -> None:
         self._found = found
         self._first = found.loaded.settings
-        self._tables = dict(tables)
+        self._inherited = inherited
+        self._tables = _tables(found.loaded, inherited)
         self._log = log
         self._load = load
         self._descriptors = descriptors
@@ -216,7 +218,7 @@ class _Daemon:
             self._logger.error("reload_failed", problems=[f"log.file: {settings.log.file!r}: {error.strerror}"])  # noqa: TRY400  (no fault of ours)
             return
         before, self._found = self._found.loaded.settings, found
-        tables, max_connections = settings.all_listeners(), self._cap()
+        tables, max_connections = _tables(found.loaded, self._inherited), self._cap()
         for name, server in self._servers.items():
             server.ledger.reconfigure(self._logger.bind(listener=name), settings.log.connections)
             # One that has gone from the settings is served on as it was, until a restart.

@@ -1,0 +1,74 @@
+"""The Markdown pages: their settings are valid, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import run
+
+if TYPE_CHECKING:
+    from certificates import Certificates
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="no git repository")
+
+
+def pages() -> list[Path]:
+    """Return the Markdown files that git tracks."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.splitlines()]
+
+
+def test_settings(tmp_path: Path, certificates: Certificates) -> None:
+    """Each block of TOML is a whole file of settings that `echod check` takes, once its files are there."""
+    real = {
+        "certificate": certificates.certificate,
+        "private_key": certificates.key,
+        "client_ca": certificates.ca,
+        "file": tmp_path / "echod.log",
+    }
+    found, refused = set(), []
+    for page in pages():
+        for written in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            found.add(page.name)
+            block = written
+            for key, path in real.items():
+                block = re.sub(rf'^{key} = ".*"', f'{key} = "{path}"', block, flags=re.MULTILINE)
+            config = tmp_path / "echo.toml"
+            config.write_text(block)
+            result = run("check", "--config", str(config))
+            if (result.returncode, result.stderr) != (0, ""):
+                refused.append(f"{page.name}: {result.stderr}\n{written}")
+    assert not refused, "\n".join(refused)
+    assert {"tls.md", "proxy-protocol.md", "sockets.md", "modes.md", "limits.md", "reload.md"} <= found
+
+
+def test_links() -> None:
+    """Each relative link leads to a file, and to a heading of it where it names one."""
+    broken, count = [], 0
+    for page in pages():
+        # What stands in a block or between backticks is no link.
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            count += 1
+            name, _, heading = target.partition("#")
+            file = page.parent / name if name else page
+            if not file.exists() or (heading and heading not in headings(file)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken, "\n".join(broken)
+    assert count > 20
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names that a page's headings have in a link."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
