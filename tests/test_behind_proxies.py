@@ -199,7 +199,7 @@ def test_clients_of_one_address_behind_a_proxy(start: Start) -> None:
 
     def join(host: str) -> socket.socket:
         client = daemon.connect()
-        there = THERE if "." in host else TcpAddress("2001:db8::1", 443)
+        there = THERE if ":" not in host else TcpAddress("2001:db8::1", 443)
         client.sendall(encode_v2(TcpAddress(host, 1), there))
         return client
 
