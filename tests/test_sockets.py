@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -22,7 +25,6 @@ from harness import PATIENCE, Daemon, clean_environment, receive, run, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
 
     from harness import Start
@@ -34,7 +36,11 @@ def connect(address: str, receive_buffer: int | None = None) -> socket.socket:
     sock.settimeout(PATIENCE)
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.connect(address)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -147,6 +153,30 @@ def test_stale_socket_and_two_that_want_it(loop_name: str, tmp_path: Path) -> No
             process.terminate()
             process.communicate(timeout=PATIENCE)
     assert not path.exists()
+
+
+def test_lock(loop_name: str, tmp_path: Path) -> None:
+    """Between the look at a stale socket and a new one's listening, no other process looks: the folder is locked."""
+    path = tmp_path / "echod.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with Daemon("--loop", loop_name, listen=f"unix:{path}", read_log=False) as daemon:
+            until(lambda: any(" -> " in row and f" {daemon.pid} " in row for row in locks()))
+            with pytest.raises(ConnectionRefusedError):
+                connect(str(path))
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            daemon.start_reading()
+            connect(str(path)).close()
+    finally:
+        os.close(folder)
+
+
+def locks() -> list[str]:
+    """Return the kernel's list of locks, and of who waits for them."""
+    return Path("/proc/locks").read_text().splitlines()
 
 
 def test_socket_of_another(start: Start, tmp_path: Path) -> None:
@@ -337,6 +367,28 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_FDS", "many")
     with pytest.raises(ListenError, match="LISTEN_FDS should be a number, not 'many'"):
         inherit()
+
+
+def test_who_waits_is_left_to_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
+    """A stop does not take in who waits at an inherited socket, as it does at its own: the next process will."""
+    sock = listening(parents)
+    with contextlib.ExitStack() as clients:
+        connected, waiting = (clients.enter_context(socket.socket()) for _ in range(2))
+        with hand_over([sock], "web", "--limits.max-connections", "1", loop_name=loop_name) as daemon:
+            for client in (connected, waiting):
+                client.settimeout(PATIENCE)
+                client.connect(sock.getsockname())
+                client.sendall(b"x")
+            assert connected.recv(1) == b"x"
+            daemon.wait_for("accept_paused")
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait_for("draining")
+            connected.shutdown(socket.SHUT_WR)
+            assert connected.recv(1) == b""
+            assert daemon.wait() == 0
+            assert daemon.receipt()["clients"] == 1
+        with hand_over([sock], "web", loop_name=loop_name) as daemon:
+            assert waiting.recv(1) == b"x"
 
 
 def test_backlog_waits_for_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:

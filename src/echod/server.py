@@ -88,7 +88,6 @@ class Server:
         self._quota = Quota(settings.max_connections_per_client)
         self._room = asyncio.Event()
         self._aborted = asyncio.Event()
-        self._sweep_again = asyncio.Event()
         self._pause = _FIRST_PAUSE
         self._paused_since: float | None = None
         self._drain: Drain | None = None
@@ -112,7 +111,6 @@ class Server:
             if not listening.inherited:
                 listening.sock.listen(backlog)
         self._room.set()
-        self._sweep_again.set()
 
     @property
     def clients(self) -> int:
@@ -295,14 +293,10 @@ class Server:
         while True:
             timeouts = self.settings.timeouts
             pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout))
-            self._sweep_again.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(_SHORTEST_SWEEP, pause)):
-                    await self._sweep_again.wait()
-                continue
+            await asyncio.sleep(max(_SHORTEST_SWEEP, pause))
             now = self._loop.time()
             for client in self._clients.values():
-                reason = client.overdue(now, timeouts)
+                reason = client.overdue(now, self.settings.timeouts)
                 if reason == "stalled":
                     client.session.abort(reason)
                 elif reason is not None:
