@@ -34,8 +34,8 @@ class TlsSocket:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, name: str) -> None:
         self.sock = sock
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        self._incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self._incoming, self.outgoing, server_hostname=name)
         self._unsent = b""
         self._size = 0
         self._ready = b""
@@ -45,12 +45,12 @@ class TlsSocket:
             try:
                 self.object.do_handshake()
             except ssl.SSLWantReadError:
-                sock.sendall(self._outgoing.read())
+                sock.sendall(self.outgoing.read())
                 if not self._fill():
                     raise
                 continue
             break
-        sock.sendall(self._outgoing.read())
+        sock.sendall(self.outgoing.read())
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +95,7 @@ class TlsSocket:
             self._flush()
 
     def _flush(self) -> None:
-        self._unsent += self._outgoing.read()
+        self._unsent += self.outgoing.read()
         while self._unsent:
             self._unsent = self._unsent[self.sock.send(self._unsent) :]
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -25,6 +24,7 @@ from harness import PATIENCE, Daemon, clean_environment, receive, run, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from harness import Start
@@ -156,27 +156,20 @@ def test_stale_socket_and_two_that_want_it(loop_name: str, tmp_path: Path) -> No
 
 
 def test_lock(loop_name: str, tmp_path: Path) -> None:
-    """Between the look at a stale socket and a new one's listening, no other process looks: the folder is locked."""
+    """While a socket's folder is locked, as echod does from the look at a stale one on, nobody else replaces that."""
     path = tmp_path / "echod.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     folder = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        with Daemon("--loop", loop_name, listen=f"unix:{path}", read_log=False) as daemon:
-            until(lambda: any(" -> " in row and f" {daemon.pid} " in row for row in locks()))
-            with pytest.raises(ConnectionRefusedError):
-                connect(str(path))
-            fcntl.flock(folder, fcntl.LOCK_UN)
-            daemon.start_reading()
-            connect(str(path)).close()
+        failed = run("--loop", loop_name, "--listen", f"unix:{path}")
     finally:
         os.close(folder)
-
-
-def locks() -> list[str]:
-    """Return the kernel's list of locks, and of who waits for them."""
-    return Path("/proc/locks").read_text().splitlines()
+    message = f"echod: cannot listen on unix:{path}: another process has the folder '{tmp_path}' locked\n"
+    assert (failed.returncode, failed.stderr) == (69, message)
+    with Daemon("--loop", loop_name, listen=f"unix:{path}"):
+        connect(str(path)).close()
 
 
 def test_socket_of_another(start: Start, tmp_path: Path) -> None:
@@ -339,6 +332,10 @@ def test_names_that_do_not_match(parents: list[socket.socket]) -> None:
     sockets = [listening(parents), listening(parents)]
     assert refusal(sockets, "a:b", "--listen", "systemd:c") == [
         "echod: cannot listen on systemd:c: no socket of that name was inherited; there are: a, b"
+    ]
+    assert refusal(sockets, "é:") == [
+        "echod: inherited descriptor 3: 'é' is no name",
+        "echod: inherited descriptor 4: '' is no name",
     ]
     assert refusal(sockets, "a") == ["echod: LISTEN_FDNAMES has 1 names for 2 sockets: a"]
     failed = run("--listen", "systemd:c")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import select
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,10 @@ from echod.tls_layer import TlsBuffers, TlsEnd, TlsLayer, subject
 from harness import PATIENCE, receive, reset, run, until
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from certificates import Certificates
+    from certificates import Certificates, TlsSocket
     from harness import Start
 
 CLIENTS = 200
@@ -224,6 +227,117 @@ def test_bad_record(start: Start, certificates: Certificates) -> None:
     assert (line["reason"], line["received"], line["acked"]) == ("tls", 4, 4)
     assert line["detail"]
     assert {event["level"] for event in daemon.events} == {"info"}
+
+
+def test_bad_record_behind_a_good_one(start: Start, certificates: Certificates) -> None:
+    """In one segment: the client hears why, and what could not be echoed any more is on record."""
+    daemon = start(*certificates.options(), listen=None)
+    with certificates.join(daemon) as client:
+        client.object.write(b"good")
+        client.sock.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(ssl.SSLError, match="ALERT"):
+            client.recv(1)
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["sent"]) == ("tls", 4, 0)
+    assert line["detail"] == "decryption failed or bad record mac"
+
+
+def test_refused_and_reset(start: Start, certificates: Certificates) -> None:
+    """What was wrong with a client stays its reason, though it resets before it can be told."""
+    daemon = start(*certificates.options(), listen=None)
+    for _ in range(10):
+        with daemon.connect() as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            reset(client)
+    until(lambda: len(daemon.all("client_closed")) == 10)
+    assert {line["reason"] for line in daemon.all("client_closed")} == {"handshake"}
+
+
+def test_server_name_that_is_none(start: Start, certificates: Certificates) -> None:
+    """A name of any bytes is one line, and no error of ours."""
+    daemon = start(*certificates.options(), listen=None)
+    hello = client_hello(certificates).replace(b"localhost", b"\xff\xfe\xfdalhost")
+    with daemon.connect() as client:
+        client.sendall(hello)
+        receive(client, 100)
+    assert daemon.wait_for("client_closed")["reason"] == "handshake"
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
+def client_hello(certificates: Certificates) -> bytes:
+    """Return the first bytes of a client that asks for localhost."""
+    outgoing = ssl.MemoryBIO()
+    client = certificates.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize("what", ["record", "handshake"])
+def test_slow_records_are_no_silence(start: Start, certificates: Certificates, what: str) -> None:
+    """A record, or a handshake, that comes a few bytes at a time is neither idle nor quiet."""
+    daemon = start(
+        *certificates.options(),
+        *("--limits.idle-timeout", "0.6", "--shutdown.quiet-period", "0.6", "--shutdown.drain-timeout", "20"),
+        listen=None,
+    )
+    if what == "record":
+        with certificates.join(daemon) as client:
+            client.object.write(bytes(1000))
+            trickle(client.sock, client.outgoing.read(), 0.05)
+            assert client.recv(1000) == bytes(1000)
+            client.shutdown(socket.SHUT_WR)
+    with daemon.connect() as client:
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        trickle(client, client_hello(certificates), 0.05)
+        assert client.recv(1)
+    assert daemon.wait() == 0
+    assert "quiet" not in {line["reason"] for line in daemon.all("client_closed")}
+
+
+def trickle(sock: socket.socket, data: bytes, pause: float) -> None:
+    """Send in 20 parts, with a pause after each."""
+    size = -(-len(data) // 20)
+    for place in range(0, len(data), size):
+        sock.sendall(data[place : place + size])
+        select.select([], [], [], pause)
+
+
+def test_a_flood_of_records_holds_nobody_up(start: Start, certificates: Certificates) -> None:
+    """Records without end, with next to nothing in each, leave the others their turn."""
+    daemon = start(*certificates.options(), listen=None)
+    with certificates.connect(daemon) as other, certificates.join(daemon) as client:
+        records = b"".join(one_byte_records(client, 100_000))
+        with pytest.raises(ssl.SSLWantReadError):
+            client.object.unwrap()
+        records += client.outgoing.read()
+        sender = threading.Thread(target=client.sock.sendall, args=[records])
+        reader = threading.Thread(target=drop, args=[client.sock])
+        sender.start()
+        reader.start()
+        slowest = 0.0
+        while reader.is_alive():
+            began = time.monotonic()
+            other.sendall(b"x")
+            assert other.recv(1) == b"x"
+            slowest = max(slowest, time.monotonic() - began)
+        sender.join()
+        assert slowest < 0.5
+    assert daemon.wait_for("client_closed", received=100_000)["acked"] == 100_000
+
+
+def drop(sock: socket.socket) -> None:
+    """Receive until EOF, and forget it."""
+    while sock.recv(1 << 20):
+        pass
+
+
+def one_byte_records(client: TlsSocket, count: int) -> Iterator[bytes]:
+    """Yield the records, encrypted."""
+    for _ in range(count):
+        client.object.write(b"x")
+        yield client.outgoing.read()
 
 
 def test_client_certificates(start: Start, certificates: Certificates) -> None:

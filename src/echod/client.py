@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from echod import addresses, kernel, proxy
 from echod.addresses import TcpAddress
 from echod.proxy_layer import HeaderReader
+from echod.render import printable
 from echod.tls_layer import TlsEnd, TlsLayer
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Client:
 
     """
 
-    __slots__ = ("_address", "_entered", "_left", "_received", "_since", "header", "opened", "peer", "session")
+    __slots__ = ("_address", "_entered", "_heard", "_left", "_since", "header", "opened", "peer", "session")
 
     def __init__(
         self,
@@ -106,12 +107,12 @@ class Client:
         new_session: Callable[[Client, socket.socket], EchoSession],
     ) -> None:
         self._address = addresses.from_sockaddr(sockaddr)
-        self.peer = str(self._address) if self._address is not None else _nameless(sock, sockaddr)
+        self.peer = printable(str(self._address)) if self._address is not None else _nameless(sock, sockaddr)
         self.opened = opened
         self.header: proxy.Header | None = None
         self._entered = False
         self._since = opened
-        self._received = 0
+        self._heard = 0
         self._left = 0
         self.session = new_session(self, sock)
 
@@ -210,10 +211,10 @@ class Client:
 
         """
         session = self.session
-        if session.stage is not None:
-            return session.stage if session.reason is None and now - self.opened >= timeouts.handshake else None
-        if session.received != self._received:
-            self._received = session.received
+        if session.stage is not None and session.reason is None:
+            return session.stage if now - self.opened >= timeouts.handshake else None
+        if session.heard != self._heard:
+            self._heard = session.heard
             self._since = now
             self._left = 0
             return None

@@ -183,6 +183,7 @@ class _Daemon:
         """Read the settings again, in a thread: a file may be slow, and a handshake of a check takes its time."""
         if self._reloading:
             self._reload_again = True
+            self._logger.info("reload_queued")
             return
         self._reloading = True
         loop = asyncio.get_running_loop()
@@ -190,8 +191,8 @@ class _Daemon:
         def work() -> None:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
-                outcome: Resources | SettingsError = self._load()
-            except SettingsError as error:
+                outcome: Resources | Exception = self._load()
+            except Exception as error:  # noqa: BLE001  (it is logged, in the loop)
                 outcome = error
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self._reload, outcome)
@@ -199,11 +200,13 @@ class _Daemon:
         # No executor's: those are waited for at the end, and a file may be a pipe that nobody writes to.
         threading.Thread(target=work, name="reload", daemon=True).start()
 
-    def _reload(self, outcome: Resources | SettingsError) -> None:
+    def _reload(self, outcome: Resources | Exception) -> None:
         self._reloading = False
         if not self._stop.is_set():
             if isinstance(outcome, SettingsError):
                 self._logger.error("reload_failed", problems=[str(problem) for problem in outcome.problems])
+            elif isinstance(outcome, Exception):
+                self._logger.error("reload_failed", problems=["unexpected"], exc_info=outcome)
             else:
                 self._apply(outcome)
         if self._reload_again:

@@ -98,13 +98,13 @@ class Drain:
             session = client.session
             if session.reason is not None:
                 continue
-            received, since = self._silence.get(client, (-1, now))
-            if session.received != received or session.paused or session.undelivered():
-                self._silence[client] = (session.received, now)
+            heard, since = self._silence.get(client, (-1, now))
+            if session.heard != heard or session.paused or session.undelivered():
+                self._silence[client] = (session.heard, now)
             elif now - since >= self._settings.quiet_period:
                 # After a stall of this process, what is waiting to be read is the proof that the client was not silent.
                 if kernel.unread(session.sock):
-                    self._silence[client] = (received, now)
+                    self._silence[client] = (heard, now)
                 else:
                     session.finish("quiet")
 

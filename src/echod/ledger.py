@@ -184,6 +184,7 @@ class Ledger:
         self.account.add(reason, delivery)
         if failure is not None:
             self.log.error("client_failed", peer=client.peer, exc_info=failure)
+            failure.__traceback__ = None  # its frames have the session, which has the failure
         wanted = self._wants(reason, delivery)
         if not (wanted or self._observers):
             return

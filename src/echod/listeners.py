@@ -8,10 +8,11 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from echod.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
+from echod.addresses import Address, AddressError, InheritedAddress, TcpAddress, UnixAddress, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,10 @@ _PORT_TRIES = 20
 _FIRST_INHERITED = 3
 
 _PROBE_TIMEOUT = 1.0
+
+# For the lock of a folder, seconds. It is waited for by trying again: whoever may read the folder may lock it for good.
+_LOCK_TIMEOUT = 2.0
+_LOCK_RETRY = 0.02
 
 
 class ListenError(Exception):
@@ -144,6 +149,11 @@ def inherit() -> dict[str, list[socket.socket]]:
     problems: list[str] = []
     for descriptor, label in enumerate(labels, _FIRST_INHERITED):
         try:
+            parse(f"systemd:{label}")
+        except AddressError:
+            problems.append(f"inherited descriptor {descriptor}: {label!r} is no name")
+            continue
+        try:
             os.set_inheritable(descriptor, False)  # noqa: FBT003  (its parameter is positional)
             sock = socket.socket(fileno=descriptor)
         except OSError as error:
@@ -258,10 +268,24 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder, so that of two processes that start together, none takes the other's socket for stale.
 
     A socket that is bound, and does not listen yet, refuses connections as one does whose process has died.
+
+    Raises:
+        OSError: somebody has held it for long: not one of ours.
+
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + _LOCK_TIMEOUT
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    msg = f"another process has the folder {os.fspath(folder)!r} locked"
+                    raise OSError(msg) from None
+                time.sleep(_LOCK_RETRY)
+                continue
+            break
         yield
     finally:
         os.close(descriptor)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,16 @@ class LogWriter:
     says how many there were.
 
     Args:
-        descriptor: to be written to, blocking or not; it stays open.
+        descriptor: to be written to, blocking or not.
         notice: renders the line that tells of so many dropped ones.
+        at_end: called, from the thread, when nothing more is going to be written.
 
     """
 
-    def __init__(self, descriptor: int, notice: Callable[[int], bytes]) -> None:
+    def __init__(self, descriptor: int, notice: Callable[[int], bytes], at_end: Callable[[], object] = int) -> None:
         self._descriptor = descriptor
         self._notice = notice
+        self._at_end = at_end
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._lines: list[bytes] = []
@@ -72,10 +75,19 @@ class LogWriter:
         if first:
             self._wake.set()
 
-    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """Write what is queued, giving up after `timeout` seconds."""
+    def end(self) -> None:
+        """Write what is queued, and nothing after it; not waited for."""
         self._closing = True
         self._wake.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all is written, after `end`."""
+        return not self._thread.is_alive()
+
+    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
+        """Write what is queued, giving up after `timeout` seconds."""
+        self.end()
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -97,6 +109,7 @@ class LogWriter:
             if dropped and (lost or self._write_lines([self._notice(dropped)])):
                 with self._lock:
                     self._dropped += dropped
+        self._at_end()
 
     def _write_lines(self, lines: list[bytes]) -> int:
         """Write lines, and return how many of them were not wholly written."""
@@ -132,16 +145,26 @@ class _Target:
     """Where lines go, and the thread that writes them there."""
 
     def __init__(self, file: str) -> None:
-        self.file = None if file == "-" else open(file, "ab", buffering=0)  # noqa: SIM115, PTH123
-        descriptor = STDERR if self.file is None else self.file.fileno()
+        self.is_file = file != "-"
+        descriptor = _open(file) if self.is_file else STDERR
         self.terminal = os.isatty(descriptor)
         self.processors: list[Processor] = []
-        self.writer = LogWriter(descriptor, lambda lines: _notice(self.processors, lines))
+        # Closed by the thread alone: it may be in the midst of a write to something that takes nothing, and the number
+        # would be the next client's.
+        at_end = partial(os.close, descriptor) if self.is_file else int
+        self.writer = LogWriter(descriptor, lambda lines: _notice(self.processors, lines), at_end)
 
-    def close(self) -> None:
-        self.writer.close()
-        if self.file is not None:
-            self.file.close()
+
+def _open(file: str) -> int:
+    """Open a file for appending, without waiting for somebody to read what is a pipe.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe that nobody reads.
+
+    """
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 class Log:
@@ -158,7 +181,7 @@ class Log:
     def __init__(self, settings: LogSettings) -> None:
         self.logger: FilteringBoundLogger
         self._target: _Target | None = None
-        self._retired: list[threading.Thread] = []
+        self._retired: list[LogWriter] = []
         self.reopen(settings)
         self._bridge = _Bridge(self)
 
@@ -172,12 +195,11 @@ class Log:
 
         """
         before = self._target
-        if before is None or before.file is not None or settings.file != "-":
+        if before is None or before.is_file or settings.file != "-":
             self._target = _Target(settings.file)
             if before is not None:
-                closing = threading.Thread(target=before.close, name="log end", daemon=True)
-                closing.start()
-                self._retired = [thread for thread in self._retired if thread.is_alive()] + [closing]
+                before.writer.end()
+                self._retired = [*(writer for writer in self._retired if not writer.ended), before.writer]
         target = self._target
         assert target is not None
         form = settings.format
@@ -194,9 +216,12 @@ class Log:
         """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""
         logging.captureWarnings(capture=True)
         logging.getLogger().addHandler(self._bridge)
-        sys.unraisablehook = lambda args: self.logger.error(
-            "exception_ignored", message=args.err_msg, exc_info=args.exc_value
-        )
+        sys.unraisablehook = self._unraisable
+
+    def _unraisable(self, args: sys.UnraisableHookArgs) -> None:
+        # A client may ask for a server name that is no ASCII; the ssl module ends its handshake, and cannot raise that.
+        if not (isinstance(args.exc_value, UnicodeDecodeError) and isinstance(args.object, bytes)):
+            self.logger.error("exception_ignored", message=args.err_msg, exc_info=args.exc_value)
 
     def close(self) -> None:
         """Write what is queued, within a second, and close the file; what is captured later goes to standard error."""
@@ -204,9 +229,8 @@ class Log:
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
         assert self._target is not None
-        self._target.close()
-        for thread in self._retired:
-            thread.join()
+        for writer in (*self._retired, self._target.writer):
+            writer.close()
 
 
 def unusable(file: str) -> str | None:

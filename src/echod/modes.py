@@ -95,7 +95,7 @@ class InfoSession(EchoSession):
         describe: Callable[[], dict[str, object]],
     ) -> None:
         super().__init__(sock, settings, ended)
-        self._describe = describe
+        self._describe: Callable[[], dict[str, object]] | None = describe
         self._written = 0
 
     @property
@@ -106,7 +106,7 @@ class InfoSession(EchoSession):
     def begin(self) -> None:
         """Say it."""
         super().begin()
-        if self.reason is None:
+        if self.reason is None and self._describe is not None:
             line = json.dumps(self._describe(), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
             self._written = len(line)
             self._connected.write(line)
@@ -115,3 +115,8 @@ class InfoSession(EchoSession):
     def data_received(self, data: bytes) -> None:
         """Count and drop."""
         self.discarded += len(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take the final counts, and let go of the client, which has this session."""
+        self._describe = None
+        super().connection_lost(exc)

@@ -44,6 +44,7 @@ class HeaderReader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Collect the header."""
+        self.session.framing += len(data)
         self._data += data
         try:
             size = proxy.size(self._data)
@@ -82,6 +83,7 @@ class HeaderReader(asyncio.Protocol):
         if isinstance(self._following, TlsLayer):
             self.session.stage = "handshake"
             if rest:
+                self.session.framing -= len(rest)  # which it is going to count itself
                 self._following.feed(rest)
         else:
             self.session.begin()

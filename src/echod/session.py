@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from echod import kernel
@@ -32,6 +33,9 @@ Reason = Literal[
 ]
 
 Stage = Literal["proxy_header", "handshake"]
+
+# Ends for which a client is not to blame.
+_NO_FAULTS = frozenset({"eof", "idle", "quiet", "cut"})
 
 # The poll of a lingering connection: the kernel has no event for "all is acknowledged".
 _FIRST_POLL = 0.002
@@ -89,6 +93,7 @@ class EchoSession(asyncio.Protocol):
         "ended",
         "eof",
         "failure",
+        "framing",
         "paused",
         "reason",
         "received",
@@ -110,6 +115,8 @@ class EchoSession(asyncio.Protocol):
         self.ended = ended
         self.transport: asyncio.Transport | None = None
         self.received = 0
+        self.framing = 0
+        """Bytes read of a PROXY header and of TLS, whatever they hold."""
         self.discarded = 0
         self.paused = False
         self.eof = False
@@ -171,7 +178,8 @@ class EchoSession(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take the final counts, while the socket is still open, and report the end."""
-        if isinstance(exc, OSError):
+        # An error of OpenSSL's is an OSError too, and is no fault of the network's.
+        if isinstance(exc, OSError) and not isinstance(exc, ssl.SSLError):
             if self.reason in {None, "eof"}:
                 self.reason = "reset"
         elif exc is not None:
@@ -248,6 +256,11 @@ class EchoSession(asyncio.Protocol):
             self.transport.close()
 
     @property
+    def heard(self) -> int:
+        """A number that grows whenever something comes from the client."""
+        return self.received + self.framing
+
+    @property
     def written(self) -> int:
         """How many bytes were given to the transport so far."""
         return self.received
@@ -283,8 +296,8 @@ class EchoSession(asyncio.Protocol):
         # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
         try:
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:  # ENOTCONN: the client's reset arrived first
-            self.abort("reset")
+        except OSError:  # ENOTCONN: the client's reset arrived first; but what it has done wrong before that stays
+            self.abort("reset" if self.reason in _NO_FAULTS else cast("Reason", self.reason))
             return
         self._fin_sent = True
         if self.eof and not kernel.unacknowledged(self.sock):

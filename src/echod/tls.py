@@ -140,6 +140,9 @@ def _expiry(context: ssl.SSLContext, certificate: str) -> float:
             what = "has expired" if error.verify_code == _EXPIRED else f"would be refused: {error.verify_message}"
             message = f"{certificate!r}: the certificate {what}"
             raise TlsError(message, "certificate") from error
+        except ssl.SSLError as error:
+            message = f"{certificate!r}: the certificate cannot be used: {_reason(error)}"
+            raise TlsError(message, "certificate") from error
     found = client.getpeercert()
     assert found
     return float(ssl.cert_time_to_seconds(str(found["notAfter"])))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # A read of the transport takes at most this much, and so at most so much plaintext comes out of it, with what the
 # record before it had in store.
-_READ = 256 * 1024
+_READ = 64 * 1024
 _RECORD = 16 * 1024
 
 # Marks kept of how plaintext lies in the ciphertext, before those are dropped whose bytes have arrived.
@@ -73,7 +73,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         "_buffers",
         "_incoming",
         "_marks",
-        "_most_marks",
         "_object",
         "_outgoing",
         "_plain",
@@ -95,7 +94,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._plain = 0
         # Ciphertext and plaintext up to the end of a write, and whether it is one write since the mark before.
         self._marks: list[tuple[int, int, bool]] = [(0, 0, False)]
-        self._most_marks = _MARKS
         self.written = 0
         """Bytes given to the TCP transport: those of the handshake and of the records' frames too."""
         self.closed = False
@@ -119,9 +117,15 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def feed(self, data: memoryview | bytes) -> None:
         """Take ciphertext: go on with the handshake, or pass on what it holds."""
         self._begun = True
+        self.session.framing += len(data)
         self._incoming.write(data)
-        if self.session.stage is None or self._handshake():
-            self._decrypt()
+        if (self.session.stage is None or self._handshake()) and self.session.reason is None:
+            size = self._decrypt()
+            # What costs much for little: thousands of records of a byte, or of none. uvloop would read on up to 32
+            # times before anybody else has a turn.
+            if len(data) > _RECORD and 2 * size < len(data) and self._reads():
+                self._transport.pause_reading()
+                self.session.ended.get_loop().call_soon(self._read_on)
 
     def eof_received(self) -> bool:
         """Take FIN for the end, with close_notify or without."""
@@ -147,11 +151,15 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send."""
+        if self._outgoing.pending:
+            self._flush()
+        if self.written != self._marks[-1][0]:  # by TLS itself
+            self._marks.append((self.written, self._plain, False))
         self._object.write(data)
         self._plain += len(data)
         self._flush()
         self._marks.append((self.written, self._plain, True))
-        if len(self._marks) > self._most_marks:
+        if len(self._marks) > _MARKS:
             self._prune()
 
     def close_notify(self) -> None:
@@ -221,6 +229,13 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         assert self._tcp is not None
         return self._tcp
 
+    def _reads(self) -> bool:
+        return self.session.reason is None and not self.session.paused and not self._transport.is_closing()
+
+    def _read_on(self) -> None:
+        if self._reads():
+            self._transport.resume_reading()
+
     def _handshake(self) -> bool:
         try:
             self._object.do_handshake()
@@ -247,7 +262,8 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self.session.detail = detail
         self.session.finish("handshake")
 
-    def _decrypt(self) -> None:
+    def _decrypt(self) -> int:
+        """Pass on what can be decrypted, and return how many bytes that was."""
         plain, size = self._buffers.plain, 0
         failure = None
         # Asked before each read: a read in vain costs an exception.
@@ -263,15 +279,20 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
                 self.closed = True
                 break
             size += cast("int", read)
+        if failure is not None:
+            # After an error OpenSSL encrypts nothing any more, so what came just before it has no echo.
+            self.session.received += size
+            self._flush()
+            self.session.detail = _explain(failure)
+            self.session.finish("tls")
+            return size
         if size:
             self.session.data_received(bytes(plain[:size]))
         if self._outgoing.pending:  # what TLS itself had to answer
             self._flush()
-        if failure is not None:
-            self.session.detail = _explain(failure)
-            self.session.finish("tls")
-        elif self.closed:
+        if self.closed:
             self.session.eof_received()
+        return size
 
     def _flush(self) -> None:
         if data := self._outgoing.read():
@@ -280,9 +301,10 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
     def _prune(self) -> None:
         """Drop the marks of what has arrived; where that is not enough, every other one."""
+        # On a unix socket, what is not acknowledged is counted in buffers, and may seem to be more than there is.
         arrived = self.written - self.get_write_buffer_size() - kernel.unacknowledged(self.session.sock)
         first = bisect_right(self._marks, arrived, key=lambda mark: mark[0]) - 1
-        del self._marks[:first]
+        del self._marks[: max(0, first)]
         if len(self._marks) > _MARKS // 2:
             kept = [(written, plain, False) for written, plain, _ in self._marks[2::2]]
             self._marks[1:] = kept if len(self._marks) % 2 else [*kept, self._marks[-1]]
