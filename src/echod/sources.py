@@ -265,11 +265,23 @@ def _useless(table: Mapping[str, Any], faults: Mapping[str, Any]) -> Iterator[tu
             yield "fault", f"no fault is named {fault!r}; {_hint(fault, faults)}"
         elif table.get("mode") == "info":
             yield "fault", "in mode info there is no echo that could be wrong: choose stream or line"
+        else:
+            yield from _mismatches(table, _table(faults, fault))
     # With their defaults they stand in what `echod config` prints.
     if _differs(table, "proxy_trusted") and table.get("proxy_protocol", "off") == "off":
         yield "proxy_trusted", "is of use with proxy_protocol = 'require' only"
     if _differs(table, "socket_mode") and not re.match("unix:[^@]", str(table.get("address"))):
         yield "socket_mode", "is for the file of unix:PATH only"
+
+
+def _mismatches(table: Mapping[str, Any], fault: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield why a listener cannot show its fault, which may be right for another one."""
+    trigger = fault.get("trigger")
+    if table.get("mode") == "line" and isinstance(trigger, str) and trigger.find("\n") != len(trigger) - 1:
+        message = "its trigger can be no message in mode line, which is a line with its ending: end it with \\n"
+        yield "fault", f"{message}, its only one"
+    if fault.get("action") == "reset" and str(table.get("address")).startswith("unix:"):
+        yield "fault", "a unix socket has no RST that action = 'reset' could send: choose close"
 
 
 def _differs(table: Mapping[str, Any], name: str) -> bool:
