@@ -22,10 +22,10 @@ _SPOILING = frozenset({"corrupt", "duplicate", "truncate"})
 # Ends of the server's own choice: what is held back then goes out at once, as loss is worse than haste.
 _HASTY: frozenset[Reason] = frozenset({"idle", "quiet", "cut"})
 
-# A rate without a slice is written in so many pieces a second.
-_PIECES = 50
+# What a rate lets through at once after a silence, in seconds of it; without a slice, that is also its longest piece.
+_BURST = 0.02
 
-# How far behind its rate a session may fall, by a process that is late, and still make up for it, seconds.
+# How far behind its rate a session may fall, when it or its client is late, and still make up for it, seconds.
 _CATCH_UP = 0.25
 
 # uvloop's timers and clock are exact to this, seconds.
@@ -171,8 +171,6 @@ class FaultSession(EchoSession):
         if self._queue:
             self.paused = False
             self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
-            # What the client did not take in time is not to be made up for.
-            self._free_at = max(self._free_at, self._loop.time())
             self._gate()
             # Not now: asyncio's transport, which is calling, is in the middle of a write.
             self._call_pump()
@@ -370,7 +368,7 @@ class FaultSession(EchoSession):
         self._pump_timer = self._loop.call_soon(self._pump)
 
     def _next(self) -> tuple[int, float]:
-        """Return the size of the next piece, and its time: with a rate, when the last bit of it would have come."""
+        """Return the size of the next piece, and its time: with a rate, when the last of its bytes would have come."""
         held, fault = self._queue[0], self._fault
         size = len(held.data)
         if not held.shaped:
@@ -380,8 +378,9 @@ class FaultSession(EchoSession):
         if fault.rate is None:
             return size, held.due
         if fault.slice is None:
-            size = min(size, max(1, fault.rate // _PIECES))
-        return size, max(held.due, self._free_at) + size / fault.rate
+            # Nor so much that the queue is empty before there is more to put into it.
+            size = min(size, max(1, min(int(fault.rate * _BURST), self.settings.write_buffer // 8)))
+        return size, max(held.due, max(held.due - _BURST, self._free_at) + size / fault.rate)
 
     def _pump(self) -> None:
         """Write one piece, if it is due."""
