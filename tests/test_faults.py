@@ -42,12 +42,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     path = tmp_path_factory.mktemp("tls") / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-keyout", path, "-out", path.with_suffix(".crt")],
-        check=True,
-        capture_output=True,
-    )
+    kind = "ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 400 -subj /CN=localhost"
+    command = f"openssl req -x509 -newkey {kind} -keyout {path} -out {path.with_suffix('.crt')}"
+    subprocess.run(command.split(), check=True, capture_output=True)
     path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
     return path
 
@@ -73,7 +70,7 @@ class Lab:
                     sections.append(f'tls = {{certificate = "{certificate}", private_key = "{certificate}"}}')
         path = folder / "lab.toml"
         path.write_text("\n".join(sections))
-        self.daemon = Daemon("--loop", loop, "--config", str(path), listen=None)
+        self.daemon = Daemon("--loop", loop, "--config", str(path), "--limits.max-connections=50", listen=None)
 
     def connect(self, name: str, where: str) -> socket.socket:
         """Return a client of a recipe."""
@@ -126,7 +123,7 @@ def lab(request: pytest.FixtureRequest, certificate: Path, tmp_path_factory: pyt
         daemon.send_signal()
         daemon.send_signal()
         daemon.wait()
-        loud = [event for event in daemon.events if event["level"] not in {"info"} and event["event"] != "client_failed"]
+        loud = [event for event in daemon.events if event["level"] != "info" and event["event"] != "client_failed"]
         assert loud == []
         assert len(daemon.raw) == len(daemon.events), "a line that is not of the log"
 
@@ -147,12 +144,8 @@ def ask(client: socket.socket, message: bytes) -> bytes:
     return receive(client, len(message))
 
 
-def the_rest(client: socket.socket) -> bytes:
-    """Receive until EOF."""
-    return receive(client, 1 << 30) if isinstance(client, ssl.SSLSocket) is None else drain(client)
-
-
 def drain(client: socket.socket) -> bytes:
+    """Receive until EOF."""
     data = b""
     while more := client.recv(65536):
         data += more
@@ -161,9 +154,31 @@ def drain(client: socket.socket) -> bytes:
 
 def silent(client: socket.socket) -> bool:
     """Tell whether there is nothing to receive, no end either."""
-    if isinstance(client, ssl.SSLSocket) and client.pending():
-        return False
-    return not select.select([client], [], [], 0.2)[0]
+    client.settimeout(0.2)
+    try:
+        client.recv(1)
+    except TimeoutError:
+        return True
+    finally:
+        client.settimeout(PATIENCE)
+    return False
+
+
+def ended(where: str) -> set[str]:
+    """Return how a session ends whose client has closed: over TLS it is still sent close_notify, and may answer with RST."""
+    return {"eof", "reset"} if where == "tls" else {"eof"}
+
+
+def see_reset(client: socket.socket) -> None:
+    """Receive until the connection is reset: not only closed, which the kernel's state of it tells."""
+    if isinstance(client, ssl.SSLSocket):
+        # Python's TLS takes a reset for an end.
+        drain(client)
+    else:
+        with pytest.raises(ConnectionResetError):
+            drain(client)
+    closed = b"\7"
+    assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == closed
 
 
 LINES = b"".join(b"%03d" % number + b"." * 96 + b"\n" for number in range(20))
@@ -197,7 +212,6 @@ def test_breaks_off(lab: Lab, where: str) -> None:
         assert drain(client) == LINES[:1000]
     line = lab.entry("breaks-off", where)
     assert (line["reason"], line["sent"], line["acked"]) == ("fault", 1000, 1000)
-    assert not lab.daemon.all("client_failed") or where in {"stream", "line", "tls", "unix"}
 
 
 @pytest.mark.parametrize("size", [999, 1001])
@@ -215,24 +229,22 @@ def test_dies(lab: Lab, where: str) -> None:
     began = time.monotonic()
     with lab.connect("dies", where) as client:
         assert ask(client, LINES[:1200]) == LINES[:1200]
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
+        see_reset(client)
         assert time.monotonic() - began >= 0.29
     assert lab.entry("dies", where)["reason"] == "fault"
     with lab.connect("dies", where) as client:
         assert ask(client, LINES[:900]) == LINES[:900]
         assert not select.select([client], [], [], 0.5)[0]
-        with pytest.raises(ConnectionResetError):
-            client.sendall(LINES[900:1000])
-            while client.recv(100):
-                pass
+        client.sendall(LINES[900:1000])
+        see_reset(client)
     assert lab.entry("dies", where)["received"] == 1000
 
 
 @over_tcp
 def test_nobody(lab: Lab, where: str) -> None:
-    with pytest.raises(ConnectionResetError), lab.connect("nobody", where) as client:
-        client.recv(1)
+    # Where the reset comes while a client still connects, connect(2) says so.
+    with contextlib.suppress(ConnectionResetError), lab.connect("nobody", where) as client:
+        see_reset(client)
     line = lab.entry("nobody", where)
     assert (line["reason"], line["received"]) == ("fault", 0)
 
@@ -273,10 +285,11 @@ def test_hangs(lab: Lab, where: str) -> None:
 
 def test_drops(lab: Lab, where: str) -> None:
     with lab.connect("drops", where) as client:
-        client.sendall(bytes(5_000_000))
+        client.sendall(LINES * 2500)
         assert silent(client)
     line = lab.entry("drops", where)
-    assert (line["reason"], line["received"], line["sent"]) == ("eof", 5_000_000, 0)
+    assert (line["received"], line["sent"]) == (5_000_000, 0)
+    assert line["reason"] in ended(where)
 
 
 def flips(daemon: Daemon, listener: str) -> list[list[int]]:
@@ -328,7 +341,8 @@ def test_twice(lab: Lab, where: str) -> None:
         assert ask(client, b"take\n") == b"take\n"
         client.close()
     line = lab.entry("twice", where)
-    assert (line["reason"], line["received"], line["sent"]) == ("eof", 14, 18)
+    assert (line["received"], line["sent"]) == (14, 18)
+    assert line["reason"] in ended(where)
 
 
 def test_half(lab: Lab, where: str) -> None:
@@ -340,7 +354,8 @@ def test_half(lab: Lab, where: str) -> None:
         client.sendall(b"\n")
         assert silent(client)
     line = lab.entry("half", where)
-    assert (line["reason"], line["received"], line["sent"]) == ("eof", 14, 6)
+    assert (line["received"], line["sent"]) == (14, 6)
+    assert line["reason"] in ended(where)
 
 
 @in_time
@@ -361,7 +376,8 @@ def test_far(lab: Lab, where: str) -> None:
         if where == "line":
             assert client.recv(1) == b""
     line = lab.entry("far", where)
-    assert (line["reason"], line["sent"], line["acked"]) == ("eof", 2020, 2020)
+    assert (line["sent"], line["acked"]) == (2020, 2020)
+    assert line["reason"] in ended(where)
 
 
 @in_time
@@ -404,6 +420,7 @@ def segments(client: socket.socket) -> int:
     return int(struct.unpack_from("I", client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 152)[0])
 
 
+@pytest.mark.parametrize("where", ["stream", "tls"])
 def test_crumbs(lab: Lab, where: str) -> None:
     """A client that waits for each has them one by one; one that does not finds them in segments, or records, still."""
     with lab.connect("crumbs", where) as client:
@@ -412,8 +429,8 @@ def test_crumbs(lab: Lab, where: str) -> None:
         assert statistics.median(map(len, parts)) <= 10
         if where == "tls":
             assert [len(part) for part in parts] == [10] * 1024
-        elif where != "unix":
-            assert segments(client) == 1024
+        else:
+            assert segments(client) >= 1024  # and those that were sent twice
 
 
 @in_time
@@ -430,19 +447,30 @@ def test_bad_day(lab: Lab, where: str) -> None:
     assert (line["reason"], line["sent"]) == ("fault", 10_000)
 
 
+@pytest.mark.parametrize("mode", ["stream", "line"])
+def test_slices_without_a_rate(start: Start, mode: str) -> None:
+    """Each is a segment of its own, also where the kernel cannot send them all at once."""
+    daemon = start(*profiles("slice=100", mode=mode), listen=None)
+    with connect(daemon, "a") as client:
+        _, parts = measured(client, 60_050)
+        assert b"".join(parts) == b"." * 60_049 + b"\n"
+        # More where the client's write came in several reads, or something was sent twice.
+        assert segments(client) >= 601
+
+
 # Real clients
 
 COMMANDS = {
     "ncat crash": "printf 'one\\r\\ncrash\\r\\n' | ncat 127.0.0.1 {port}",
     "socat breaks-off": "head -c 3000 /dev/zero | tr '\\0' x | socat -t9 - TCP:127.0.0.1:{port} | wc -c",
-    "socat dies": "(head -c 1000 /dev/zero; sleep 9) | socat -t9 - TCP:127.0.0.1:{port} 2>&1 >/dev/null",
+    "ncat dies": "(head -c 1000 /dev/zero; sleep 1) | ncat 127.0.0.1 {port} 2>&1 >/dev/null",
     "ncat says-bye": "(printf 'hi\\n'; printf 'bye\\n') | ncat 127.0.0.1 {port}",
     "socat twice": "printf 'pay\\n' | socat -t9 - TCP:127.0.0.1:{port}",
 }
 OUTPUT = {
     "ncat crash": b"one\r\n",
     "socat breaks-off": b"1000\n",
-    "socat dies": b"Connection reset by peer",
+    "ncat dies": b"Connection reset by peer",
     "ncat says-bye": b"hi\n",
     "socat twice": b"pay\npay\n",
 }
@@ -564,12 +592,9 @@ def test_reset_does_not_wait(start: Start) -> None:
 def test_line_tails(start: Start) -> None:
     """An unfinished line is the last message at the client's EOF; a longer one than may be ends the session behind the rest."""
     daemon = start(
-        *profiles(
-            "action=duplicate", "action=stall", "delay=0.2", "trigger=x\n action=close".replace(" action", "|action")
-        ),
-        mode="line",
-    ) if False else start(
-        *profiles("action=duplicate", "action=stall", "delay=0.2", mode="line"), "--limits.max-line=20", listen=None
+        *profiles("action=duplicate", "action=stall", "delay=0.2", mode="line"),
+        *("--limits.max-line=20", "--shutdown.quiet-period=0.2"),
+        listen=None,
     )
     with connect(daemon, "a") as client:
         client.sendall(b"ab\ncd")
@@ -597,13 +622,10 @@ def test_memory_is_bounded(start: Start) -> None:
     """Above the write buffer reading pauses, however much is to be held back; all of it arrives in order."""
     daemon = start(*profiles("delay=1", "rate=20MB"), "--limits.write-buffer=100KiB", listen=None)
     with connect(daemon, "a") as client:
-        client.settimeout(0.5)
         sent = 0
-        with pytest.raises(TimeoutError):
-            while True:
-                sent += client.send(bytes(65536))
-        client.settimeout(PATIENCE)
-        client.shutdown(socket.SHUT_WR)
+        while select.select([], [client], [], 0.4)[1]:
+            sent += client.send(bytes(65536))
+        assert sent < 20_000_000
         reset(client)
     with connect(daemon, "b") as client:
         pattern = bytes(range(251)) * 20_000
@@ -671,12 +693,10 @@ def test_stop(start: Start) -> None:
         left.shutdown(socket.SHUT_WR)
         slow.sendall(bytes(30_000))
         assert slow.recv(1) == b"\0"
-        half.recv(1)
+        assert half.recv(1) == b""
         threads = [threading.Thread(target=flood, args=(client,)) for client in (flooding, dropped)]
         for thread in threads:
             thread.start()
-        flooded = daemon.wait_for("listening", listener="a") is not None
-        assert flooded
         began = time.monotonic()
         daemon.send_signal(signal.SIGTERM)
         assert stalled.recv(1) == b""

@@ -13,7 +13,7 @@ import pytest
 
 from echod import render
 from echod.options import parse
-from echod.settings import LimitsSettings, Settings, leaves
+from echod.settings import FaultSettings, LimitsSettings, Settings, leaves
 from echod.sources import Loaded, SettingsError, load
 
 if TYPE_CHECKING:
@@ -262,6 +262,7 @@ fault = 3
 level = "loud"
 """)
     limits = f"there are: {', '.join(LimitsSettings.model_fields)}"
+    choices = "'raise', 'close', 'reset', 'half_close', 'stall', 'blackhole', 'corrupt', 'duplicate' or 'truncate'"
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
         "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
@@ -277,9 +278,8 @@ level = "loud"
         "ECHOD_SHUTDOWN__DELAY: shutdown.delay: should be a valid number, not 'abc'",
         "FILE: log.level: should be 'debug', 'info', 'warning' or 'error', not 'loud'",
         "--log.file: log.file: should be the name of a file, not ''",
-        "--faults.b.when: faults.b.trigger: is missing",
-        "FILE: faults.b.action: should be 'raise', not 'zap'",
-        "--faults.b.when: faults.b.when: unknown key; there are: trigger, action",
+        f"FILE: faults.b.action: should be {choices}, not 'zap'",
+        f"--faults.b.when: faults.b.when: unknown key; there are: {', '.join(FaultSettings.model_fields)}",
         "FILE: listeners.r.address: is missing",
         "FILE: listeners.r.fault: should be a valid string, not 3",
         "FILE: colour: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners",

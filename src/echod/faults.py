@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
 from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,7 +14,6 @@ from echod.session import EchoSession, Reason, SessionSettings
 
 if TYPE_CHECKING:
     import asyncio
-    import socket
 
 Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
 
@@ -396,7 +397,10 @@ class FaultSession(EchoSession):
             if not held.data:
                 self._queue.popleft()
             self._held -= size
-            self._write(piece)
+            if self._fault.slice is not None and held.shaped:
+                self._write_by_itself(piece)
+            else:
+                self._write(piece)
             if self._crowded and self._held <= self.settings.write_buffer // 4:
                 self._crowded = False
                 self._gate()
@@ -423,6 +427,17 @@ class FaultSession(EchoSession):
         self._connected.write(data)
         if len(data) > self._large:
             self._weigh()
+
+    def _write_by_itself(self, data: bytes) -> None:
+        """Write what is to be a segment of its own, also where the kernel has to wait with it."""
+        sent = 0
+        if kernel.has_tcp_info(self.sock) and self.tls_layer is None and not self.unsent():
+            # On Linux, what is sent with this flag is never joined with what follows.
+            with contextlib.suppress(OSError):  # the transport will meet it too
+                sent = self.sock.send(data, socket.MSG_EOR)
+            self._written += sent
+        if sent < len(data):
+            self._write(data[sent:])
 
     def _gate(self) -> None:
         """Read, unless something stands against it."""
