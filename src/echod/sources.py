@@ -278,8 +278,7 @@ def _mismatches(table: Mapping[str, Any], fault: Mapping[str, Any]) -> Iterator[
     """Yield why a listener cannot show its fault, which may be right for another one."""
     trigger = fault.get("trigger")
     if table.get("mode") == "line" and isinstance(trigger, str) and trigger.find("\n") != len(trigger) - 1:
-        message = "its trigger can be no message in mode line, which is a line with its ending: end it with \\n"
-        yield "fault", f"{message}, its only one"
+        yield "fault", "no message equals its trigger: in mode line that is one line, with the line feed at its end"
     if fault.get("action") == "reset" and str(table.get("address")).startswith("unix:"):
         yield "fault", "a unix socket has no RST that action = 'reset' could send: choose close"
 
