@@ -33,6 +33,22 @@ BLOCKS = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", PAG
 RECIPES: dict[str, dict[str, Any]] = {
     name: fault for block in BLOCKS if "listeners" not in block for name, fault in block["faults"].items()
 }
+# What no recipe has, shown in both modes only.
+EXTRA: dict[str, dict[str, Any]] = {
+    "place": {"after_bytes": 3, "action": "duplicate"},
+    "time": {"after_seconds": 0.5, "action": "truncate"},
+    "trigger-and-place": {"trigger": "x\n", "after_bytes": 10, "action": "duplicate"},
+    "trigger-and-time": {"trigger": "x\n", "after_seconds": 0.6, "action": "duplicate"},
+    "trigger-and-odds": {"trigger": "x\n", "probability": 1e-300, "action": "duplicate"},
+    "slow-close": {"after_bytes": 1000, "action": "close", "rate": 2000},
+    "slow-raise": {"after_bytes": 1000, "action": "raise", "rate": 2000},
+    "slow-half_close": {"after_bytes": 1000, "action": "half_close", "rate": 2000},
+    "late-bye": {"trigger": "bye\n", "action": "half_close", "delay": 0.3},
+    "late-reset": {"trigger": "die\n", "action": "reset", "delay": 60},
+    "sliced": {"slice": 100},
+    "some-late": {"probability": 0.3, "seed": 5, "delay": 0.1},
+    "large-bye": {"after_bytes": 8_000_000, "action": "half_close"},
+}
 WHERE = ("stream", "line", "tls", "unix")
 
 
@@ -49,6 +65,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+QUICKLY = ("--limits.max-connections=50", "--shutdown.quiet-period=0.2", "--shutdown.drain-timeout=1")
+
+
 class Lab:
     """A daemon that shows every recipe, each in both modes, over TLS and on a unix socket, as far as that makes sense."""
 
@@ -57,10 +76,10 @@ class Lab:
         self._certificate = certificate
         self._connections: dict[str, int] = {}
         sections: list[str] = []
-        for name, fault in RECIPES.items():
+        for name, fault in (RECIPES | EXTRA).items():
             sections.append(f"[faults.{name}]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in fault.items()))
             for where in WHERE:
-                if where == "unix" and fault.get("action") == "reset":
+                if (where == "unix" and fault.get("action") == "reset") or (where in {"tls", "unix"} and name in EXTRA):
                     continue
                 address = f"unix:{folder}/{name}" if where == "unix" else "127.0.0.1:0"
                 sections.append(f'[listeners."{name} {where}"]\naddress = "{address}"\nfault = "{name}"')
@@ -70,7 +89,7 @@ class Lab:
                     sections.append(f'tls = {{certificate = "{certificate}", private_key = "{certificate}"}}')
         path = folder / "lab.toml"
         path.write_text("\n".join(sections))
-        self.daemon = Daemon("--loop", loop, "--config", str(path), "--limits.max-connections=50", listen=None)
+        self.daemon = Daemon("--loop", loop, "--config", str(path), *QUICKLY, listen=None)
 
     def connect(self, name: str, where: str) -> socket.socket:
         """Return a client of a recipe."""
@@ -120,9 +139,7 @@ def lab(request: pytest.FixtureRequest, certificate: Path, tmp_path_factory: pyt
     lab = Lab(tmp_path_factory.mktemp("lab"), certificate, request.param)
     with lab.daemon as daemon:
         yield lab
-        daemon.send_signal()
-        daemon.send_signal()
-        daemon.wait()
+        assert daemon.stop() == 0
         loud = [event for event in daemon.events if event["level"] != "info" and event["event"] != "client_failed"]
         assert loud == []
         assert len(daemon.raw) == len(daemon.events), "a line that is not of the log"
@@ -172,8 +189,8 @@ def ended(where: str) -> set[str]:
 def see_reset(client: socket.socket) -> None:
     """Receive until the connection is reset: not only closed, which the kernel's state of it tells."""
     if isinstance(client, ssl.SSLSocket):
-        # Python's TLS takes a reset for an end.
-        drain(client)
+        with contextlib.suppress(ConnectionResetError):  # some versions of Python's TLS take it for an end
+            drain(client)
     else:
         with pytest.raises(ConnectionResetError):
             drain(client)
@@ -230,11 +247,11 @@ def test_dies(lab: Lab, where: str) -> None:
     with lab.connect("dies", where) as client:
         assert ask(client, LINES[:1200]) == LINES[:1200]
         see_reset(client)
-        assert time.monotonic() - began >= 0.29
+        assert time.monotonic() - began >= 0.49
     assert lab.entry("dies", where)["reason"] == "fault"
     with lab.connect("dies", where) as client:
         assert ask(client, LINES[:900]) == LINES[:900]
-        assert not select.select([client], [], [], 0.5)[0]
+        assert not select.select([client], [], [], 0.7)[0]
         client.sendall(LINES[900:1000])
         see_reset(client)
     assert lab.entry("dies", where)["received"] == 1000
@@ -447,11 +464,10 @@ def test_bad_day(lab: Lab, where: str) -> None:
     assert (line["reason"], line["sent"]) == ("fault", 10_000)
 
 
-@pytest.mark.parametrize("mode", ["stream", "line"])
-def test_slices_without_a_rate(start: Start, mode: str) -> None:
+@pytest.mark.parametrize("where", ["stream", "line"])
+def test_slices_without_a_rate(lab: Lab, where: str) -> None:
     """Each is a segment of its own, also where the kernel cannot send them all at once."""
-    daemon = start(*profiles("slice=100", mode=mode), listen=None)
-    with connect(daemon, "a") as client:
+    with lab.connect("sliced", where) as client:
         _, parts = measured(client, 60_050)
         assert b"".join(parts) == b"." * 60_049 + b"\n"
         # More where the client's write came in several reads, or something was sent twice.
@@ -505,88 +521,105 @@ def profiles(*faults: str, mode: str = "stream") -> list[str]:
     return options
 
 
-def test_all_conditions_hold_at_once(start: Start) -> None:
+def test_all_conditions_hold_at_once(lab: Lab) -> None:
     """A trigger before its bytes or its time, or against the odds, is a message like any other."""
-    daemon = start(
-        *profiles(
-            "trigger=x after_bytes=10 action=duplicate",
-            "trigger=x after_seconds=0.5 action=duplicate",
-            "trigger=x probability=1e-300 action=duplicate",
-        ),
-        listen=None,
-    )
-    for listener in "ab":
-        with connect(daemon, listener) as client:
+    for name in ("trigger-and-place", "trigger-and-time"):
+        with lab.connect(name, "line") as client:
             began = time.monotonic()
-            for message in (b"x", b"123456789"):
+            for message in (b"x\n", b"12345678\n"):
                 assert ask(client, message) == message
-            if listener == "b":
-                time.sleep(max(0, began + 0.6 - time.monotonic()))
-            assert ask(client, b"y") == b"y"
-            client.sendall(b"x")
-            assert receive(client, 2) == b"xx"
-    with connect(daemon, "c") as client:
-        for _ in range(20):
-            assert ask(client, b"x") == b"x"
-    assert "fault" not in daemon.wait_for("client_closed", listener="c")
-    daemon.stop()
-    assert daemon.wait_for("stopped")["faults"] == {"a": 1, "b": 1}
+            if name == "trigger-and-time":
+                time.sleep(max(0, began + 0.7 - time.monotonic()))
+            assert ask(client, b"y\n") == b"y\n"
+            client.sendall(b"x\n")
+            assert receive(client, 4) == b"x\nx\n"
+        lab.entry(name, "line")
+    with lab.connect("trigger-and-odds", "line") as client:
+        client.sendall(b"x\n" * 50)
+        assert receive(client, 100) == b"x\n" * 50
+    assert "fault" not in lab.daemon.wait_for("client_closed", listener="trigger-and-odds line")
 
 
-def test_messages_behind_a_place_or_a_time(start: Start) -> None:
+def test_messages_behind_a_place_or_a_time(lab: Lab) -> None:
     """What spoils messages does so from there on, and goes on."""
-    daemon = start(*profiles("after_bytes=3 action=duplicate", "after_seconds=0.3 action=truncate"), listen=None)
-    with connect(daemon, "a") as client:
+    with lab.connect("place", "stream") as client:
         client.sendall(b"abcde")
         assert receive(client, 7) == b"abcdede"
         client.sendall(b"f")
         assert receive(client, 2) == b"ff"
-    with connect(daemon, "b") as client:
+    with lab.connect("time", "stream") as client:
         assert ask(client, b"abcd") == b"abcd"
-        time.sleep(0.4)
+        time.sleep(0.6)
         client.sendall(b"efgh")
         client.shutdown(socket.SHUT_WR)
         assert drain(client) == b"ef"
 
 
 @pytest.mark.parametrize("action", ["close", "raise", "half_close"])
-def test_what_is_held_back_arrives_in_its_time(start: Start, action: str) -> None:
+def test_what_is_held_back_arrives_in_its_time(lab: Lab, action: str) -> None:
     """An end that the fault makes comes behind the echo, which is slow all the same."""
-    daemon = start(*profiles(f"after_bytes=1000 action={action} rate=2000", mode="line"), listen=None)
-    with connect(daemon, "a") as client:
+    with lab.connect(f"slow-{action}", "line") as client:
         began = time.monotonic()
         client.sendall(LINES)
         assert drain(client) == LINES[:1000]
         assert time.monotonic() - began > 0.45
-        client.close()
-    line = daemon.wait_for("client_closed")
-    assert (line["reason"], line["fault"], line["acked"]) == ("fault", "a", 1000)
+    line = lab.entry(f"slow-{action}", "line")
+    assert (line["reason"], line["acked"]) == ("fault", 1000)
 
 
-def test_client_closes_before_its_half_close(start: Start) -> None:
+def test_client_closes_before_its_half_close(lab: Lab) -> None:
     """The client's EOF may come while echo is held back that FIN has to wait for."""
-    daemon = start(*profiles("trigger=bye action=half_close delay=0.3"), listen=None)
-    with connect(daemon, "a") as client:
-        client.sendall(b"hello")
-        time.sleep(0.1)
-        client.sendall(b"bye")
+    with lab.connect("late-bye", "line") as client:
+        client.sendall(b"hello\nbye\n")
         client.shutdown(socket.SHUT_WR)
-        assert drain(client) == b"hello"
-    line = daemon.wait_for("client_closed")
-    assert (line["reason"], line["fault"], line["acked"]) == ("fault", "a", 5)
+        assert drain(client) == b"hello\n"
+    line = lab.entry("late-bye", "line")
+    assert (line["reason"], line["acked"]) == ("fault", 6)
 
 
-def test_reset_does_not_wait(start: Start) -> None:
+def test_reset_does_not_wait(lab: Lab) -> None:
     """What is held back is lost, and counted."""
-    daemon = start(*profiles("trigger=die action=reset delay=60"), listen=None)
-    with connect(daemon, "a") as client:
-        client.sendall(b"hello")
-        time.sleep(0.1)
-        client.sendall(b"die")
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
-    line = daemon.wait_for("client_closed")
-    assert (line["reason"], line["received"], line["sent"]) == ("fault", 8, 0)
+    with lab.connect("late-reset", "line") as client:
+        client.sendall(b"hello\ndie\n")
+        see_reset(client)
+    line = lab.entry("late-reset", "line")
+    assert (line["reason"], line["received"], line["sent"]) == ("fault", 10, 0)
+
+
+def test_nothing_overtakes(lab: Lab) -> None:
+    """A message that is not held back itself waits for those before it that are."""
+    with lab.connect("some-late", "line") as client:
+        client.sendall(LINES)
+        client.shutdown(socket.SHUT_WR)
+        assert drain(client) == LINES
+    assert lab.entry("some-late", "line")["acked"] == len(LINES)
+
+
+def test_half_close_of_a_client_that_does_not_read(lab: Lab) -> None:
+    """FIN comes behind the echo, however long that takes."""
+    with connect(lab.daemon, "large-bye stream", SO_RCVBUF=4096) as client:
+        sender = send_until_stuck(client, bytes(9_000_000))
+        assert sender.is_alive()
+        assert len(drain(client)) == 8_000_000
+        sender.join()
+    line = lab.daemon.wait_for("client_closed", listener="large-bye stream")
+    assert (line["reason"], line["received"], line["acked"]) == ("fault", 9_000_000, 8_000_000)
+
+
+def send_until_stuck(client: socket.socket, data: bytes) -> threading.Thread:
+    """Begin to send in a thread, which ends when all is sent; return when for a while nothing could be."""
+    sender = threading.Thread(target=client.sendall, args=(data,))
+    sender.start()
+    while sender.is_alive() and select.select([], [client], [], 0.3)[1]:
+        time.sleep(0.05)
+    return sender
+
+
+def test_stalled_client_closes(lab: Lab) -> None:
+    """That is not noticed, since nothing is read; the end of the daemon has an end for it too."""
+    with lab.connect("hangs", "line") as client:
+        client.sendall(LINES[:1000])
+        assert receive(client, 1000) == LINES[:1000]
 
 
 def test_line_tails(start: Start) -> None:
@@ -613,8 +646,13 @@ def test_line_tails(start: Start) -> None:
         client.sendall(b"cd\nef")
         client.shutdown(socket.SHUT_WR)
         assert drain(client) == b"cd\nef"
-    daemon.stop()
-    assert daemon.receipt()["quiet"] == 1
+    with connect(daemon, "c") as client:
+        client.sendall(b"gh\nij")
+        assert receive(client, 3) == b"gh\n"
+        daemon.send_signal()
+        assert drain(client) == b"ij"
+    assert daemon.wait() == 0
+    assert daemon.receipt()["quiet"] == 2
     assert daemon.wait_for("client_closed", listener="b")["fault"] == "b"
 
 
@@ -627,17 +665,17 @@ def test_memory_is_bounded(start: Start) -> None:
             sent += client.send(bytes(65536))
         assert sent < 20_000_000
         reset(client)
-    with connect(daemon, "b") as client:
-        pattern = bytes(range(251)) * 20_000
-        sender = threading.Thread(target=client.sendall, args=(pattern,))
+    with connect(daemon, "b", SO_RCVBUF=4096) as client:
+        pattern = bytes(range(251)) * 60_000
         began = time.monotonic()
-        sender.start()
+        sender = send_until_stuck(client, pattern)
         got = bytearray()
         while len(got) < len(pattern):
             got += client.recv(65536)
         sender.join()
         assert got == pattern
         assert time.monotonic() - began > len(pattern) / 20_000_000 * 0.9
+    assert daemon.stop() == 0
 
 
 # Limits and stops
@@ -646,15 +684,22 @@ def test_memory_is_bounded(start: Start) -> None:
 def test_limits_hold(start: Start) -> None:
     """idle_timeout ends who is left in silence, write_timeout who does not take its echo."""
     daemon = start(
-        *profiles("action=stall", "action=blackhole", "after_seconds=0.1 action=half_close", "slice=100", "rate=5MB"),
+        *profiles(
+            "action=stall",
+            "action=blackhole",
+            "after_bytes=9 action=half_close",
+            "slice=10000",
+            "rate=50MB",
+            mode="line",
+        ),
         *("--limits.idle-timeout=0.8", "--limits.write-timeout=0.8", "--shutdown.linger-timeout=0.2"),
         listen=None,
     )
     with contextlib.ExitStack() as clients:
         for listener in "abc":
             client = clients.enter_context(connect(daemon, listener))
-            client.sendall(b"x")
-            client.sendall(b"y" * 1000)
+            client.sendall(b"x\n")
+            client.sendall(b"y" * 1000 + b"\n")
         greedy = [clients.enter_context(connect(daemon, listener, SO_RCVBUF=4096)) for listener in "de"]
         threads = []
         for client in greedy:
@@ -662,25 +707,26 @@ def test_limits_hold(start: Start) -> None:
             threads[-1].start()
         for listener in "abc":
             line = daemon.wait_for("client_closed", listener=listener)
-            assert (line["reason"], line["fault"], line["sent"]) == ("idle", listener, 0 if listener != "c" else 1001)
+            assert (line["reason"], line["fault"], line["sent"]) == ("idle", listener, 1003 if listener == "c" else 0)
         for listener in "de":
             assert daemon.wait_for("client_closed", listener=listener)["reason"] == "stalled"
         for thread in threads:
             thread.join()
+    assert daemon.stop() == 0
 
 
 def flood(client: socket.socket) -> None:
     """Send until the connection is gone, and read nothing."""
     with contextlib.suppress(OSError):
         while True:
-            client.sendall(bytes(65536))
+            client.sendall(b"." * 50_000 + b"\n")
 
 
 def test_stop(start: Start) -> None:
     """None of them holds up a stop beyond its timeouts, and echo that is held back is not lost to it."""
     daemon = start(
         *profiles("action=stall", "action=blackhole", "delay=60", "rate=1000", "after_seconds=0 action=half_close"),
-        *("--shutdown.quiet-period=0.3", "--shutdown.drain-timeout=1.2", "--shutdown.linger-timeout=0.5"),
+        *("--shutdown.quiet-period=0.3", "--shutdown.drain-timeout=1.2", "--shutdown.linger-timeout=1"),
         listen=None,
     )
     with contextlib.ExitStack() as clients:
@@ -705,10 +751,10 @@ def test_stop(start: Start) -> None:
         assert drain(late) == b"late"
         assert drain(left) == b"left"
         assert len(drain(slow)) == 29_999
-        for client in (late, left, slow, half):
+        for client in (late, left, slow):
             client.close()
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 1.2 + 0.5 + 1
+        assert time.monotonic() - began < 1.2 + 1 + 1
         for thread in threads:
             thread.join()
     receipt = daemon.receipt()

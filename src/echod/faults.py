@@ -173,11 +173,11 @@ class FaultSession(EchoSession):
             self.paused = False
             self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
             self._gate()
-            # Not now: asyncio's transport, which is calling, is in the middle of a write.
-            self._call_pump()
+            if self._pump_timer is None:
+                self._schedule()
         elif self.reason is None and self._half_closing:
             self.paused = False
-            self._loop.call_soon(self._half_close)
+            self._half_close()
         else:
             super().resume_writing()
             self._gate()
@@ -213,6 +213,8 @@ class FaultSession(EchoSession):
         What is held back is sent in its own time, but at once where it is the server that does not wait any longer.
         """
         waiting = bool(self._queue)
+        if self._alarm is not None:
+            self._alarm.cancel()
         if reason in _HASTY:
             self._release()
         if self.reason is None:
@@ -271,7 +273,8 @@ class FaultSession(EchoSession):
             self._look_at_the_moment()
 
     def _look_at_the_moment(self) -> None:
-        if self.reason is None and not self._silent and self._due and self._passed >= self._fault.after_bytes:
+        came = self._due and self._passed >= self._fault.after_bytes
+        if came and not self._silent and self.reason is None and not self._connected.is_closing():
             self._strike()
 
     def _spoil(self, message: bytes) -> bytes:
@@ -314,11 +317,10 @@ class FaultSession(EchoSession):
 
     def _watch(self) -> None:
         """Notice the client's reset, which the transport of a session that neither reads nor writes does not."""
-        if self.reason is None:
-            if kernel.is_reset(self.sock):
-                self.abort("reset")
-            else:
-                self._alarm = self._loop.call_later(_WATCH, self._watch)
+        if kernel.is_reset(self.sock):
+            self.abort("reset")
+        else:
+            self._alarm = self._loop.call_later(_WATCH, self._watch)
 
     def _send_fin(self) -> None:
         if self.reason is None:
@@ -327,9 +329,9 @@ class FaultSession(EchoSession):
             super()._send_fin()
 
     def _half_close(self) -> None:
-        """Send FIN and go on reading, unless the end has come meanwhile."""
-        if self.reason is None and self.transport is not None and not self.transport.is_closing() and self._shut_down():
-            self._gate()
+        """Send FIN, and go on reading, which will show if the client has reset the connection first."""
+        self._shut_down()
+        self._gate()
 
     # Holding echo back
 
@@ -355,18 +357,12 @@ class FaultSession(EchoSession):
             self._schedule()
 
     def _schedule(self) -> None:
-        """Have the pump called when the next piece is due."""
+        """Have the pump called when the next piece is due, and not before the loop's next iteration."""
         _, at = self._next()
         if at - self._loop.time() < _PRECISION:
-            self._call_pump()
+            self._pump_timer = self._loop.call_soon(self._pump)
         else:
             self._pump_timer = self._loop.call_at(at, self._pump)
-
-    def _call_pump(self) -> None:
-        """Have the pump called in the loop's next iteration: uvloop joins the writes of one."""
-        if self._pump_timer is not None:
-            self._pump_timer.cancel()
-        self._pump_timer = self._loop.call_soon(self._pump)
 
     def _next(self) -> tuple[int, float]:
         """Return the size of the next piece, and its time: with a rate, when the last of its bytes would have come."""
@@ -384,14 +380,16 @@ class FaultSession(EchoSession):
         return size, max(held.due, max(held.due - _BURST, self._free_at) + size / fault.rate)
 
     def _pump(self) -> None:
-        """Write one piece, if it is due."""
+        """Write what is due; of slices only one, as uvloop joins the writes of an iteration."""
         self._pump_timer = None
-        if self.paused or self._connected.is_closing():
-            return  # resume_writing goes on from here, or connection_lost
-        size, at = self._next()
+        if not self._queue or self._connected.is_closing():
+            return  # released, or lost
         now = self._loop.time()
-        if at - now < _PRECISION:
+        while self._queue and not self.paused:
+            size, at = self._next()
             held = self._queue[0]
+            if at - now >= _PRECISION:
+                break
             self._free_at = max(at, now - _CATCH_UP)
             piece, held.data = bytes(held.data[:size]), held.data[size:]
             if not held.data:
@@ -399,23 +397,20 @@ class FaultSession(EchoSession):
             self._held -= size
             if self._fault.slice is not None and held.shaped:
                 self._write_by_itself(piece)
-            else:
-                self._write(piece)
-            if self._crowded and self._held <= self.settings.write_buffer // 4:
-                self._crowded = False
-                self._gate()
-            if not self._queue:
-                if self.reason is not None or self._half_closing:
-                    self.conclude()
-                return
-        self._schedule()
+                break
+            self._write(piece)
+        if self._crowded and self._held <= self.settings.write_buffer // 4:
+            self._crowded = False
+            self._gate()
+        if self._queue:
+            if not self.paused:  # else resume_writing goes on from here
+                self._schedule()
+        elif self.reason is not None or self._half_closing:
+            self.conclude()
 
     def _release(self) -> None:
         """Write all that is held back, now."""
         if self._queue:
-            if self._pump_timer is not None:
-                self._pump_timer.cancel()
-                self._pump_timer = None
             data = b"".join(held.data for held in self._queue)
             self._queue.clear()
             self._held = 0

@@ -287,6 +287,7 @@ class EchoSession(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset meanwhile
         if not self._fin_sent and not self._shut_down():
+            self.abort("reset")
             return
         if self.eof and not kernel.unacknowledged(self.sock):
             self.transport.close()
@@ -294,12 +295,11 @@ class EchoSession(asyncio.Protocol):
             Linger(self, self.transport)
 
     def _shut_down(self) -> bool:
-        """Close our direction, unless the connection is gone; tell whether it was not."""
+        """Close our direction; tell whether there was still a connection."""
         # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:  # ENOTCONN: the client's reset arrived first
-            self.abort("reset")
             return False
         self._fin_sent = True
         return True
