@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import select
@@ -47,7 +48,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "late-reset": {"trigger": "die\n", "action": "reset", "delay": 60},
     "sliced": {"slice": 100},
     "some-late": {"probability": 0.3, "seed": 5, "delay": 0.1},
-    "large-bye": {"after_bytes": 8_000_000, "action": "half_close"},
+    "large-bye": {"after_bytes": 20_000_000, "action": "half_close"},
 }
 WHERE = ("stream", "line", "tls", "unix")
 
@@ -408,27 +409,43 @@ def test_hiccups(lab: Lab, where: str) -> None:
             took.append(time.monotonic() - began)
             assert len(took) < 200
     assert statistics.median(took) < 0.1
-    assert 0.398 < statistics.median(seconds for seconds in took if seconds > 0.2) < 0.42
+    # The least, as a busy machine adds to some.
+    assert 0.398 < min(seconds for seconds in took if seconds > 0.2) < 0.42
 
 
-def measured(client: socket.socket, size: int) -> tuple[float, list[bytes]]:
-    """Return the seconds in which so many bytes came back, and what each recv brought."""
-    began = time.monotonic()
-    parts: list[bytes] = []
-    sender = threading.Thread(target=client.sendall, args=(b"." * (size - 1) + b"\n",))
-    sender.start()
-    while sum(map(len, parts)) < size:
-        parts.append(client.recv(65536))
-        assert parts[-1]
-    sender.join()
-    return time.monotonic() - began, parts
+class Arrivals:
+    """What came back of so many bytes, and when."""
+
+    def __init__(self, client: socket.socket, size: int) -> None:
+        began = time.monotonic()
+        self.parts: list[bytes] = []
+        self._times: list[float] = []
+        sender = threading.Thread(target=client.sendall, args=(b"." * (size - 1) + b"\n",))
+        sender.start()
+        while sum(map(len, self.parts)) < size:
+            self.parts.append(client.recv(65536))
+            self._times.append(time.monotonic())
+            assert self.parts[-1]
+        sender.join()
+        self.seconds = self._times[-1] - began
+
+    @property
+    def rate(self) -> float:
+        """The median over half of the arrivals each: a busy machine is late with some."""
+        totals = list(itertools.accumulate(map(len, self.parts)))
+        half = len(totals) // 2
+        return statistics.median(
+            (totals[place + half] - totals[place]) / (self._times[place + half] - self._times[place])
+            for place in range(half)
+        )
 
 
 @in_time
 def test_modem(lab: Lab, where: str) -> None:
     with lab.connect("modem", where) as client:
-        seconds, _ = measured(client, 10_800)
-    assert seconds == pytest.approx(10_800 / 7200, rel=0.05)
+        arrivals = Arrivals(client, 10_800)
+    assert arrivals.rate == pytest.approx(7200, rel=0.05)
+    assert arrivals.seconds > 1.5 * 0.95
     assert lab.entry("modem", where)["sent"] == 10_800
 
 
@@ -441,11 +458,11 @@ def segments(client: socket.socket) -> int:
 def test_crumbs(lab: Lab, where: str) -> None:
     """A client that waits for each has them one by one; one that does not finds them in segments, or records, still."""
     with lab.connect("crumbs", where) as client:
-        seconds, parts = measured(client, 10_240)
-        assert seconds == pytest.approx(1, rel=0.05)
-        assert statistics.median(map(len, parts)) <= 10
+        arrivals = Arrivals(client, 10_240)
+        assert arrivals.rate == pytest.approx(10_240, rel=0.05)
+        assert arrivals.seconds > 0.95
         if where == "tls":
-            assert [len(part) for part in parts] == [10] * 1024
+            assert [len(part) for part in arrivals.parts] == [10] * 1024
         else:
             assert segments(client) >= 1024  # and those that were sent twice
 
@@ -459,7 +476,7 @@ def test_bad_day(lab: Lab, where: str) -> None:
         first = client.recv(1)
         assert time.monotonic() - began >= 0.2
         assert first + drain(client) == LINES * 5
-        assert time.monotonic() - began == pytest.approx(0.7, rel=0.05)
+        assert 0.7 * 0.95 < time.monotonic() - began < 1.5
     line = lab.entry("bad-day", where)
     assert (line["reason"], line["sent"]) == ("fault", 10_000)
 
@@ -468,8 +485,7 @@ def test_bad_day(lab: Lab, where: str) -> None:
 def test_slices_without_a_rate(lab: Lab, where: str) -> None:
     """Each is a segment of its own, also where the kernel cannot send them all at once."""
     with lab.connect("sliced", where) as client:
-        _, parts = measured(client, 60_050)
-        assert b"".join(parts) == b"." * 60_049 + b"\n"
+        assert b"".join(Arrivals(client, 60_050).parts) == b"." * 60_049 + b"\n"
         # More where the client's write came in several reads, or something was sent twice.
         assert segments(client) >= 601
 
@@ -479,7 +495,7 @@ def test_slices_without_a_rate(lab: Lab, where: str) -> None:
 COMMANDS = {
     "ncat crash": "printf 'one\\r\\ncrash\\r\\n' | ncat 127.0.0.1 {port}",
     "socat breaks-off": "head -c 3000 /dev/zero | tr '\\0' x | socat -t9 - TCP:127.0.0.1:{port} | wc -c",
-    "ncat dies": "(head -c 1000 /dev/zero; sleep 1) | ncat 127.0.0.1 {port} 2>&1 >/dev/null",
+    "ncat dies": "ncat 127.0.0.1 {port} 2>&1 >/dev/null < <(exec 2>/dev/null; head -c 1000 /dev/zero; exec sleep 9)",
     "ncat says-bye": "(printf 'hi\\n'; printf 'bye\\n') | ncat 127.0.0.1 {port}",
     "socat twice": "printf 'pay\\n' | socat -t9 - TCP:127.0.0.1:{port}",
 }
@@ -598,12 +614,20 @@ def test_nothing_overtakes(lab: Lab) -> None:
 def test_half_close_of_a_client_that_does_not_read(lab: Lab) -> None:
     """FIN comes behind the echo, however long that takes."""
     with connect(lab.daemon, "large-bye stream", SO_RCVBUF=4096) as client:
-        sender = send_until_stuck(client, bytes(9_000_000))
+        sender = send_until_stuck(client, bytes(20_000_001))
         assert sender.is_alive()
-        assert len(drain(client)) == 8_000_000
+        assert count(client) == 20_000_000
         sender.join()
     line = lab.daemon.wait_for("client_closed", listener="large-bye stream")
-    assert (line["reason"], line["received"], line["acked"]) == ("fault", 9_000_000, 8_000_000)
+    assert (line["reason"], line["received"], line["acked"]) == ("fault", 20_000_001, 20_000_000)
+
+
+def count(client: socket.socket) -> int:
+    """Count the bytes until EOF."""
+    total = 0
+    while more := client.recv(65536):
+        total += len(more)
+    return total
 
 
 def send_until_stuck(client: socket.socket, data: bytes) -> threading.Thread:

@@ -173,8 +173,7 @@ class FaultSession(EchoSession):
             self.paused = False
             self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
             self._gate()
-            if self._pump_timer is None:
-                self._schedule()
+            self._schedule()
         elif self.reason is None and self._half_closing:
             self.paused = False
             self._half_close()
@@ -353,11 +352,12 @@ class FaultSession(EchoSession):
         if self._held > self.settings.write_buffer:
             self._crowded = True
             self._gate()
-        if self._pump_timer is None:
-            self._schedule()
+        self._schedule()
 
     def _schedule(self) -> None:
         """Have the pump called when the next piece is due, and not before the loop's next iteration."""
+        if self._pump_timer is not None:
+            return
         _, at = self._next()
         if at - self._loop.time() < _PRECISION:
             self._pump_timer = self._loop.call_soon(self._pump)
@@ -436,9 +436,7 @@ class FaultSession(EchoSession):
 
     def _gate(self) -> None:
         """Read, unless something stands against it."""
-        if self.reason is not None:
-            return  # finish() has stopped it for good
-        if self.paused or self._crowded or self._stalled:
+        if self.reason is not None or self.paused or self._crowded or self._stalled:
             self._connected.pause_reading()
         else:
             self._connected.resume_reading()
