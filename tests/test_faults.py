@@ -725,9 +725,11 @@ def test_limits_hold(start: Start) -> None:
         listen=None,
     )
     with contextlib.ExitStack() as clients:
-        for listener in "abc":
-            client = clients.enter_context(connect(daemon, listener))
+        quiet = [clients.enter_context(connect(daemon, listener)) for listener in "abc"]
+        for client in quiet:
             client.sendall(b"x\n")
+        time.sleep(0.3)  # so that the stalled session leaves the rest unread
+        for client in quiet:
             client.sendall(b"y" * 1000 + b"\n")
         greedy = [clients.enter_context(connect(daemon, listener, SO_RCVBUF=4096)) for listener in "de"]
         threads = []

@@ -345,8 +345,6 @@ class FaultSession(EchoSession):
         due = self._loop.time()
         if shaped:
             due += self._fault.delay + self._random.uniform(-self._fault.jitter, self._fault.jitter)
-        if self._queue:
-            due = max(due, self._queue[-1].due)
         self._queue.append(_Held(data, due, shaped=shaped))
         self._held += len(data)
         if self._held > self.settings.write_buffer:
