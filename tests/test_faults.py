@@ -785,10 +785,10 @@ def test_stop(start: Start) -> None:
         for client in (late, left, slow):
             client.close()
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 1.2 + 1 + 1
         for thread in threads:
             thread.join()
     receipt = daemon.receipt()
+    assert receipt["seconds"] < 1.2 + 1 + 1
     assert receipt["clients"] == 7
     assert receipt["aborted"] == 0
     reasons = {(line["listener"], line["reason"]) for line in daemon.all("client_closed")}
