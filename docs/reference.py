@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ByteSize
+from pydantic.fields import FieldInfo
 
 from echod import render
 from echod.settings import FaultSettings, ListenerSettings, Settings, TlsSettings, leaves, section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from pydantic.fields import FieldInfo
 
 HEAD = """\
 # Configuration
@@ -103,29 +103,41 @@ def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:
     """Return a table of settings."""
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in fields:
-        default = "required" if field.is_required() else f"`{render.value(field.default)}`"
-        rows.append(f"| `{name}` | {kind(field.annotation)}{bounds(field)} | {default} | {field.description} |")
+        if field.is_required():
+            default = "required"
+        else:
+            default = "none" if field.default is None else f"`{render.value(field.default)}`"
+        rows.append(f"| `{name}` | {kind(*bare(field))} | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
-def bounds(field: FieldInfo) -> str:
-    """Return the range of a number, where it is no matter of course."""
-    bound = {name: getattr(item, name) for item in field.metadata for name in ("ge", "gt", "le") if hasattr(item, name)}
-    if "le" in bound:
-        low, high = (ByteSize(bound[end]) if field.annotation is ByteSize else bound[end] for end in ("ge", "le"))
-        return f", {render.value(low)} to {render.value(high)}".replace('"', "")
-    return f", above {bound['gt']}" if "gt" in bound else ""
+def bare(field: FieldInfo) -> tuple[object, dict[str, float]]:
+    """Return a field's type and its bounds, also where there need not be a value."""
+    annotation: Any = field.annotation
+    metadata: list[object] = field.metadata
+    if get_origin(annotation) in {Union, UnionType}:
+        (annotation,) = (choice for choice in get_args(annotation) if choice is not NoneType)
+    if get_origin(annotation) is Annotated:
+        annotation, *given = get_args(annotation)
+        metadata = [part for item in given for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return annotation, {
+        name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le") if hasattr(item, name)
+    }
 
 
-def kind(annotation: object) -> str:
-    """Return a type in a reader's words."""
+def kind(annotation: object, bound: dict[str, float]) -> str:
+    """Return a type in a reader's words, with the range of a number, where it is no matter of course."""
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list"
-    if get_origin(annotation) is Annotated:
-        return kind(get_args(annotation)[0])
-    return {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]
+    if bound.keys() == {"gt", "le"}:
+        return f"number, above {bound['gt']}, to {bound['le']}"
+    name = {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]
+    if "le" in bound:
+        low, high = (ByteSize(bound[end]) if annotation is ByteSize else bound[end] for end in ("ge", "le"))
+        return f"{name}, {render.value(low)} to {render.value(high)}".replace('"', "")
+    return f"{name}, above {bound['gt']}" if "gt" in bound else name
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from echod import render
 from echod.options import parse
-from echod.settings import LimitsSettings, Settings, leaves
+from echod.settings import FaultSettings, LimitsSettings, Settings, leaves
 from echod.sources import Loaded, SettingsError, load
 
 if TYPE_CHECKING:
@@ -262,6 +262,7 @@ fault = 3
 level = "loud"
 """)
     limits = f"there are: {', '.join(LimitsSettings.model_fields)}"
+    choices = "'raise', 'close', 'reset', 'half_close', 'stall', 'blackhole', 'corrupt', 'duplicate' or 'truncate'"
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
         "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
@@ -277,9 +278,8 @@ level = "loud"
         "ECHOD_SHUTDOWN__DELAY: shutdown.delay: should be a valid number, not 'abc'",
         "FILE: log.level: should be 'debug', 'info', 'warning' or 'error', not 'loud'",
         "--log.file: log.file: should be the name of a file, not ''",
-        "--faults.b.when: faults.b.trigger: is missing",
-        "FILE: faults.b.action: should be 'raise', not 'zap'",
-        "--faults.b.when: faults.b.when: unknown key; there are: trigger, action",
+        f"FILE: faults.b.action: should be {choices}, not 'zap'",
+        f"--faults.b.when: faults.b.when: unknown key; there are: {', '.join(FaultSettings.model_fields)}",
         "FILE: listeners.r.address: is missing",
         "FILE: listeners.r.fault: should be a valid string, not 3",
         "FILE: colour: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners",
@@ -374,6 +374,94 @@ def test_single_problems(write: Write, text: str, line: str) -> None:
     assert problems(config=write(text)) == [line]
 
 
+NO_ECHO = (
+    "ends the echo at the first message, so there is none to delay, slow or slice: give it a trigger, after_bytes, "
+    "after_seconds or probability, or leave out delay, rate and slice"
+)
+NO_CHANCE = "is of use with probability, jitter or action = 'corrupt' only: nothing else is left to chance"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('trigger = "x"', "action: is missing, and so are delay, rate and slice: such a fault does nothing"),
+        ("delay = 1\njitter = 1.5", "jitter: is by how much delay differs, so it cannot be more than delay"),
+        ('action = "close"\njitter = 1', "jitter: is by how much delay differs, so it cannot be more than delay"),
+        ('action = "close"\nseed = 1', f"seed: {NO_CHANCE}"),
+        ('action = "close"\ndelay = 1', f"action: {NO_ECHO}"),
+        ('action = "stall"\nrate = 1', f"action: {NO_ECHO}"),
+        ('action = "blackhole"\nslice = 1\nafter_seconds = 0', f"action: {NO_ECHO}"),
+        ('action = "raise"\nslice = 1\nprobability = 1', f"action: {NO_ECHO}"),
+        ('action = "close"\nprobability = 0', "probability: should be greater than 0, not 0"),
+        ('action = "close"\nprobability = 1.5', "probability: should be less than or equal to 1, not 1.5"),
+        ('action = "close"\nafter_bytes = 0', "after_bytes: should be greater than or equal to 1, not 0"),
+        ('action = "close"\nafter_seconds = nan', "after_seconds: should be a finite number, not nan"),
+        ("rate = 0", "rate: should be greater than or equal to 1, not 0"),
+        ("slice = true", "slice: should be a number, not True"),
+        ("delay = -1", "delay: should be greater than or equal to 0, not -1"),
+    ],
+)
+def test_faults_that_make_no_sense(write: Write, text: str, line: str) -> None:
+    assert problems(config=write(f"[faults.a]\n{text}")) == [f"FILE: faults.a.{line}"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "listener", "line"),
+    [
+        *(
+            (
+                f'action = "close"\ntrigger = {trigger}',
+                'address = "h:1"\nmode = "line"',
+                "no message equals its trigger: in mode line that is one line, with the line feed at its end",
+            )
+            for trigger in (r'"x"', r'"x\n\n"', r'"\nx"')
+        ),
+        (
+            'action = "reset"',
+            'address = "unix:x"',
+            "a unix socket has no RST that action = 'reset' could send: choose close",
+        ),
+        (
+            "delay = 1",
+            'address = "h:1"\nmode = "info"',
+            "in mode info there is no echo that could be wrong: choose stream or line",
+        ),
+    ],
+)
+def test_faults_that_a_listener_cannot_show(write: Write, fault: str, listener: str, line: str) -> None:
+    """The same fault may be right for another one."""
+    text = f'[faults.a]\n{fault}\n[listeners.right]\naddress = "h:2"\nfault = "a"'
+    loaded(config=write(text))
+    text += f'\n[listeners.wrong]\n{listener}\nfault = "a"'
+    assert problems(config=write(text)) == [f"FILE: listeners.wrong.fault: {line}"]
+
+
+def test_all_problems_of_a_fault_at_once(write: Write) -> None:
+    """What does not go together is told of key by key; other faults may have it, and a trigger is one listener's matter."""
+    config = write("""
+[faults.a]
+jitter = 1
+seed = 1
+[faults.b]
+jitter = 1
+seed = 1
+[faults.c]
+trigger = "x"
+action = "corrupt"
+seed = 1
+delay = 1
+[listeners.c]
+address = "h:1"
+fault = "c"
+""")
+    nothing = "is missing, and so are delay, rate and slice: such a fault does nothing"
+    assert problems(config=config) == [
+        f"FILE: faults.{name}.{line}"
+        for name in "ab"
+        for line in (f"action: {nothing}", "jitter: is by how much delay differs, so it cannot be more than delay")
+    ]
+
+
 def test_free_ports_are_no_duplicates(write: Write) -> None:
     """Port 0 is another port each time, where the names differ."""
     config = write('[listeners.a]\naddress = "h:0"\n[listeners.b]\naddress = "h:0"')
@@ -455,7 +543,11 @@ def test_config_is_read_back(write: Write, trigger: str) -> None:
     settings = Settings(
         listen=("h:1", "[::1]:2"),
         limits={"write_buffer": "3MiB", "idle_timeout": 0.25},
-        faults={"a b.c": {"trigger": trigger, "action": "raise"}},
+        faults={
+            "a b.c": {"trigger": trigger, "action": "raise"},
+            "far": {"probability": 0.5, "seed": 3, "delay": 2, "jitter": 0.5, "rate": "1MiB", "slice": 10},
+            "late": {"after_bytes": 1000, "after_seconds": 0, "action": "half_close"},
+        },
         listeners={"x": {"address": "h:3", "fault": "a b.c"}},
     )
     text = render.toml(Loaded(settings, {("limits", "idle_timeout"): "ECHOD_X"}, ()))

@@ -230,7 +230,7 @@ class Client:
         # Linux reports a socket as writable in large steps, so the write buffer alone would call a slow reader
         # stalled. The first look at what is left only takes the measure.
         left = session.undelivered()
-        if reason == "idle" and kernel.unread(session.sock):
+        if reason == "idle" and session.unread():
             return None  # it is this process that has been silent
         fell = left < self._left
         unknown = left and not self._left

@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import threading
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from echod.listeners import Listener
     from echod.logs import Log
     from echod.resources import Resources
-    from echod.settings import Key
+    from echod.settings import FaultSettings, Key
     from echod.signals import Signals
     from echod.sources import Loaded
 
@@ -280,12 +281,13 @@ class _Daemon:
             drain=DrainSettings(**shutdown.model_dump()),
             entrance=Entrance(trusted, TlsEnd(tls.context, self._buffers) if tls is not None else None),
             mode=table.mode,
-            fault=None if fault is None else Fault(table.fault, fault.trigger.encode()),
+            fault=None if fault is None else _fault(table.fault, fault),
         )
 
-    def _totals(self) -> dict[str, int]:
+    def _totals(self) -> dict[str, object]:
         """Return what was done since the start, for the last line of the log."""
         accounts = [server.ledger.account for server in self._servers.values()]
+        faults = sum((account.faults for account in accounts), Counter[str]())
         return {
             "connections": sum(account.accepted for account in accounts),
             "empty": sum(account.empty for account in accounts),
@@ -294,7 +296,24 @@ class _Daemon:
             "sent": sum(account.sent for account in accounts),
             "acked": sum(account.acked for account in accounts),
             "discarded_bytes": sum(account.discarded for account in accounts),
+            **({"faults": dict(faults)} if faults else {}),
         }
+
+
+def _fault(name: str, settings: FaultSettings) -> Fault:
+    return Fault(
+        name=name,
+        trigger=None if settings.trigger is None else settings.trigger.encode(),
+        after_bytes=settings.after_bytes or 0,
+        after_seconds=settings.after_seconds,
+        probability=settings.probability,
+        seed=settings.seed,
+        action=settings.action,
+        delay=settings.delay,
+        jitter=settings.jitter,
+        rate=settings.rate,
+        slice=settings.slice,
+    )
 
 
 def _lowest_free_descriptor() -> int:

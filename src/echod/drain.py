@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from echod import kernel
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -103,7 +101,7 @@ class Drain:
                 self._silence[client] = (session.heard, now)
             elif now - since >= self._settings.quiet_period:
                 # After a stall of this process, what is waiting to be read is the proof that the client was not silent.
-                if kernel.unread(session.sock):
+                if session.unread():
                     self._silence[client] = (heard, now)
                 else:
                     session.finish("quiet")

@@ -37,13 +37,17 @@ class Account:
     unsent: int = 0
     unacked: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    """Connections that showed a fault, by the profile's name."""
 
     def snapshot(self) -> Account:
         """Return a copy that later entries do not change."""
-        return replace(self, reasons=self.reasons.copy())
+        return replace(self, reasons=self.reasons.copy(), faults=self.faults.copy())
 
-    def add(self, reason: Reason, delivery: Delivery) -> None:
-        """Count one connection's end."""
+    def add(self, reason: Reason, delivery: Delivery, fault: str | None) -> None:
+        """Count one connection's end, and the fault it has shown, if it has."""
+        if fault is not None:
+            self.faults[fault] += 1
         self.reasons[reason] += 1
         self.empty += not delivery.received
         self.received += delivery.received
@@ -143,6 +147,8 @@ class Entry(NamedTuple):
     reason: Reason
     detail: str | None
     """What was wrong, where a client is to blame."""
+    fault: str | None
+    """The profile that was set off, however the connection then ended."""
     tls: str | None
     """The version."""
     cipher: str | None
@@ -181,11 +187,11 @@ class Ledger:
         reason, delivery = session.reason, session.delivery
         assert reason is not None
         assert delivery is not None
-        self.account.add(reason, delivery)
+        self.account.add(reason, delivery, session.fault)
         if failure is not None:
             self.log.error("client_failed", peer=client.peer, exc_info=failure)
             failure.__traceback__ = None  # its frames have the session, which has the failure
-        wanted = self._wants(reason, delivery)
+        wanted = self._wants(reason, delivery, session.fault)
         if not (wanted or self._observers):
             return
         entry = _entry(client, reason, delivery, now)
@@ -196,12 +202,12 @@ class Ledger:
         for observe in self._observers:
             observe(entry)
 
-    def _wants(self, reason: Reason, delivery: Delivery) -> bool:
+    def _wants(self, reason: Reason, delivery: Delivery, fault: str | None) -> bool:
         match self._connections:
             case "all":
                 return True
             case "nonempty":
-                return delivery.received > 0 or reason in _TELLING_ENDS
+                return delivery.received > 0 or fault is not None or reason in _TELLING_ENDS
             case "failed":
                 return reason not in _GOOD_ENDS or delivery.acked < delivery.received
             case _:
@@ -221,6 +227,7 @@ def _entry(client: Client, reason: Reason, delivery: Delivery, now: float) -> En
         discarded_bytes=delivery.discarded,
         reason=reason,
         detail=session.detail or None,
+        fault=session.fault,
         tls=None if tls is None else tls.version,
         cipher=None if tls is None else tls.cipher,
         subject=None if tls is None else tls.subject,

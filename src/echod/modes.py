@@ -13,6 +13,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def whole_lines(tail: bytearray, data: bytes, longest: int) -> tuple[bytes, bool]:
+    """Return the lines that are whole with this data, in one piece, and whether what follows is too long for one.
+
+    Args:
+        tail: what came before, without a line feed; what is left without one is there afterwards, and nothing if it is
+            too long.
+        data: what has come now.
+        longest: bytes that a line may have, its ending included.
+
+    """
+    if len(tail) + len(data) > longest:
+        # Only now may a line be too long.
+        tail += data
+        return _lines_that_fit(tail, longest)
+    end = data.rfind(b"\n") + 1
+    if not end:
+        tail += data
+        return b"", False
+    whole = bytes(tail) + data[:end] if tail else data[:end]
+    tail[:] = data[end:]
+    return whole, False
+
+
+def _lines_that_fit(tail: bytearray, longest: int) -> tuple[bytes, bool]:
+    end = 0
+    # From the far end of what may be one line: all lines before that fit, and a flood of short ones is few steps.
+    while (line_feed := tail.rfind(b"\n", end, end + longest)) >= 0:
+        end = line_feed + 1
+    too_long = len(tail) - end > longest
+    whole = bytes(tail[:end])
+    del tail[: len(tail) if too_long else end]
+    return whole, too_long
+
+
 class LineSession(EchoSession):
     """Return whole lines, each when its line feed has come; at the end, what is left without one.
 
@@ -35,37 +69,18 @@ class LineSession(EchoSession):
     def data_received(self, data: bytes) -> None:
         """Echo up to the last line feed, and keep the rest."""
         self.received += len(data)
-        whole = data.rfind(b"\n") + 1
-        if len(self._tail) + len(data) > self.settings.max_line:
-            # Only now may a line be too long.
-            self._tail += data
-            self._echo_lines_that_fit()
-            return
+        whole, too_long = whole_lines(self._tail, data, self.settings.max_line)
         if whole:
-            self._write(bytes(self._tail) + data[:whole] if self._tail else data[:whole])
-            self._tail = bytearray(data[whole:])
-        else:
-            self._tail += data
+            self._write(whole)
+        if too_long:
+            self.finish("line_too_long")
 
     def conclude(self) -> None:
-        """Echo the unfinished line."""
+        """Echo the unfinished line, and send FIN."""
         if self._tail:
             self._write(bytes(self._tail))
             self._tail.clear()
-
-    def _echo_lines_that_fit(self) -> None:
-        longest, tail = self.settings.max_line, self._tail
-        end = 0
-        while (line_feed := tail.find(b"\n", end, end + longest)) >= 0:
-            end = line_feed + 1
-        too_long = len(tail) - end > longest
-        if end:
-            self._write(bytes(tail[:end]))
-        if too_long:
-            tail.clear()
-            self.finish("line_too_long")
-        else:
-            del tail[:end]
+        super().conclude()
 
     def _write(self, data: bytes) -> None:
         self._written += len(data)

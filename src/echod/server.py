@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from echod import kernel
 from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
-from echod.faults import FaultSession
+from echod.faults import FaultLineSession, FaultSession
 from echod.ledger import Receipt
 from echod.modes import InfoSession, LineSession
 from echod.session import EchoSession, SessionSettings
@@ -275,7 +275,8 @@ class Server:
         if settings.mode == "info":
             return InfoSession(sock, settings.session, ended, client.describe)
         if settings.fault is not None:
-            return FaultSession(sock, settings.session, ended, settings.fault)
+            session = FaultLineSession if settings.mode == "line" else FaultSession
+            return session(sock, settings.session, ended, settings.fault, self.ledger.account.accepted)
         if settings.mode == "line":
             return LineSession(sock, settings.session, ended)
         return EchoSession(sock, settings.session, ended)

@@ -219,15 +219,15 @@ class EchoSession(asyncio.Protocol):
             return  # connection_made goes on from here
         self.transport.pause_reading()
         self.conclude()
-        if self.tls_layer is not None:
-            self.tls_layer.close_notify()
-        if self.transport.get_write_buffer_size():
-            self.transport.set_write_buffer_limits(high=0)  # resume_writing goes on from here
-        else:
-            self._send_fin()
 
     def conclude(self) -> None:
-        """Write what is still to be written before the end."""
+        """Send FIN behind all that was written."""
+        if self.tls_layer is not None:
+            self.tls_layer.close_notify()
+        if self._connected.get_write_buffer_size():
+            self._connected.set_write_buffer_limits(high=0)  # resume_writing goes on from here
+        else:
+            self._send_fin()
 
     def abort(self, reason: Reason) -> None:
         """Reset the connection now; what the client has not got is lost, and counted."""
@@ -275,6 +275,15 @@ class EchoSession(asyncio.Protocol):
             return 0
         return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
 
+    def unread(self) -> int:
+        """Return the number of bytes that the client has sent and this session is still to read."""
+        return kernel.unread(self.sock)
+
+    @property
+    def fault(self) -> str | None:
+        """The name of the fault that this session has shown, if it has."""
+        return None
+
     # How it ends
 
     @property
@@ -293,17 +302,24 @@ class EchoSession(asyncio.Protocol):
     def _send_fin(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset meanwhile
-        # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:  # ENOTCONN: the client's reset arrived first; but what it has done wrong before that stays
+        if not self._fin_sent and not self._shut_down():
+            # What the client had done wrong before that stays its reason.
             self.abort("reset" if self.reason in _NO_FAULTS else cast("Reason", self.reason))
             return
-        self._fin_sent = True
         if self.eof and not kernel.unacknowledged(self.sock):
             self.transport.close()
         else:
             Linger(self, self.transport)
+
+    def _shut_down(self) -> bool:
+        """Close our direction; tell whether there was still a connection."""
+        # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:  # ENOTCONN: the client's reset arrived first
+            return False
+        self._fin_sent = True
+        return True
 
     def _settle(self) -> None:
         self.tcp_info = kernel.tcp_info(self.sock)

@@ -14,14 +14,17 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    ValidationError,
+    model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from echod import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import LiteralString, Self
 
     from pydantic.fields import FieldInfo
 
@@ -95,6 +98,8 @@ PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1, le=_LARGEST_SIZE)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_HIGHEST_COUNT)]
 Number = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=_HIGHEST_COUNT)]
+Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(gt=0, le=1)]
+Trigger = Annotated[str, Field(min_length=1)]
 Address = Annotated[str, AfterValidator(_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Permissions = Annotated[str, AfterValidator(_mode)]
@@ -185,12 +190,67 @@ class LogSettings(_Section):
 class FaultSettings(_Section):
     """A named way to misbehave; a listener takes one with `fault`."""
 
-    trigger: str = Field(
-        min_length=1,
-        description="The message that sets the fault off: what one read returns, so TCP may split or join what the "
-        "client wrote.",
+    trigger: Trigger | None = Field(
+        None,
+        description="When: a message equals this. A message is, in mode stream, what one read returns, so TCP may split or "
+        "join what the client wrote; in mode line, a line with its ending.",
     )
-    action: Literal["raise"] = Field(description="raise: an exception in the client's session.")
+    after_bytes: Size | None = Field(None, description="When: so many bytes of messages have come.")
+    after_seconds: Seconds | None = Field(
+        None, description="When: so many seconds have passed, from the end of the handshake on where there is one."
+    )
+    probability: Probability | None = Field(None, description="When: chance has it so, message by message.")
+    seed: Number | None = Field(
+        None, description="Of chance: with the same one, a run can be repeated. Without it, each differs."
+    )
+    action: (
+        Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
+        | None
+    ) = Field(
+        None,
+        description="raise: an exception in the client's session, which is closed. close: after the echo so far. reset: "
+        "with RST. half_close: FIN after the echo so far, and read on. stall: read nothing more. blackhole: read on, and "
+        "answer nothing. corrupt: turn one bit of the message over. duplicate: echo it twice. truncate: echo its first "
+        "half only.",
+    )
+    delay: Seconds = Field(0.0, description="Hold each message's echo back for so many seconds.")
+    jitter: Seconds = Field(0.0, description="Let the delay differ by up to so many seconds, up or down.")
+    rate: Size | None = Field(None, description="Echo so many bytes a second at most.")
+    slice: Size | None = Field(None, description="Echo in pieces of so many bytes at most, each sent by itself.")
+
+    @model_validator(mode="after")
+    def _make_sense(self) -> Self:
+        errors = [
+            InitErrorDetails(type=PydanticCustomError("value_error", message), loc=(key,), input=getattr(self, key))
+            for key, message in self._useless()
+        ]
+        if errors:
+            raise ValidationError.from_exception_data(type(self).__name__, errors)
+        return self
+
+    def _useless(self) -> Iterator[tuple[LiteralString, LiteralString]]:
+        """Yield the keys that could have no effect beside the others, each with why."""
+        shapes = bool(self.delay or self.rate or self.slice)
+        if self.action is None and not shapes:
+            yield "action", "is missing, and so are delay, rate and slice: such a fault does nothing"
+        if self.jitter > self.delay:
+            yield "jitter", "is by how much delay differs, so it cannot be more than delay"
+        if self.seed is not None and self.probability is None and not self.jitter and self.action != "corrupt":
+            yield (
+                "seed",
+                "is of use with probability, jitter or action = 'corrupt' only: nothing else is left to chance",
+            )
+        at_once = (
+            self.trigger is None and not self.after_bytes and not self.after_seconds and self.probability in {None, 1}
+        )
+        if shapes and at_once and self.action not in {None, "corrupt", "duplicate", "truncate"}:
+            yield (
+                "action",
+                (
+                    "ends the echo at the first message, so there is none to delay, slow or slice: give it a trigger, "
+                    "after_bytes, after_seconds or probability, or leave out delay, rate and slice"
+                ),
+            )
 
 
 class TlsSettings(_Section):

@@ -265,11 +265,22 @@ def _useless(table: Mapping[str, Any], faults: Mapping[str, Any]) -> Iterator[tu
             yield "fault", f"no fault is named {fault!r}; {_hint(fault, faults)}"
         elif table.get("mode") == "info":
             yield "fault", "in mode info there is no echo that could be wrong: choose stream or line"
+        else:
+            yield from _mismatches(table, _table(faults, fault))
     # With their defaults they stand in what `echod config` prints.
     if _differs(table, "proxy_trusted") and table.get("proxy_protocol", "off") == "off":
         yield "proxy_trusted", "is of use with proxy_protocol = 'require' only"
     if _differs(table, "socket_mode") and not re.match("unix:[^@]", str(table.get("address"))):
         yield "socket_mode", "is for the file of unix:PATH only"
+
+
+def _mismatches(table: Mapping[str, Any], fault: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield why a listener cannot show its fault, which may be right for another one."""
+    trigger = fault.get("trigger")
+    if table.get("mode") == "line" and isinstance(trigger, str) and trigger.find("\n") != len(trigger) - 1:
+        yield "fault", "no message equals its trigger: in mode line that is one line, with the line feed at its end"
+    if fault.get("action") == "reset" and str(table.get("address")).startswith("unix:"):
+        yield "fault", "a unix socket has no RST that action = 'reset' could send: choose close"
 
 
 def _differs(table: Mapping[str, Any], name: str) -> bool:
