@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import echod
-from echod import addresses, kernel
+from echod import addresses, kernel, systemd
 from echod.client import Entrance, Timeouts
 from echod.drain import DrainSettings
 from echod.faults import Fault
@@ -25,10 +25,11 @@ from echod.server import Server, ServerSettings
 from echod.session import EchoSession, SessionSettings
 from echod.settings import ListenerSettings, changes
 from echod.sources import SettingsError
+from echod.systemd import Notifier, count
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from echod.settings import Key
     from echod.signals import Signals
     from echod.sources import Loaded
+    from echod.systemd import Manager
 
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
@@ -62,6 +64,7 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     settings = found.loaded.settings
     for variable in found.loaded.unknown_variables:
         log.logger.warning("unknown_variable", variable=variable)
+    manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
     tables = _tables(found.loaded, inherited)
@@ -71,10 +74,11 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        return runner.run(_Daemon(found, tables, log, load, descriptors).run(listeners, signals))
+        daemon = _Daemon(found, tables, log, load, descriptors, inherited)
+        return runner.run(daemon.run(listeners, signals, manager))
 
 
-def _tables(loaded: Loaded, inherited: Mapping[str, object]) -> dict[str, ListenerSettings]:
+def _tables(loaded: Loaded, inherited: Collection[str]) -> dict[str, ListenerSettings]:
     """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
     if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
@@ -105,6 +109,7 @@ class _Daemon:
         log: Log,
         load: Callable[[], Resources],
         descriptors: int,
+        inherited: Collection[str],
     ) -> None:
         self._found = found
         self._first = found.loaded.settings
@@ -112,6 +117,7 @@ class _Daemon:
         self._log = log
         self._load = load
         self._descriptors = descriptors
+        self._inherited = inherited
         self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
@@ -120,8 +126,9 @@ class _Daemon:
         self._reloading = False
         self._reload_again = False
 
-    async def run(self, listeners: list[Listener], signals: Signals) -> int:
+    async def run(self, listeners: list[Listener], signals: Signals, manager: Manager | None) -> int:
         loop = asyncio.get_running_loop()
+        self._notifier = Notifier(manager, self._numbers, self._logger.warning)
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
@@ -143,12 +150,16 @@ class _Daemon:
                 name = listening.sock.getsockname()
                 address = addresses.from_sockaddr(name)
                 self._logger.info("listening", listener=listener.name, address=str(address or name))
+        self._notifier.ready()
         await self._stop.wait()
+        self._notifier.stopping()
         servers = self._servers.values()
         clients = sum(server.clients for server in servers)
         self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
         receipts = await asyncio.gather(*(server.shutdown() for server in servers))
-        self._logger.info("drained", **asdict(Receipt.total(receipts)))
+        receipt = asdict(Receipt.total(receipts))
+        self._logger.info("drained", **receipt)
+        self._notifier.drained(receipt)
         self._logger.info("stopped", **self._totals())
         signals.detach(loop)
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
@@ -183,6 +194,8 @@ class _Daemon:
             self._reload_again = True
             return
         self._reloading = True
+        if not self._stop.is_set():
+            self._notifier.reloading()
         loop = asyncio.get_running_loop()
 
         def work() -> None:
@@ -201,22 +214,25 @@ class _Daemon:
         self._reloading = False
         if not self._stop.is_set():
             if isinstance(outcome, SettingsError):
-                self._logger.error("reload_failed", problems=[str(problem) for problem in outcome.problems])
+                problems = [str(problem) for problem in outcome.problems]
             else:
-                self._apply(outcome)
+                problems = self._apply(outcome)
+            if problems:
+                self._logger.error("reload_failed", problems=problems)
+            self._notifier.reloaded(problems)
         if self._reload_again:
             self._reload_again = False
             self._on_hangup()
 
-    def _apply(self, found: Resources) -> None:
+    def _apply(self, found: Resources) -> list[str]:
+        """Go by other settings from now on, or tell why not."""
         settings = found.loaded.settings
         try:
             self._log.reopen(settings.log)
         except OSError as error:
-            self._logger.error("reload_failed", problems=[f"log.file: {settings.log.file!r}: {error.strerror}"])  # noqa: TRY400  (no fault of ours)
-            return
+            return [f"log.file: {settings.log.file!r}: {error.strerror}"]
         before, self._found = self._found.loaded.settings, found
-        tables, max_connections = settings.all_listeners(), self._cap()
+        tables, max_connections = _tables(found.loaded, self._inherited), self._cap()
         for name, server in self._servers.items():
             server.ledger.reconfigure(self._logger.bind(listener=name), settings.log.connections)
             # One that has gone from the settings is served on as it was, until a restart.
@@ -227,6 +243,7 @@ class _Daemon:
         self._warn()
         if waiting := sorted(".".join(key) for key in self._waiting_for_restart()):
             self._logger.warning("restart_needed", settings=waiting)
+        return []
 
     def _waiting_for_restart(self) -> Iterator[Key]:
         """Yield what is not in force, since it takes effect at a start only."""
@@ -277,6 +294,13 @@ class _Daemon:
             mode=table.mode,
             fault=None if fault is None else Fault(table.fault, fault.trigger.encode()),
         )
+
+    def _numbers(self) -> str:
+        servers = self._servers.values()
+        clients = count(sum(server.clients for server in servers), "client")
+        connections = count(sum(server.ledger.account.accepted for server in servers), "connection")
+        received = count(sum(server.received for server in servers), "byte")
+        return f"{clients}, {connections} and {received} so far"
 
     def _totals(self) -> dict[str, int]:
         """Return what was done since the start, for the last line of the log."""
