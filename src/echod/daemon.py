@@ -300,7 +300,7 @@ class _Daemon:
         clients = count(sum(server.clients for server in servers), "client")
         connections = count(sum(server.ledger.account.accepted for server in servers), "connection")
         received = count(sum(server.received for server in servers), "byte")
-        return f"{clients}, {connections} and {received} so far"
+        return f"{clients} now, {connections} so far, {received} received"
 
     def _totals(self) -> dict[str, int]:
         """Return what was done since the start, for the last line of the log."""
