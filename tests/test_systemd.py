@@ -1,4 +1,4 @@
-"""What systemd hears of the daemon, by a socket that stands in for it; and the units, as far as they can be read."""
+"""The daemon under systemd: by a socket that stands in for it, by the units' text, and in a container that runs it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from crowd import Crowd
 from echod.settings import Settings
 from echod.systemd import Manager, Notifier, count, find_manager, message
 from harness import PATIENCE, receive, run
+from nspawn import Container, wait, why_not
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from harness import Start
@@ -123,10 +129,9 @@ class FakeManager:
                 sender.sendto(b"FILLING=1\n", self.name)
 
 
-@pytest.fixture(params=["path", "abstract"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    address = str(tmp_path / "notify") if request.param == "path" else f"@echod-test-{os.getpid()}-{id(tmp_path)}"
-    with FakeManager(address) as manager:
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[FakeManager]:
+    with FakeManager(str(tmp_path / "notify")) as manager:
         yield manager
 
 
@@ -170,6 +175,15 @@ def test_phases(start: Start, manager: FakeManager, tmp_path: Path) -> None:
     words = (f"{name}={value}" for name, value in receipt.items() if name not in {"timestamp", "level", "event"})
     assert manager.receive()["STATUS"] == f"Drained: {' '.join(words)}"
     assert manager.rest() == []
+
+
+def test_abstract_address(start: Start) -> None:
+    """The socket may be one without a file."""
+    with FakeManager(f"@echod-test-{os.getpid()}") as manager:
+        daemon = start(env=environment(manager))
+        manager.wait_for("READY", "1")
+        assert daemon.stop() == 0
+        manager.wait_for("STATUS", "Drained")
 
 
 def test_log_file_that_cannot_be_reopened(start: Start, manager: FakeManager, tmp_path: Path) -> None:
@@ -426,3 +440,225 @@ def test_exposure(units: Path) -> None:
     """The exposure is 1.5 at most."""
     result = analyze("security", "--no-pager", "--offline=true", "--threshold=15", str(units / "echod.service"))
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+# In a container
+
+DROP_IN = "/etc/systemd/system/echod.service.d/test.conf"
+
+
+def block(name: str) -> str:
+    """Return the block of the README that a comment in front of it names."""
+    found = re.search(
+        rf"^<!-- {name} -->\n```\w+\n(.*?)^```$", (UNITS / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert found is not None, name
+    return found[1]
+
+
+def drop_in(container: Container, text: str) -> None:
+    """Put a drop-in of the test's in force."""
+    container.write(DROP_IN, text)
+    container.shell("systemctl daemon-reload; systemctl restart echod")
+
+
+def echo(client: socket.socket, text: bytes) -> None:
+    """Be a client that sends a message, takes its echo, and closes."""
+    with client:
+        client.sendall(text)
+        client.shutdown(socket.SHUT_WR)
+        assert receive(client, len(text) + 1) == text
+
+
+def status(container: Container) -> dict[str, str]:
+    """Return what the kernel says of the service's process."""
+    pid = container.property("MainPID")
+    lines = container.run("cat", f"/proc/{pid}/status").stdout.splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.container
+def test_in_a_container(tmp_path: Path) -> None:
+    """All of it with real systemd, by the README's own commands: scene after scene, as one boot is dear."""
+    if (reason := why_not()) is not None:
+        pytest.skip(f"a container that runs systemd {reason}")
+    with Container() as container:
+        container.shell(block("install"))
+        installed(container)
+        started(container)
+        reloaded(container)
+        stuck(container)
+        stopped_under_load(container)
+        with_tls(container, tmp_path)
+        restarted_under_load(container)
+        logged(container)
+
+
+def installed(container: Container) -> None:
+    """Neither unit gives systemd anything to say, and the exposure is what the README says."""
+    units = "/etc/systemd/system/echod.service", "/etc/systemd/system/echod.socket"
+    verified = container.run("systemd-analyze", "verify", *units)
+    assert (verified.stdout, verified.stderr) == ("", "")
+    assert "exposure level for echod.service: 1.4 " in security(container)
+
+
+def security(container: Container) -> str:
+    return container.run("systemd-analyze", "security", "--no-pager", "--threshold=15", "echod.service").stdout
+
+
+def started(container: Container) -> None:
+    """It serves port 7 in both families, as a user of its own, with the one right that takes, behind a filter."""
+    assert container.property("ActiveState") == "active"
+    echo(container.connect("127.0.0.1"), b"four")
+    echo(container.connect("::1"), b"six")
+    process = status(container)
+    assert set(process["Uid"].split()).isdisjoint({"0"})
+    assert {process[name] for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {f"{1 << 10:016x}"}
+    assert (process["NoNewPrivs"], process["Seccomp"]) == ("1", "2")
+    assert container.property("StatusText").startswith("Serving: ")
+
+
+def reloaded(container: Container) -> None:
+    """A reload puts settings in force; one of wrong settings fails, by systemctl and by the signal, and harms nobody."""
+    path, text = "/etc/echod/echod.toml", (UNITS / "echod.toml").read_text()
+    pid = container.property("MainPID")
+    container.write(path, text + 'connections = "all"\n')
+    container.run("systemctl", "reload", "echod")
+    wait(lambda: container.property("StatusText").endswith("; settings reloaded"))
+    assert container.events("reloaded")[-1]["changed"] == ["log.connections"]
+    container.write(path, text + 'connections = "everything"\n')
+    assert container.run("systemctl", "reload", "echod", check=False).returncode == 1
+    assert "log.connections" in "".join(entry["MESSAGE"] for entry in container.journal("_COMM=echod"))
+    container.run("systemctl", "kill", "--signal=HUP", "echod")
+    problem = "settings not reloaded, 1 problem: /etc/echod/echod.toml: log.connections"
+    wait(lambda: problem in container.property("StatusText"))
+    states = {name: container.property(name) for name in ("ActiveState", "SubState", "MainPID", "NRestarts")}
+    assert states == {"ActiveState": "active", "SubState": "running", "MainPID": pid, "NRestarts": "0"}
+    echo(container.connect(), b"still there")
+    container.write(path, text)
+
+
+def stuck(container: Container) -> None:
+    """A loop that stands still is killed by the watchdog, says where it stood, and is started again."""
+    drop_in(container, "[Service]\nWatchdogSec=1\n")
+    pid = container.property("MainPID")
+    echo(container.connect(), b"before")
+    container.run("kill", "-STOP", pid)
+    wait(lambda: container.property("NRestarts") == "1")
+    wait(lambda: container.property("StatusText").startswith("Serving: "))
+    assert container.property("MainPID") != pid
+    echo(container.connect(), b"after")
+    told = "\n".join(entry["MESSAGE"] for entry in container.journal())
+    assert "Watchdog timeout" in told
+    assert "Fatal Python error: Aborted" in told
+    assert re.search(r'File "/opt/echod/.*/echod/daemon.py", line \d+ in serve', told)
+
+
+def stopped_under_load(container: Container) -> None:
+    """A stop takes longer than TimeoutStopSec, since clients need the time, and each gets what is due to it."""
+    drop_in(
+        container,
+        "[Service]\nTimeoutStopSec=1\nEnvironment=ECHOD_SHUTDOWN__DRAIN_TIMEOUT=4 ECHOD_SHUTDOWN__QUIET_PERIOD=20\n",
+    )
+    with Crowd() as crowd:
+        whole = [crowd.add(container.connect(), 20_000_000, seed) for seed in range(10)]
+        endless = crowd.add(container.connect(), None, 99)
+        crowd.run(lambda: all(peer.received for peer in crowd.peers))
+        began = time.monotonic()
+        stop = container.spawn(lambda: container.run("systemctl", "stop", "echod"))
+        draining = container.spawn(lambda: wait(lambda: "Draining: 1 client now" in container.property("StatusText")))
+        crowd.finish()
+        stop.result()
+        draining.result()
+        assert time.monotonic() - began > 3.5
+        assert not any(peer.wrong for peer in crowd.peers)
+        assert [peer.received for peer in whole] == [20_000_000] * 10
+        assert endless.end == "eof"
+    assert (container.property("Result"), container.property("ExecMainStatus")) == ("success", "0")
+    receipt = container.events("drained")[-1]
+    assert (receipt["clients"], receipt["completed"], receipt["cut"]) == (11, 10, 1)
+    assert receipt["unsent_bytes"] == 0
+    assert container.property("StatusText").startswith("Drained: clients=11 completed=10 quiet=0 cut=1 aborted=0 ")
+
+
+def with_tls(container: Container, folder: Path) -> None:
+    """The README's drop-in gives it a key that it could not read by itself."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "90",
+    ]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    for file in (certificate, key):
+        container.write(f"/etc/echod/{file.name}", file.read_text())
+    container.run("chmod", "600", "/etc/echod/key.pem")
+    drop_in(container, block("tls"))
+    context = ssl.create_default_context(cafile=certificate)
+    with context.wrap_socket(container.connect(port=7443), server_hostname="localhost") as client:
+        client.sendall(b"secret")
+        assert receive(client, 6) == b"secret"
+
+
+def restarted_under_load(container: Container) -> None:
+    """Two restarts while eight clients come and go: every connect succeeds, and every echo is whole."""
+    container.run("rm", DROP_IN)
+    container.shell(block("socket activation"))
+    process = status(container)
+    assert {process[name] for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {f"{0:016x}"}
+    assert "exposure level for echod.service: 0." in security(container)
+    pids = [container.property("MainPID")]
+    over = threading.Event()
+    served = [0] * 8
+
+    def come_and_go(number: int) -> None:
+        last = False
+        while not last:
+            last = over.is_set()
+            echo(socket.create_connection(("::1", 7) if number % 2 else ("127.0.0.1", 7), PATIENCE), os.urandom(1000))
+            served[number] += 1
+
+    def all_served(least: list[int]) -> bool:
+        return all(number >= enough for number, enough in zip(served, least, strict=True))
+
+    clients = [container.spawn(partial(come_and_go, number)) for number in range(len(served))]
+    try:
+        for _ in range(2):
+            wait(partial(all_served, [number + 10 for number in served]))
+            container.run("systemctl", "restart", "echod")
+            pids.append(container.property("MainPID"))
+    finally:
+        over.set()
+    for client in clients:
+        client.result()
+    assert len(set(pids)) == 3
+    assert [event["listener"] for event in container.events("listening")[-2:]] == ["systemd:echo"] * 2
+    began = [event["pid"] for event in container.events("started")][-3:]
+    assert [str(pid) for pid in began] == pids
+    told = sum(event["connections"] for event in container.events("stopped")[-2:])
+    assert 0 < told < sum(served)
+    container.run("systemctl", "stop", "echod")
+    assert container.property("ActiveState") == "inactive"
+    echo(container.connect(), b"wake up")
+    assert container.property("ActiveState") == "active"
+
+
+def logged(container: Container) -> None:
+    """The journal has the fields of every line, and its level as its own."""
+    with container.connect() as client:
+        peer = "{}:{}".format(*client.getsockname())
+        echo(client, b"noted")
+    (line,) = wait(lambda: [event for event in container.events("client_closed") if event["peer"] == peer])
+    assert (line["received"], line["acked"], line["reason"]) == (5, 5, "eof")
+    failed = container.events("reload_failed", "PRIORITY=3")
+    assert "log.connections" in failed[0]["problems"][0]
+    assert container.events("started", "PRIORITY=6")
+    assert container.events("started", "PRIORITY=3") == []
