@@ -102,8 +102,9 @@ class FakeManager:
 
     def wait_for(self, name: str, value: str) -> dict[str, str]:
         """Return the next message with a field whose value begins like this."""
+        deadline = time.monotonic() + PATIENCE
         while not (fields := self.receive()).get(name, "").startswith(value):
-            pass
+            assert time.monotonic() < deadline, f"no {name}={value} in {self.messages}"
         return fields
 
     def rest(self) -> list[dict[str, str]]:
