@@ -36,7 +36,7 @@ SOURCE = Path(__file__).parent.parent
 CACHE_VARIABLE = "SYSTEMD_TEST_CACHE"
 
 _PACKAGES = "systemd,systemd-sysv,dbus,procps,python3,python3-venv"
-_TOOLS = ("debootstrap", "systemd-nspawn", "nsenter")
+_TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
 _CLONE_NEWNET = 0x40000000
 
 # Seconds that making the root, or installing the project in it, may take.
@@ -61,13 +61,16 @@ class Container:
     def __init__(self) -> None:
         cache = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / "echod-systemd-test")
         cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            root, wheels = _root(cache), _wheels(cache)
+        self._held = contextlib.ExitStack()
+        # One container at a time: others wait here for its end.
+        fcntl.flock(self._held.enter_context((cache / "lock").open("w")), fcntl.LOCK_EX)
+        root, wheels = _root(cache), _wheels(cache)
         self._network: ThreadPoolExecutor | None = None
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the container)
+        self._output = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (it is entered)
         self._nspawn = subprocess.Popen(
             [
+                # Nothing is left even where this process is killed.
+                *("setpriv", "--pdeathsig=KILL"),
                 *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network"),
                 *(f"--directory={root}", "--volatile=overlay", "--console=pipe"),
                 *(f"--bind-ro={SOURCE}:/src", f"--bind-ro={wheels}:/wheels"),
@@ -95,9 +98,11 @@ class Container:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            sys.stderr.write(self.run("journalctl", "--no-pager", "-n", "60", check=False).stdout)
-        self.close()
+        try:
+            if error is not None:
+                sys.stderr.write(self.run("journalctl", "--no-pager", "-n", "60", check=False).stdout)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End everything in it."""
@@ -111,7 +116,7 @@ class Container:
         except subprocess.TimeoutExpired:
             self._nspawn.kill()
             self._nspawn.wait()
-        self._output.close()
+        self._held.close()
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command in it."""

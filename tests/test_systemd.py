@@ -628,6 +628,9 @@ def restarted_under_load(container: Container) -> None:
             served[number] += 1
 
     def all_served(least: list[int]) -> bool:
+        for client in clients:
+            if client.done():
+                client.result()  # its error, since no client is done so early
         return all(number >= enough for number, enough in zip(served, least, strict=True))
 
     clients = [container.spawn(partial(come_and_go, number)) for number in range(len(served))]
