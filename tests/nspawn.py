@@ -81,12 +81,7 @@ class Container:
             stderr=subprocess.STDOUT,
         )
         try:
-            self._init = wait(self._find_init)
-            wait(
-                lambda: (
-                    self.run("systemctl", "is-system-running", check=False).stdout.strip() in {"running", "degraded"}
-                )
-            )
+            wait(self._is_up)
             self._network = ThreadPoolExecutor(64, "network", self._enter_network)
         except BaseException:
             self.close()
@@ -106,16 +101,17 @@ class Container:
 
     def close(self) -> None:
         """End everything in it."""
-        if self._network is not None:
-            self._network.shutdown(cancel_futures=True)
         # The end of its init is the end of all its processes, and nspawn then takes the mounts away.
-        with contextlib.suppress(AttributeError, ProcessLookupError):
-            os.kill(self._init, signal.SIGKILL)
+        for child in self._children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         try:
             self._nspawn.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self._nspawn.kill()
             self._nspawn.wait()
+        if self._network is not None:
+            self._network.shutdown(cancel_futures=True)
         self._held.close()
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -163,10 +159,21 @@ class Container:
         assert self._network is not None
         return self._network.submit(function)
 
-    def _find_init(self) -> int:
+    def _is_up(self) -> bool:
+        """Find its init, and tell whether all is started. nspawn has another child before that one."""
         assert self._nspawn.poll() is None, self._told()
-        children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text().split()
-        return int(children[0]) if children else 0
+        for child in self._children():
+            self._init = child
+            state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+            if state in {"running", "degraded"}:
+                return True
+        return False
+
+    def _children(self) -> list[int]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text()
+            return [int(pid) for pid in children.split()]
+        return []
 
     def _told(self) -> str:
         self._output.seek(0)
