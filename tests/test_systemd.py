@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import pytest
+import structlog
 
 from crowd import Crowd
 from echod.settings import Settings
 from echod.systemd import Manager, Notifier, count, find_manager, message
-from harness import PATIENCE, receive, run
+from harness import PATIENCE, receive, run, until
 from nspawn import Container, wait, why_not
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def test_log_file_that_cannot_be_reopened(start: Start, manager: FakeManager, tm
     daemon.wait_for("reload_failed")
     manager.wait_for("RELOADING", "1")
     assert "settings not reloaded, 1 problem: log.file" in manager.wait_for("READY", "1")["STATUS"]
+    assert daemon.stop() == 0
 
 
 def test_not_ready_before_all_listen(tmp_path: Path, loop_name: str) -> None:
@@ -296,7 +298,7 @@ def unexpected(*arguments: object, **fields: object) -> str:
 
 def test_nobody_to_tell() -> None:
     """Without a manager nothing is done at all: there is no loop here, no socket and no timer."""
-    notifier = Notifier(None, unexpected, unexpected)
+    notifier = Notifier(None, unexpected, structlog.get_logger)
     notifier.ready()
     notifier.reloading()
     notifier.reloaded(["a problem"])
@@ -325,6 +327,21 @@ def test_manager_goes_away(start: Start, tmp_path: Path) -> None:
     daemon.wait_for("notify_failed", count=2)
     assert daemon.stop() == 0
     assert len(daemon.all("notify_failed")) == 2
+
+
+def test_manager_goes_away_after_a_reload(start: Start, tmp_path: Path) -> None:
+    """The warning is in the log that is in force by then."""
+    config, log = tmp_path / "echod.toml", tmp_path / "log"
+    config.write_text("")
+    with FakeManager(str(tmp_path / "notify")) as manager:
+        daemon = start("--config", str(config), env=environment(manager, WATCHDOG_USEC="150000"))
+        config.write_text(f"log.file = '{log}'")
+        daemon.send_signal(signal.SIGHUP)
+        while "; settings reloaded" not in manager.wait_for("STATUS", "Serving")["STATUS"]:
+            pass
+    until(lambda: "notify_failed" in log.read_text())
+    assert daemon.stop() == 0
+    assert daemon.all("notify_failed") == []
 
 
 @pytest.mark.parametrize("address", ["/run/no/such/socket", "vsock:2:1", "/" + "x" * 200])
@@ -369,6 +386,7 @@ def test_reload_reaches_inherited_sockets(start: Start, tmp_path: Path) -> None:
         assert client.recv(1) == b""
     assert daemon.wait_for("client_closed")["reason"] == "idle"
     assert daemon.all("restart_needed") == []
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("form", ["json", "logfmt", "console"])
@@ -387,6 +405,7 @@ def test_severity_in_the_journal(start: Start, form: str) -> None:
     assert [line[:3] for line in lines] == ["<4>", "<6>", "<6>"]
     assert "unknown_variable" in lines[0]
     assert lines[0].startswith('<4>{"timestamp"') == (form == "json")
+    assert daemon.stop() == 0
 
 
 def seconds_to_stop(unit: str) -> float:

@@ -128,7 +128,7 @@ class _Daemon:
 
     async def run(self, listeners: list[Listener], signals: Signals, manager: Manager | None) -> int:
         loop = asyncio.get_running_loop()
-        self._notifier = Notifier(manager, self._numbers, self._logger.warning)
+        self._notifier = Notifier(manager, self._numbers, lambda: self._logger)
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()

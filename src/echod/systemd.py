@@ -15,6 +15,8 @@ from echod.render import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from structlog.typing import FilteringBoundLogger
+
 # Seconds between two messages; a third of the watchdog's time, where that is shorter.
 _SERVING_INTERVAL = 10.0
 _DRAINING_INTERVAL = 1.0
@@ -78,14 +80,16 @@ class Notifier:
     Args:
         manager: who is to be told.
         numbers: renders what is going on, in a few words.
-        warn: logs a warning, about a manager that cannot be reached.
+        logger: returns the one in force, which is told of a manager that cannot be reached.
 
     """
 
-    def __init__(self, manager: Manager | None, numbers: Callable[[], str], warn: Callable[..., object]) -> None:
+    def __init__(
+        self, manager: Manager | None, numbers: Callable[[], str], logger: Callable[[], FilteringBoundLogger]
+    ) -> None:
         self._manager = manager
         self._numbers = numbers
-        self._warn = warn
+        self._logger = logger
         self._phase = "Starting"
         self._note = ""
         self._receipt = ""
@@ -165,7 +169,7 @@ class Notifier:
         except OSError as error:
             if not self._unreachable:
                 self._unreachable = True
-                self._warn("notify_failed", NOTIFY_SOCKET=address, error=error.strerror or str(error))
+                self._logger().warning("notify_failed", NOTIFY_SOCKET=address, error=error.strerror or str(error))
         else:
             self._unreachable = False
         return True
