@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import echod
-from echod import addresses, kernel
+from echod import addresses, kernel, systemd
 from echod.client import Entrance, Timeouts
 from echod.drain import DrainSettings
 from echod.faults import Fault
@@ -26,10 +26,11 @@ from echod.server import Server, ServerSettings
 from echod.session import EchoSession, SessionSettings
 from echod.settings import ListenerSettings, changes
 from echod.sources import SettingsError
+from echod.systemd import Notifier, count
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from echod.settings import FaultSettings, Key
     from echod.signals import Signals
     from echod.sources import Loaded
+    from echod.systemd import Manager
 
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
@@ -63,20 +65,21 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     settings = found.loaded.settings
     for variable in found.loaded.unknown_variables:
         log.logger.warning("unknown_variable", variable=variable)
+    manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    tables = _tables(found.loaded, tuple(inherited))
+    tables = _tables(found.loaded, inherited)
     wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
     listeners = open_listeners(wanted, settings.limits.backlog, inherited)
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        daemon = _Daemon(found, tuple(inherited), log, load, descriptors)
-        return runner.run(daemon.run(listeners, signals))
+        daemon = _Daemon(found, tables, log, load, descriptors, inherited)
+        return runner.run(daemon.run(listeners, signals, manager))
 
 
-def _tables(loaded: Loaded, inherited: Sequence[str]) -> dict[str, ListenerSettings]:
+def _tables(loaded: Loaded, inherited: Collection[str]) -> dict[str, ListenerSettings]:
     """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
     if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
@@ -103,18 +106,19 @@ class _Daemon:
     def __init__(
         self,
         found: Resources,
-        inherited: Sequence[str],
+        tables: Mapping[str, ListenerSettings],
         log: Log,
         load: Callable[[], Resources],
         descriptors: int,
+        inherited: Collection[str],
     ) -> None:
         self._found = found
         self._first = found.loaded.settings
-        self._inherited = inherited
-        self._tables = _tables(found.loaded, inherited)
+        self._tables = dict(tables)
         self._log = log
         self._load = load
         self._descriptors = descriptors
+        self._inherited = inherited
         self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
@@ -123,8 +127,9 @@ class _Daemon:
         self._reloading = False
         self._reload_again = False
 
-    async def run(self, listeners: list[Listener], signals: Signals) -> int:
+    async def run(self, listeners: list[Listener], signals: Signals, manager: Manager | None) -> int:
         loop = asyncio.get_running_loop()
+        self._notifier = Notifier(manager, self._numbers, lambda: self._logger)
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
@@ -146,12 +151,16 @@ class _Daemon:
                 name = listening.sock.getsockname()
                 address = addresses.from_sockaddr(name)
                 self._logger.info("listening", listener=listener.name, address=str(address or name))
+        self._notifier.ready()
         await self._stop.wait()
+        self._notifier.stopping()
         servers = self._servers.values()
         clients = sum(server.clients for server in servers)
         self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
         receipts = await asyncio.gather(*(server.shutdown() for server in servers))
-        self._logger.info("drained", **asdict(Receipt.total(receipts)))
+        receipt = asdict(Receipt.total(receipts))
+        self._logger.info("drained", **receipt)
+        self._notifier.drained(receipt)
         self._logger.info("stopped", **self._totals())
         signals.detach(loop)
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
@@ -187,6 +196,8 @@ class _Daemon:
             self._logger.info("reload_queued")
             return
         self._reloading = True
+        if not self._stop.is_set():
+            self._notifier.reloading()
         loop = asyncio.get_running_loop()
 
         def work() -> None:
@@ -205,22 +216,26 @@ class _Daemon:
         self._reloading = False
         if not self._stop.is_set():
             if isinstance(outcome, SettingsError):
-                self._logger.error("reload_failed", problems=[str(problem) for problem in outcome.problems])
+                problems = [str(problem) for problem in outcome.problems]
             elif isinstance(outcome, Exception):
-                self._logger.error("reload_failed", problems=["unexpected"], exc_info=outcome)
+                self._logger.error("reload_crashed", exc_info=outcome)
+                problems = [f"an unexpected failure: {outcome!r}"]
             else:
-                self._apply(outcome)
+                problems = self._apply(outcome)
+            if problems:
+                self._logger.error("reload_failed", problems=problems)
+            self._notifier.reloaded(problems)
         if self._reload_again:
             self._reload_again = False
             self._on_hangup()
 
-    def _apply(self, found: Resources) -> None:
+    def _apply(self, found: Resources) -> list[str]:
+        """Go by other settings from now on, or tell why not."""
         settings = found.loaded.settings
         try:
             self._log.reopen(settings.log)
         except OSError as error:
-            self._logger.error("reload_failed", problems=[f"log.file: {settings.log.file!r}: {error.strerror}"])  # noqa: TRY400  (no fault of ours)
-            return
+            return [f"log.file: {settings.log.file!r}: {error.strerror}"]
         before, self._found = self._found.loaded.settings, found
         tables, max_connections = _tables(found.loaded, self._inherited), self._cap()
         for name, server in self._servers.items():
@@ -233,6 +248,7 @@ class _Daemon:
         self._warn()
         if waiting := sorted({".".join(key) for key in self._waiting_for_restart()}):
             self._logger.warning("restart_needed", settings=waiting)
+        return []
 
     def _waiting_for_restart(self) -> Iterator[Key]:
         """Yield what is not in force, since it takes effect at a start only."""
@@ -284,7 +300,14 @@ class _Daemon:
             fault=None if fault is None else _fault(table.fault, fault),
         )
 
-    def _totals(self) -> dict[str, object]:
+    def _numbers(self) -> str:
+        servers = self._servers.values()
+        clients = count(sum(server.clients for server in servers), "client")
+        connections = count(sum(server.ledger.account.accepted for server in servers), "connection")
+        received = count(sum(server.received for server in servers), "byte")
+        return f"{clients} now, {connections} so far, {received} received"
+
+    def _totals(self) -> dict[str, int]:
         """Return what was done since the start, for the last line of the log."""
         accounts = [server.ledger.account for server in self._servers.values()]
         faults = sum((account.faults for account in accounts), Counter[str]())

@@ -34,6 +34,9 @@ _GATHER = 0.005
 
 _CLOSE_TIMEOUT = 1.0
 
+# What sd-daemon(3) and syslog(3) have for the levels.
+_PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
+
 
 class LogWriter:
     """Writes lines to a descriptor, from a thread of its own.
@@ -148,6 +151,7 @@ class _Target:
         self.is_file = file != "-"
         descriptor = _open(file) if self.is_file else STDERR
         self.terminal = os.isatty(descriptor)
+        self.journal = _is_journal(descriptor)
         self.processors: list[Processor] = []
         # Closed by the thread alone: it may be in the midst of a write to something that takes nothing, and the number
         # would be the next client's.
@@ -206,6 +210,8 @@ class Log:
         if form == "auto":
             form = "console" if target.terminal else "json"
         target.processors = [_order, *_renderers(form, colors=target.terminal)]
+        if target.journal:
+            target.processors.append(_prefix)
         self.logger = structlog.wrap_logger(
             _Lines(target.writer),
             processors=target.processors,
@@ -281,6 +287,17 @@ def _order(_: object, level: str, event: EventDict) -> EventDict:
     """Put the time, the level and the event in front, where a reader looks for them."""
     timestamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
     return {"timestamp": timestamp, "level": level, "event": event.pop("event"), **event}
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Tell whether systemd's journal reads what is written there: JOURNAL_STREAM of systemd.exec(5)."""
+    found = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _prefix(_: object, level: str, line: Any) -> str:
+    """Put the level in front as sd-daemon(3) has it; the journal takes it off and keeps it as PRIORITY."""
+    return f"<{_PRIORITIES[level]}>{line}"
 
 
 def _notice(processors: list[Processor], lines: int) -> bytes:

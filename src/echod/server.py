@@ -117,6 +117,11 @@ class Server:
         """The number of connected clients."""
         return len(self._clients)
 
+    @property
+    def received(self) -> int:
+        """The number of bytes received so far, from clients that have left and from those that are connected."""
+        return self.ledger.account.received + sum(client.session.received for client in self._clients.values())
+
     def start(self) -> None:
         """Begin to accept."""
         self._loop = asyncio.get_running_loop()

@@ -1,0 +1,225 @@
+"""A container that runs real systemd, by debootstrap and systemd-nspawn, in a network of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from harness import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from types import TracebackType
+
+    from harness import Event
+
+Result = TypeVar("Result")
+
+SOURCE = Path(__file__).parent.parent
+
+# Where its root and the wheels are kept from one run to the next.
+CACHE_VARIABLE = "SYSTEMD_TEST_CACHE"
+
+_PACKAGES = "systemd,systemd-sysv,dbus,procps,python3,python3-venv"
+_TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
+_CLONE_NEWNET = 0x40000000
+
+# Seconds that making the root, or installing the project in it, may take.
+_LONG = 600.0
+
+
+def why_not() -> str | None:
+    """Tell why there can be no container here; None if there can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        return f"not installed: {', '.join(missing)}"
+    return None
+
+
+class Container:
+    """A container whose systemd has come up; its root is as debootstrap made it, and what is changed is forgotten.
+
+    The project's source is at /src, read-only, and so are, at /wheels, those of all that it takes.
+    """
+
+    def __init__(self) -> None:
+        cache = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / "echod-systemd-test")
+        cache.mkdir(parents=True, exist_ok=True)
+        self._held = contextlib.ExitStack()
+        # One container at a time: others wait here for its end.
+        fcntl.flock(self._held.enter_context((cache / "lock").open("w")), fcntl.LOCK_EX)
+        root, wheels = _root(cache), _wheels(cache)
+        self._network: ThreadPoolExecutor | None = None
+        self._output = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (it is entered)
+        self._nspawn = subprocess.Popen(
+            [
+                # Nothing is left even where this process is killed.
+                *("setpriv", "--pdeathsig=KILL"),
+                *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network"),
+                *(f"--directory={root}", "--volatile=overlay", "--console=pipe"),
+                *(f"--bind-ro={SOURCE}:/src", f"--bind-ro={wheels}:/wheels"),
+                *("--boot", "systemd.unit=multi-user.target"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait(self._is_up)
+            self._network = ThreadPoolExecutor(64, "network", self._enter_network)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                sys.stderr.write(self.run("journalctl", "--no-pager", "-n", "60", check=False).stdout)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End everything in it."""
+        # The end of its init is the end of all its processes, and nspawn then takes the mounts away.
+        for child in self._children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        try:
+            self._nspawn.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._nspawn.kill()
+            self._nspawn.wait()
+        if self._network is not None:
+            self._network.shutdown(cancel_futures=True)
+        self._held.close()
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command in it."""
+        done = subprocess.run(
+            ["nsenter", f"--target={self._init}", "--all", "--wdns=/src", *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_LONG,
+            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+        )
+        if check:
+            assert done.returncode == 0, f"{command} in the container: {done.stdout}{done.stderr}"
+        return done
+
+    def shell(self, script: str) -> None:
+        """Run a script of the shell's in it, up to the first command that fails; Python packages come from /wheels."""
+        self.run("env", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/wheels", "sh", "-euc", script)
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file in it, and its folders."""
+        self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; printf %s "$2" >"$1"', "sh", path, text)
+
+    def property(self, name: str, unit: str = "echod.service") -> str:
+        """Return what systemd says of a unit."""
+        return self.run("systemctl", "show", f"--property={name}", "--value", unit).stdout.strip()
+
+    def journal(self, *matches: str) -> list[dict[str, str]]:
+        """Return what the journal has of the service, and of systemd about it; each entry its fields."""
+        told = self.run("journalctl", "--unit=echod", "--output=json", "--no-pager", *matches).stdout
+        return [json.loads(line) for line in told.splitlines()]
+
+    def events(self, name: str, *matches: str) -> list[Event]:
+        """Return the daemon's own lines in the journal that are events of this name."""
+        lines = [entry["MESSAGE"] for entry in self.journal(*matches) if entry["MESSAGE"].startswith("{")]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def connect(self, host: str = "127.0.0.1", port: int = 7) -> socket.socket:
+        """Return a socket that is connected in the container's network."""
+        return self.spawn(lambda: socket.create_connection((host, port), PATIENCE)).result()
+
+    def spawn(self, function: Callable[[], Result]) -> Future[Result]:
+        """Call a function in a thread that is in the container's network."""
+        assert self._network is not None
+        return self._network.submit(function)
+
+    def _is_up(self) -> bool:
+        """Find its init, and tell whether all is started. nspawn has another child before that one."""
+        assert self._nspawn.poll() is None, self._told()
+        for child in self._children():
+            self._init = child
+            state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+            if state in {"running", "degraded"}:
+                return True
+        return False
+
+    def _children(self) -> list[int]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text()
+            return [int(pid) for pid in children.split()]
+        return []
+
+    def _told(self) -> str:
+        self._output.seek(0)
+        return self._output.read().decode(errors="replace")
+
+    def _enter_network(self) -> None:
+        with Path(f"/proc/{self._init}/ns/net").open() as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+
+
+def wait(find: Callable[[], Result]) -> Result:
+    """Wait for something that is not nothing, and return it; what is asked is another process each time."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := find()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def _root(cache: Path) -> Path:
+    root = cache / "root"
+    if not root.exists():
+        # Beside its place, so that one that was left half made is not taken for whole.
+        half = Path(tempfile.mkdtemp(prefix="root.", dir=cache))
+        half.chmod(0o755)
+        command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(half)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_LONG)
+            assert done.returncode == 0, done.stdout[-2000:]
+            half.rename(root)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    return root
+
+
+def _wheels(cache: Path) -> Path:
+    """Fetch the wheels of what the project takes, for the container's Python; of those that are there, none again."""
+    folder = cache / "wheels"
+    version = (cache / "root/usr/bin/python3").readlink().name.removeprefix("python")
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    fetch += ["--only-binary=:all:", f"--python-version={version}", f"--dest={folder}", f"--find-links={folder}"]
+    folder.mkdir(exist_ok=True)
+    if subprocess.run([*fetch, "--no-index", *wanted], capture_output=True).returncode:
+        done = subprocess.run([*fetch, *wanted], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
