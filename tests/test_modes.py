@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import socket
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,6 +126,25 @@ def test_large_lines_that_nobody_reads(start: Start) -> None:
         with pytest.raises(ConnectionError):
             client.sendall(lines)
     assert daemon.wait_for("client_closed")["reason"] == "stalled"
+
+
+def test_a_flood_of_lines_holds_nobody_up(start: Start) -> None:
+    """Empty lines without end leave the others their turn."""
+    daemon = start(*LINE, listen=None)
+    with daemon.connect() as other, daemon.connect() as client:
+        text = b"\n" * 20_000_000
+        sender = threading.Thread(target=client.sendall, args=[text])
+        reader = threading.Thread(target=receive, args=[client, len(text)])
+        sender.start()
+        reader.start()
+        slowest = 0.0
+        while reader.is_alive():
+            began = time.monotonic()
+            other.sendall(b"x\n")
+            assert receive(other, 2) == b"x\n"
+            slowest = max(slowest, time.monotonic() - began)
+        sender.join()
+        assert slowest < 1
 
 
 def test_lines_on_a_unix_socket(start: Start, tmp_path: Path) -> None:

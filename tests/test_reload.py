@@ -316,6 +316,66 @@ def test_log(start: Start, file: Configured, tmp_path: Path) -> None:
     assert not daemon.all("stopped")
 
 
+def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -> None:
+    """Lines that wait for the reader of a pipe go there or nowhere, whoever has connected since the log is another."""
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    file.write("")
+    daemon = start("--config", str(file.path))
+    file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
+    assert daemon.all("reload_failed")[0]["problems"] == [f"log.file: '{pipe}': No such device or address"]
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: descriptors_of_logs(daemon, tmp_path) == 1)
+        for _ in range(500):
+            daemon.echo(b"a line")
+        file.write(f'[log]\nfile = "{log}"\nconnections = "none"\n')
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: log.exists() and "reloaded" in log.read_text())
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(daemon.connect()) for _ in range(20)]
+            for client in clients:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            lines = b""
+            os.set_blocking(reader, True)
+            while more := os.read(reader, 1 << 16):
+                lines += more
+            for client in clients:
+                client.sendall(b"y")
+                client.shutdown(socket.SHUT_WR)
+                assert receive(client, 1000) == b"y"
+        assert lines.count(b'"client_closed"') == 500
+    finally:
+        os.close(reader)
+    assert daemon.stop() == 0
+
+
+def test_unexpected_failure(loop_name: str) -> None:
+    """What must not happen is logged with its traceback, and the next reload is as good as any."""
+    patch = """
+from echod import resources
+acquire, calls = resources.acquire, []
+def broken(loaded):
+    calls.append(loaded)
+    if len(calls) == 2:
+        raise KeyError("a bug")
+    return acquire(loaded)
+resources.acquire = broken
+import sys
+from echod.cli import main
+sys.exit(main())
+"""
+    with Daemon("--loop", loop_name, module=("-c", patch)) as daemon:
+        daemon.send_signal(signal.SIGHUP)
+        assert "KeyError: 'a bug'" in daemon.wait_for("reload_crashed")["exception"]
+        daemon.wait_for("reload_failed")
+        daemon.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded")
+        assert daemon.stop() == 0
+
+
 def descriptors_of_logs(daemon: Daemon, folder: Path) -> int:
     """Return how many files below a folder the daemon has open."""
     count = 0

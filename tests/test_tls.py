@@ -462,6 +462,11 @@ def test_settings(certificates: Certificates, tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
+    curve, curve_key = tmp_path / "curve.pem", tmp_path / "curve.key"
+    options = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp256k1", "-nodes", "-subj", "/CN=x")
+    subprocess.run(
+        ["openssl", "req", "-x509", *options, "-keyout", curve_key, "-out", curve], check=True, capture_output=True
+    )
     certificate, key = certificates.certificate, certificates.key
     cases: list[tuple[dict[str, Any], str, str]] = [
         ({"certificate": missing}, "certificate", f"'{missing}' cannot be read: No such file or directory"),
@@ -495,6 +500,11 @@ def test_settings(certificates: Certificates, tmp_path: Path) -> None:
             {"certificate": weak, "private_key": weak_key},
             "certificate",
             f"'{weak}': ee key too small, for OpenSSL's security level",
+        ),
+        (
+            {"certificate": curve, "private_key": curve_key},
+            "certificate",
+            f"'{curve}': the certificate cannot be used: no suitable signature algorithm",
         ),
         ({"client_ca": key}, "client_ca", f"'{key}' holds no certificate in PEM form"),
         ({"client_ca": missing}, "client_ca", f"'{missing}' cannot be read: No such file or directory"),

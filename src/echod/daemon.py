@@ -307,7 +307,7 @@ class _Daemon:
         received = count(sum(server.received for server in servers), "byte")
         return f"{clients} now, {connections} so far, {received} received"
 
-    def _totals(self) -> dict[str, int]:
+    def _totals(self) -> dict[str, object]:
         """Return what was done since the start, for the last line of the log."""
         accounts = [server.ledger.account for server in self._servers.values()]
         faults = sum((account.faults for account in accounts), Counter[str]())
