@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(params=["uvloop", "asyncio"])
 def loop_name(request: pytest.FixtureRequest) -> str:

@@ -12,10 +12,10 @@ import structlog
 
 from echod import kernel
 from echod.client import Client, Entrance, Quota, Timeouts
-from echod.daemon import loop_factory
 from echod.drain import Drain, DrainSettings
 from echod.ledger import Ledger
 from echod.listeners import ListeningSocket
+from echod.resources import loop_factory
 from echod.server import Server, ServerSettings, _cancel
 from echod.session import EchoSession, SessionSettings
 from harness import PATIENCE, reset

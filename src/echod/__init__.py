@@ -1,3 +1,38 @@
-"""echod: a TCP echo daemon that returns every byte and says exactly what it did (RFC 862)."""
+"""echod: a TCP echo daemon that returns every byte and says exactly what it did (RFC 862).
+
+For other programs: `Server`, with `Entry` and `Receipt` that tell what it did, and the errors `SettingsError` and
+`ListenError` of its opening. They are imported at their first use, so that `import echod` costs nothing.
+"""
 
 __version__ = "0.1.0"
+
+__all__ = ["Entry", "ListenError", "Receipt", "Server", "SettingsError", "TcpAddress", "UnixAddress"]
+
+TYPE_CHECKING = False  # that of typing would have to be imported
+
+if TYPE_CHECKING:
+    from echod.addresses import TcpAddress, UnixAddress
+    from echod.ledger import Entry, Receipt
+    from echod.listeners import ListenError
+    from echod.server import Server
+    from echod.sources import SettingsError
+else:
+    _MODULES = {
+        "Entry": "ledger",
+        "ListenError": "listeners",
+        "Receipt": "ledger",
+        "Server": "server",
+        "SettingsError": "sources",
+        "TcpAddress": "addresses",
+        "UnixAddress": "addresses",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        from importlib import import_module  # noqa: PLC0415
+
+        found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found

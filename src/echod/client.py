@@ -137,10 +137,22 @@ class Client:
             return
         try:
             await self._join(entrance, quota)
-            await self.session.ended
+            await self._ending()
         finally:
             if self._entered:
                 quota.leave(self._counted)
+
+    async def _ending(self) -> None:
+        """Wait for the session's end."""
+        session = self.session
+        try:
+            await session.ended
+        except asyncio.CancelledError:
+            # By the end of the loop, which cancels all tasks there are, and with this one what it was waiting for.
+            if session.delivery is None:
+                session.ended = asyncio.get_running_loop().create_future()
+                session.abort("aborted")
+                await session.ended
 
     @property
     def _counted(self) -> TcpAddress | UnixAddress | None:

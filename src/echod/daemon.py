@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import platform
 import signal
@@ -15,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import echod
 from echod import addresses, kernel, systemd
-from echod.client import Entrance, Timeouts
-from echod.drain import DrainSettings
-from echod.faults import Fault
 from echod.ledger import Ledger, Receipt
 from echod.listeners import Wanted, inherit, open_listeners
 from echod.logs import STDERR
-from echod.resources import has_uvloop
+from echod.resources import loop_factory
 from echod.server import Server, ServerSettings
-from echod.session import EchoSession, SessionSettings
+from echod.session import EchoSession
 from echod.settings import ListenerSettings, changes
 from echod.sources import SettingsError
 from echod.systemd import Notifier, count
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
     from echod.listeners import Listener
     from echod.logs import Log
     from echod.resources import Resources
-    from echod.settings import FaultSettings, Key
+    from echod.settings import Key
     from echod.signals import Signals
     from echod.sources import Loaded
     from echod.systemd import Manager
@@ -84,20 +80,6 @@ def _tables(loaded: Loaded, inherited: Collection[str]) -> dict[str, ListenerSet
     if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
     return loaded.settings.all_listeners()
-
-
-def loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return what makes the loop of a choice: uvloop, asyncio, or auto.
-
-    Raises:
-        ImportError: uvloop was chosen and is not installed.
-
-    """
-    if choice == "asyncio" or (choice == "auto" and not has_uvloop()):
-        return asyncio.SelectorEventLoop
-    import uvloop  # noqa: PLC0415  (an optional dependency)
-
-    return uvloop.new_event_loop
 
 
 class _Daemon:
@@ -282,23 +264,9 @@ class _Daemon:
         return min(wanted, room)
 
     def _server_settings(self, name: str, max_connections: int) -> ServerSettings:
-        settings, table = self._found.loaded.settings, self._tables[name]
-        limits, shutdown = settings.limits, settings.shutdown
-        fault = settings.faults.get(table.fault)
-        trusted = None
-        if table.proxy_protocol == "require":
-            trusted = [ipaddress.ip_network(network) for network in table.proxy_trusted]
         tls = self._found.tls.get(name)
-        return ServerSettings(
-            max_connections=max_connections,
-            max_connections_per_client=limits.max_connections_per_client,
-            timeouts=Timeouts(limits.idle_timeout, limits.write_timeout, limits.handshake_timeout),
-            session=SessionSettings(limits.write_buffer, shutdown.linger_timeout, limits.max_line),
-            drain=DrainSettings(**shutdown.model_dump()),
-            entrance=Entrance(trusted, TlsEnd(tls.context, self._buffers) if tls is not None else None),
-            mode=table.mode,
-            fault=None if fault is None else _fault(table.fault, fault),
-        )
+        end = TlsEnd(tls.context, self._buffers) if tls is not None else None
+        return ServerSettings.derive(self._found.loaded.settings, self._tables[name], end, max_connections)
 
     def _numbers(self) -> str:
         servers = self._servers.values()
@@ -321,22 +289,6 @@ class _Daemon:
             "discarded_bytes": sum(account.discarded for account in accounts),
             **({"faults": dict(faults)} if faults else {}),
         }
-
-
-def _fault(name: str, settings: FaultSettings) -> Fault:
-    return Fault(
-        name=name,
-        trigger=None if settings.trigger is None else settings.trigger.encode(),
-        after_bytes=settings.after_bytes or 0,
-        after_seconds=settings.after_seconds,
-        probability=settings.probability,
-        seed=settings.seed,
-        action=settings.action,
-        delay=settings.delay,
-        jitter=settings.jitter,
-        rate=settings.rate,
-        slice=settings.slice,
-    )
 
 
 def _lowest_free_descriptor() -> int:

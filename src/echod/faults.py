@@ -14,6 +14,9 @@ from echod.session import EchoSession, Reason, SessionSettings
 
 if TYPE_CHECKING:
     import asyncio
+    from typing import Self
+
+    from echod.settings import FaultSettings
 
 Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
 
@@ -64,6 +67,23 @@ class Fault(NamedTuple):
     """Bytes a second."""
     slice: int | None = None
     """Bytes a write."""
+
+    @classmethod
+    def derive(cls, name: str, settings: FaultSettings) -> Self:
+        """Return the profile of a fault's settings."""
+        return cls(
+            name=name,
+            trigger=None if settings.trigger is None else settings.trigger.encode(),
+            after_bytes=settings.after_bytes or 0,
+            after_seconds=settings.after_seconds,
+            probability=settings.probability,
+            seed=settings.seed,
+            action=settings.action,
+            delay=settings.delay,
+            jitter=settings.jitter,
+            rate=settings.rate,
+            slice=settings.slice,
+        )
 
     @property
     def silences(self) -> bool:

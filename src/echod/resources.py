@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ from echod import logs, tls
 from echod.sources import Loaded, Problem, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 _DAY = 86400
 
@@ -54,6 +55,20 @@ def acquire(loaded: Loaded) -> Resources:
 def has_uvloop() -> bool:
     """Tell whether uvloop is installed."""
     return importlib.util.find_spec("uvloop") is not None
+
+
+def loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the loop of a choice: uvloop, asyncio, or auto.
+
+    Raises:
+        ImportError: uvloop was chosen and is not installed.
+
+    """
+    if choice == "asyncio" or (choice == "auto" and not has_uvloop()):
+        return asyncio.SelectorEventLoop
+    import uvloop  # noqa: PLC0415  (an optional dependency)
+
+    return uvloop.new_event_loop
 
 
 def _unusable(loaded: Loaded) -> Iterator[Problem]:

@@ -5,23 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import ipaddress
+import logging
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from echod import kernel
+import structlog
+
+from echod import addresses, kernel, library
 from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
-from echod.faults import FaultLineSession, FaultSession
-from echod.ledger import Receipt
+from echod.faults import Fault, FaultLineSession, FaultSession
+from echod.ledger import Ledger, Receipt
+from echod.listeners import Wanted, open_listeners
 from echod.modes import InfoSession, LineSession
 from echod.session import EchoSession, SessionSettings
+from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Unpack
 
-    from echod.faults import Fault
-    from echod.ledger import Ledger
+    from structlog.typing import FilteringBoundLogger
+
+    from echod.addresses import TcpAddress, UnixAddress
+    from echod.ledger import Entry
+    from echod.library import Options
     from echod.listeners import ListeningSocket
+    from echod.settings import ListenerSettings, Settings
 
 Mode = Literal["stream", "line", "info"]
 
@@ -48,6 +60,11 @@ _GONE = frozenset(
 _FIRST_PAUSE = 0.005
 _LAST_PAUSE = 1.0
 
+# Takes no event of a level that a server logs at.
+_SILENCE: FilteringBoundLogger = structlog.wrap_logger(
+    structlog.ReturnLogger(), [], structlog.make_filtering_bound_logger(logging.CRITICAL)
+).bind()
+
 _LONGEST_SWEEP = 1.0
 _SHORTEST_SWEEP = 0.01
 
@@ -66,12 +83,50 @@ class ServerSettings(NamedTuple):
     mode: Mode = "stream"
     fault: Fault | None = None
 
+    @classmethod
+    def derive(cls, settings: Settings, table: ListenerSettings, tls: TlsEnd | None, max_connections: int) -> Self:
+        """Return what the server of one listener takes of the settings.
+
+        Args:
+            settings: all of them.
+            table: the listener's own.
+            tls: what came of its TLS settings.
+            max_connections: the cap, which may be lower than that of the settings.
+
+        """
+        limits, shutdown = settings.limits, settings.shutdown
+        fault = settings.faults.get(table.fault)
+        trusted = None
+        if table.proxy_protocol == "require":
+            trusted = [ipaddress.ip_network(network) for network in table.proxy_trusted]
+        return cls(
+            max_connections=max_connections,
+            max_connections_per_client=limits.max_connections_per_client,
+            timeouts=Timeouts(limits.idle_timeout, limits.write_timeout, limits.handshake_timeout),
+            session=SessionSettings(limits.write_buffer, shutdown.linger_timeout, limits.max_line),
+            drain=DrainSettings(**shutdown.model_dump()),
+            entrance=Entrance(trusted, tls),
+            mode=table.mode,
+            fault=None if fault is None else Fault.derive(table.fault, fault),
+        )
+
 
 class Server:
     """Echo to everyone who connects to some listening sockets.
 
-    The caller binds and listens; from then on the sockets are the server's. `start` it in a running loop, and end it with
-    `shutdown`, after which every socket is closed and every client's task awaited; `abort` makes that end at once.
+    In a program of your own, `Server.listen` makes one, and `async with` runs it:
+
+        async with echod.Server.listen("127.0.0.1:0", mode="line") as server:
+            print(*server.addresses)
+            ...
+            receipt = await server.shutdown()
+
+    Without `async with`, `start` it in a running loop, of asyncio or uvloop, and end it with `shutdown`, after which
+    every socket is closed and every client's task awaited; `abort` makes that end at once. It belongs to that loop: a
+    loop may have several servers, and each thread a loop, but all calls are made in the server's own, save for the
+    reading of `addresses` and `clients`.
+
+    The constructor is for who has listening sockets already; from then on they are the server's.
 
     Args:
         sockets: usually one, or one for each address family.
@@ -91,6 +146,66 @@ class Server:
         self._pause = _FIRST_PAUSE
         self._paused_since: float | None = None
         self._drain: Drain | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._end: asyncio.Task[Receipt] | None = None
+        named = (addresses.from_sockaddr(listening.sock.getsockname()) for listening in sockets)
+        self.addresses: list[TcpAddress | UnixAddress] = [address for address in named if address is not None]
+        """Where it listens, or has listened, one for each socket: with the port it got where 0 was asked for."""
+
+    @classmethod
+    def listen(
+        cls,
+        address: str = "127.0.0.1:0",
+        *,
+        logger: FilteringBoundLogger | None = None,
+        observe: Callable[[Entry], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Self:
+        """Open an address, and return a server for it, to be started.
+
+        The clients wait in the backlog until then. Names are resolved, and files of TLS read, by blocking calls. Unix
+        sockets should be opened before other threads make files: for the moment of bind(2) the process has another
+        umask, so that the socket's file never has permissions that it should not have.
+
+        Args:
+            address: HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME; port 0 takes a free one.
+            logger: of structlog; gets the lines that the daemon would write, `client_closed` for each connection that
+                sent a byte among them. None: nothing is logged.
+            observe: called in the loop with the entry of every connection that has been closed.
+            options: those of `echod.library.Options`; every key and its default is in docs/configuration.md.
+
+        Raises:
+            SettingsError: options are wrong; it names all of them.
+            ListenError: the address cannot be opened.
+
+        """
+        found = library.acquire(address, options)
+        settings = found.loaded.settings
+        table, tls = settings.listeners[library.NAME], found.tls.get(library.NAME)
+        end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
+        wanted = Wanted(address, addresses.parse(table.address), int(table.socket_mode, 8))
+        (listener,) = open_listeners([wanted], settings.limits.backlog)
+        log = _SILENCE if logger is None else logger.bind(listener=address)
+        ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
+        return cls(
+            listener.sockets, ServerSettings.derive(settings, table, end, settings.limits.max_connections), ledger
+        )
+
+    async def __aenter__(self) -> Self:
+        """Begin to accept."""
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop gracefully, also for an exception; at once, where the task is cancelled while that goes on."""
+        try:
+            await self.shutdown()
+        except asyncio.CancelledError:
+            self.abort()
+            await self.shutdown()
+            raise
 
     def reconfigure(self, settings: ServerSettings, backlog: int) -> None:
         """Take other settings from now on.
@@ -123,7 +238,15 @@ class Server:
         return self.ledger.account.received + sum(client.session.received for client in self._clients.values())
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Begin to accept, in the running loop.
+
+        Raises:
+            RuntimeError: it did so before.
+
+        """
+        if self._listener is not None:
+            msg = "a server is started once"
+            raise RuntimeError(msg)
         self._loop = asyncio.get_running_loop()
         self._listener = self._loop.create_task(self._listen())
         self._sweeper = self._loop.create_task(self._sweep())
@@ -135,7 +258,16 @@ class Server:
         sockets in the same step; lets the clients finish, under the drain's timeouts; awaits every client's task.
         Not waited for is what the kernel goes on sending after the last close, nor who is in the middle of a
         handshake: a `delay` is for them.
+
+        The stop goes on where the caller is cancelled. To call it again is to wait for the same end.
         """
+        if self._listener is None:
+            self.start()  # whoever has been waiting since the sockets were opened is served too
+        if self._end is None:
+            self._end = asyncio.get_running_loop().create_task(self._shut_down())
+        return await asyncio.shield(self._end)
+
+    async def _shut_down(self) -> Receipt:
         started = self._loop.time()
         present = self.clients
         before = self.ledger.account.snapshot()
@@ -143,6 +275,7 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.delay):
                 await self._aborted.wait()
+        assert self._listener is not None
         await _cancel(self._listener)
         for listening in self._sockets:
             listening.withdraw()
@@ -161,7 +294,7 @@ class Server:
         return Receipt.between(before, self.ledger.account, present, seconds)
 
     def abort(self) -> None:
-        """Make a `shutdown` that is under way end now, resetting every client. Idempotent."""
+        """Make a `shutdown` that is under way, or to come, end at once, resetting every client. Idempotent."""
         self._aborted.set()
         if self._drain is not None:
             self._drain.hurry()
@@ -289,10 +422,13 @@ class Server:
     def _depart(self, task: asyncio.Task[None]) -> None:
         """Strike a client off the registry. Every task's exception comes by here, so none can hide another."""
         client = self._clients.pop(task)
-        self.ledger.close(client, self._loop.time(), task.exception())
-        self._room.set()
-        if self._drain is not None:
-            self._drain.client_left()
+        try:
+            if not task.cancelled():  # by the end of the loop, before the client was joined to its session
+                self.ledger.close(client, self._loop.time(), task.exception())
+        finally:  # an observer may fail
+            self._room.set()
+            if self._drain is not None:
+                self._drain.client_left()
 
     async def _sweep(self) -> None:
         """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""

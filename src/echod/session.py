@@ -186,6 +186,8 @@ class EchoSession(asyncio.Protocol):
             self.reason, self.failure = "failed", exc
         self._settle()
         self.transport = None
+        if self.ended.cancelled():  # by the end of the loop
+            return
         if self.failure is not None:
             self.ended.set_exception(self.failure)
         else:

@@ -81,15 +81,33 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
         _overlay(values, origins, _nest(key, value), lambda _, option=option: option)  # type: ignore[misc]
     if values.get("listeners"):
         values.setdefault("listen", ())
+    settings = validate(values, origins, problems)
+    unknown = (name for name in variables if not _is_setting(name) and name != CONFIG_VARIABLE)
+    return Loaded(settings, origins, tuple(unknown))
+
+
+def validate(values: Mapping[str, Any], origins: Mapping[Key, str], problems: Iterable[Problem] = ()) -> Settings:
+    """Return the settings of merged values.
+
+    Args:
+        values: tables of tables.
+        origins: where each was set, as far as that is to be told.
+        problems: those there are already.
+
+    Raises:
+        SettingsError: with these and all that is wrong with the values.
+
+    """
+    problems = list(problems)
+    settings = None
     try:
         settings = Settings(**values)
     except ValidationError as error:
         problems += (_problem(details, origins) for details in error.errors())
     problems += _conflicts(values, origins)
-    if problems:
+    if problems or settings is None:
         raise SettingsError(problems)
-    unknown = (name for name in variables if not _is_setting(name) and name != CONFIG_VARIABLE)
-    return Loaded(settings, origins, tuple(unknown))
+    return settings
 
 
 # The sources
@@ -214,10 +232,11 @@ def _unknown(key: Key) -> str:
         if get_origin(field.annotation) is dict:
             next(names, None)  # the tables of such a table are of one model, whatever their names
         model = section(field) or model
-    return f"unknown key; {_hint(key[-1], model.model_fields)}"
+    return f"unknown key; {hint(key[-1], model.model_fields)}"
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
+    """Return what to tell a user who wrote a name that is not known: the nearest, or else all."""
     known = list(known)
     if near := difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]!r}?"
@@ -262,7 +281,7 @@ def _useless(table: Mapping[str, Any], faults: Mapping[str, Any]) -> Iterator[tu
     fault = table.get("fault")
     if isinstance(fault, str) and fault:
         if fault not in faults:
-            yield "fault", f"no fault is named {fault!r}; {_hint(fault, faults)}"
+            yield "fault", f"no fault is named {fault!r}; {hint(fault, faults)}"
         elif table.get("mode") == "info":
             yield "fault", "in mode info there is no echo that could be wrong: choose stream or line"
         else:
