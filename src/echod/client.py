@@ -137,22 +137,21 @@ class Client:
             return
         try:
             await self._join(entrance, quota)
-            await self._ending()
+            try:
+                await self.session.ended
+            except asyncio.CancelledError:
+                await self._end_with_the_loop()
         finally:
             if self._entered:
                 quota.leave(self._counted)
 
-    async def _ending(self) -> None:
-        """Wait for the session's end."""
+    async def _end_with_the_loop(self) -> None:
+        """Reset the client: the loop ends, and has cancelled all tasks, and with this one what it was waiting for."""
         session = self.session
-        try:
+        if session.delivery is None:
+            session.ended = asyncio.get_running_loop().create_future()
+            session.abort("aborted")
             await session.ended
-        except asyncio.CancelledError:
-            # By the end of the loop, which cancels all tasks there are, and with this one what it was waiting for.
-            if session.delivery is None:
-                session.ended = asyncio.get_running_loop().create_future()
-                session.abort("aborted")
-                await session.ended
 
     @property
     def _counted(self) -> TcpAddress | UnixAddress | None:
