@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import threading
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,18 @@ from echod.sources import SettingsError
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
+    from echod.admin import Admin
     from echod.listeners import Listener
     from echod.logs import Log
     from echod.resources import Resources
     from echod.settings import Key
     from echod.signals import Signals
     from echod.sources import Loaded
+    from echod.status import Subject
 
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
@@ -66,12 +69,18 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     inherited = inherit()
     tables = _tables(found.loaded, inherited)
     wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
+    if settings.admin.address:
+        # Before anything listens: it takes its time to import.
+        from echod.admin import Admin  # noqa: PLC0415  (an extra)
+
+        wanted.append(Wanted("admin", addresses.parse(settings.admin.address)))
     listeners = open_listeners(wanted, settings.limits.backlog, inherited)
+    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address else None
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        return runner.run(_Daemon(found, tables, log, load, descriptors).run(listeners, signals))
+        return runner.run(_Daemon(found, tables, log, load, descriptors, admin).run(listeners, signals))
 
 
 def _tables(loaded: Loaded, inherited: Mapping[str, object]) -> dict[str, ListenerSettings]:
@@ -105,6 +114,7 @@ class _Daemon:
         log: Log,
         load: Callable[[], Resources],
         descriptors: int,
+        admin: Admin | None,
     ) -> None:
         self._found = found
         self._first = found.loaded.settings
@@ -113,12 +123,16 @@ class _Daemon:
         self._load = load
         self._descriptors = descriptors
         self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
+        self._admin = admin
+        if admin is not None:
+            self._own_descriptors += admin.max_connections
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
         self._stop = asyncio.Event()
         self._signals: list[int] = []
         self._reloading = False
         self._reload_again = False
+        self._reloads = Counter[str]()
 
     async def run(self, listeners: list[Listener], signals: Signals) -> int:
         loop = asyncio.get_running_loop()
@@ -127,7 +141,8 @@ class _Daemon:
         self._warn()
         max_connections = self._cap()
         for listener in listeners:
-            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections)
+            observers = () if self._admin is None else (self._admin.observer(listener.name),)
+            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections, observers)
             server_settings = self._server_settings(listener.name, max_connections)
             self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
         self._logger.info(
@@ -137,18 +152,24 @@ class _Daemon:
             loop=type(loop).__module__.partition(".")[0],
             python=platform.python_version(),
         )
+        addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
+        if self._admin is not None:
+            self._admin.start(self._subject(addresses_in_use))
         for listener in listeners:
             self._servers[listener.name].start()
-            for listening in listener.sockets:
-                name = listening.sock.getsockname()
-                address = addresses.from_sockaddr(name)
-                self._logger.info("listening", listener=listener.name, address=str(address or name))
+            for address in addresses_in_use[listener.name]:
+                self._logger.info("listening", listener=listener.name, address=address)
+        if self._admin is not None:
+            for address in _addresses(self._admin.listener):
+                self._logger.info("listening", listener="admin", address=address)
         await self._stop.wait()
         servers = self._servers.values()
         clients = sum(server.clients for server in servers)
         self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
         receipts = await asyncio.gather(*(server.shutdown() for server in servers))
         self._logger.info("drained", **asdict(Receipt.total(receipts)))
+        if self._admin is not None:
+            await self._admin.close()
         self._logger.info("stopped", **self._totals())
         signals.detach(loop)
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
@@ -201,6 +222,7 @@ class _Daemon:
         self._reloading = False
         if not self._stop.is_set():
             if isinstance(outcome, SettingsError):
+                self._reloads["failure"] += 1
                 self._logger.error("reload_failed", problems=[str(problem) for problem in outcome.problems])
             else:
                 self._apply(outcome)
@@ -213,6 +235,7 @@ class _Daemon:
         try:
             self._log.reopen(settings.log)
         except OSError as error:
+            self._reloads["failure"] += 1
             self._logger.error("reload_failed", problems=[f"log.file: {settings.log.file!r}: {error.strerror}"])  # noqa: TRY400  (no fault of ours)
             return
         before, self._found = self._found.loaded.settings, found
@@ -223,16 +246,20 @@ class _Daemon:
             if name in tables:
                 self._tables[name] = tables[name]
                 server.reconfigure(self._server_settings(name, max_connections), settings.limits.backlog)
+        self._reloads["success"] += 1
         self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
         self._warn()
-        if waiting := sorted(".".join(key) for key in self._waiting_for_restart()):
+        if waiting := self._restart_needed():
             self._logger.warning("restart_needed", settings=waiting)
+
+    def _restart_needed(self) -> list[str]:
+        return sorted(".".join(key) for key in self._waiting_for_restart())
 
     def _waiting_for_restart(self) -> Iterator[Key]:
         """Yield what is not in force, since it takes effect at a start only."""
         began_with, now = self._first, self._found.loaded.settings
         for key in changes(began_with, now):
-            if key[0] in {"loop", "listen"}:
+            if key[0] in {"loop", "listen", "admin"}:
                 yield key
             elif key[0] == "listeners" and not (key[1] in began_with.listeners and key[1] in now.listeners):
                 yield key[:2]
@@ -278,6 +305,19 @@ class _Daemon:
             fault=None if fault is None else Fault(table.fault, fault.trigger.encode()),
         )
 
+    def _subject(self, addresses_in_use: Mapping[str, Sequence[str]]) -> Subject:
+        from echod.status import Subject  # noqa: PLC0415  (of use to the admin listener only)
+
+        return Subject(
+            servers=self._servers,
+            addresses=addresses_in_use,
+            found=lambda: self._found,
+            draining=self._stop.is_set,
+            restart_needed=self._restart_needed,
+            reloads=self._reloads,
+            log_lines_dropped=lambda: self._log.lost,
+        )
+
     def _totals(self) -> dict[str, int]:
         """Return what was done since the start, for the last line of the log."""
         accounts = [server.ledger.account for server in self._servers.values()]
@@ -290,6 +330,12 @@ class _Daemon:
             "acked": sum(account.acked for account in accounts),
             "discarded_bytes": sum(account.discarded for account in accounts),
         }
+
+
+def _addresses(listener: Listener) -> list[str]:
+    """Return what a listener's sockets are bound to."""
+    names = (listening.sock.getsockname() for listening in listener.sockets)
+    return [str(addresses.from_sockaddr(name) or name) for name in names]
 
 
 def _lowest_free_descriptor() -> int:

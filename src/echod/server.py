@@ -17,7 +17,7 @@ from echod.session import EchoSession, SessionSettings
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from echod.faults import Fault
     from echod.ledger import Ledger
@@ -118,6 +118,16 @@ class Server:
     def clients(self) -> int:
         """The number of connected clients."""
         return len(self._clients)
+
+    @property
+    def connected(self) -> Collection[Client]:
+        """The connected clients: a live view."""
+        return self._clients.values()
+
+    @property
+    def accept_paused(self) -> bool:
+        """Whether somebody has to wait in the backlog."""
+        return self._paused_since is not None
 
     def start(self) -> None:
         """Begin to accept."""

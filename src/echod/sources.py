@@ -233,6 +233,7 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
     places: list[tuple[Key, object]] = [
         *((("listen",), text) for text in (listen if isinstance(listen, list) else ())),
         *((("listeners", name, "address"), table.get("address")) for name, table in tables.items()),
+        *((("admin", "address"), text) for text in (_table(values, "admin").get("address"),) if text),
     ]
     if listen == [] and not values.get("listeners"):
         yield Problem(_origin(("listen",), origins), "listen", "there is no address to listen on")
@@ -247,11 +248,15 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
             yield Problem(_origin(key, origins), ".".join(key), f"{str(text).strip()!r} is listened on already")
         seen.add(address)
     faults = _table(values, "faults")
-    names = [str(text).strip() for key, text in places if key == ("listen",)]
+    names = {
+        str(text).strip(): "an address in listen has this name already" for key, text in places if key == ("listen",)
+    }
+    if places[-1:] and places[-1][0] == ("admin", "address"):
+        names["admin"] = "admin.address has this name already"
     for name, table in tables.items():
         if name in names:
             key = ("listeners", name)
-            yield Problem(_origin(key, origins), ".".join(key), "an address in listen has this name already")
+            yield Problem(_origin(key, origins), ".".join(key), names[name])
         for key_name, message in _useless(table, faults):
             key = ("listeners", name, key_name)
             yield Problem(_origin(key, origins), ".".join(key), message)
