@@ -12,18 +12,21 @@ import base64
 import functools
 import hashlib
 import ipaddress
+import itertools
 import json
 import logging
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Final, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import exposition
+from prometheus_client import GC_COLLECTOR, PROCESS_COLLECTOR
 
 from echod import addresses
-from echod.metrics import Exposition, Histograms
+from echod.metrics import Families, Histograms, render
 from echod.status import Census, Reporter
 
 if TYPE_CHECKING:
@@ -115,6 +118,10 @@ class Admin:
         self._reporter = Reporter(subject, self._census)
         self._metrics = _Shared(self._render_metrics)
         self._status = _Shared(self._render_status)
+        # A signal that this thread took would be one that the loop does not wake up for.
+        self._thread = ThreadPoolExecutor(
+            1, "admin", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        )
         self._http = web.Server(
             self._answer,
             access_log=None,
@@ -143,6 +150,7 @@ class Admin:
             connection.abort()
         if self._connections:
             await self._all_lost.wait()
+        self._thread.shutdown(wait=False)
 
     # Connections
 
@@ -228,8 +236,14 @@ class Admin:
         return _response(200, self._page, self._page_headers)
 
     async def _render_metrics(self) -> bytes:
-        counts = await self._census.take()
-        return exposition.generate_latest(Exposition(self._subject, counts, self._histograms, self._loop_name))
+        # It lists the process's descriptors, which takes a while where there are many.
+        process = await self._loop.run_in_executor(self._thread, lambda: list(PROCESS_COLLECTOR.collect()))
+        families = Families(self._subject, await self._census.take(), self._histograms, self._loop_name)
+        parts: list[bytes] = []
+        for family in itertools.chain(families, process, GC_COLLECTOR.collect()):
+            parts.append(render(family))
+            await asyncio.sleep(0)
+        return b"".join(parts)
 
     async def _render_status(self) -> bytes:
         return json.dumps(await self._reporter.report(), indent=1).encode() + b"\n"

@@ -7,8 +7,8 @@ from bisect import bisect_left
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from prometheus_client import GC_COLLECTOR, PROCESS_COLLECTOR
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 import echod
@@ -75,8 +75,8 @@ class Histograms(NamedTuple):
             self.round_trips.add(entry.rtt_ms / 1000)
 
 
-class Exposition(Collector):
-    """All metrics at one moment.
+class Families:
+    """All of echod's own metrics at one moment.
 
     Args:
         subject: the process.
@@ -94,13 +94,10 @@ class Exposition(Collector):
         self._histograms = histograms
         self._loop = loop
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield them, the process's and the interpreter's own last."""
+    def __iter__(self) -> Iterator[Metric]:
         yield from self._of_the_listeners()
         yield from self._of_the_connections()
         yield from self._of_the_process()
-        yield from PROCESS_COLLECTOR.collect()
-        yield from GC_COLLECTOR.collect()
 
     def _of_the_listeners(self) -> Iterator[Metric]:
         counts, servers = self._counts, self._subject.servers
@@ -206,3 +203,16 @@ class Exposition(Collector):
         for listener, count in self._counts.items():
             family.add_metric((listener,), value(count))
         return family
+
+
+class _Single(Collector):
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
+
+
+def render(family: Metric) -> bytes:
+    """Return one metric in Prometheus' text format, version 0.0.4."""
+    return generate_latest(_Single(family))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import os
 import platform
 import time
@@ -122,8 +123,15 @@ class _Sample(NamedTuple):
     when: float
     totals: dict[str, tuple[int, int]]
     """Received and sent, by the listeners' names."""
-    clients: dict[int, tuple[float, int]]
-    """When each was accepted, which makes sure that it is the same one, and received; by id()."""
+    clients: dict[int, int]
+    """Received, by the id() of each that was connected."""
+
+
+class _Traffic(NamedTuple):
+    rate: float
+    received: int
+    listener: str
+    client: Client
 
 
 class Reporter:
@@ -143,16 +151,8 @@ class Reporter:
         now = self._loop.time()
         if now - self._latest.when >= _SHORTEST_SPAN:
             self._base = self._latest
-            self._latest = _Sample(
-                now,
-                {name: (count.received, count.sent) for name, count in counts.items()},
-                {
-                    id(client): (client.opened, received)
-                    for count in counts.values()
-                    for client, received in zip(count.clients, count.traffic, strict=True)
-                },
-            )
-            await asyncio.sleep(0)
+            self._latest = _Sample(now, {name: (count.received, count.sent) for name, count in counts.items()}, {})
+        busiest = await self._busiest(counts, now)
         loaded = subject.found().loaded
         listeners = [self._listener(name, count, now) for name, count in counts.items()]
         return {
@@ -167,7 +167,7 @@ class Reporter:
             "clients": {
                 "active": sum(sum(count.states.values()) for count in counts.values()),
                 "states": {state: sum(count.states[state] for count in counts.values()) for state in STATES},
-                "most_traffic": [self._client(*entry, now) for entry in self._busiest(counts, now)],
+                "most_traffic": [self._client(entry, now) for entry in busiest],
             },
             "log_lines_dropped": subject.log_lines_dropped(),
             "reloads": dict(subject.reloads),
@@ -203,29 +203,27 @@ class Reporter:
             "sent_per_second": round((count.sent - sent) / span),
         }
 
-    def _busiest(self, counts: Mapping[str, Count], now: float) -> list[tuple[float, int, str, Client]]:
-        """Return the clients with the most traffic: bytes a second, bytes received, listener, client."""
-        base = self._base
+    async def _busiest(self, counts: Mapping[str, Count], now: float) -> list[_Traffic]:
+        """Return the clients with the most traffic, and note what all have received for the next report."""
+        base, fresh = self._base, self._latest.when == now
+        busiest: list[_Traffic] = []
+        for name, count in counts.items():
+            for first in range(0, len(count.clients), _STEP):
+                step = slice(first, first + _STEP)
+                clients, traffic = count.clients[step], count.traffic[step]
+                if fresh:
+                    self._latest.clients.update(zip(map(id, clients), traffic, strict=True))
+                entries = (
+                    _Traffic(_rate(client, received, base, now), received, name, client)
+                    for client, received in zip(clients, traffic, strict=True)
+                    if received
+                )
+                busiest = heapq.nlargest(_TOP, itertools.chain(busiest, entries), key=lambda entry: entry[:2])
+                await asyncio.sleep(0)
+        return busiest
 
-        def entries() -> Iterator[tuple[float, int, int, str, Client]]:
-            for name, count in counts.items():
-                for number, (client, received) in enumerate(zip(count.clients, count.traffic, strict=True)):
-                    if not received:
-                        continue
-                    opened, before = base.clients.get(id(client), (None, 0))
-                    if opened == client.opened:
-                        rate = (received - before) / (now - base.when)
-                    else:
-                        rate = received / max(now - max(client.opened, base.when), _SHORTEST_SPAN)
-                    # The number, so that clients are never compared.
-                    yield rate, received, -number, name, client
-
-        return [
-            (rate, received, name, client)
-            for rate, received, _, name, client in heapq.nlargest(_TOP, entries(), key=lambda entry: entry[:3])
-        ]
-
-    def _client(self, rate: float, received: int, name: str, client: Client, now: float) -> dict[str, object]:
+    def _client(self, entry: _Traffic, now: float) -> dict[str, object]:
+        rate, received, name, client = entry
         session = client.session
         return {
             "listener": name,
@@ -238,6 +236,15 @@ class Reporter:
             "received_per_second": round(rate),
             "tls": session.tls.version if session.tls is not None else None,
         }
+
+
+def _rate(client: Client, received: int, base: _Sample, now: float) -> float:
+    """Return how many bytes a second came from a client since the base was taken, or since it was accepted."""
+    before = base.clients.get(id(client))
+    # An id is given again, but not while its first owner lives.
+    if before is not None and client.opened < base.when:
+        return (received - before) / (now - base.when)
+    return received / max(now - client.opened, _SHORTEST_SPAN)
 
 
 def _iso(when: float) -> str:
