@@ -446,6 +446,20 @@ def test_upgrade(start: Start) -> None:
         assert b"alive" in answer
 
 
+def test_asked_and_gone(start: Start) -> None:
+    """Who resets before, during or after an answer is no error, and no line of the log."""
+    daemon = start(*WATCHED, python=("-X", "dev"))
+    for number in range(150):
+        with caller(daemon) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * (1 + number % 3))
+            if number % 5 == 0:
+                sock.recv(1)
+            reset(sock)
+    assert get(daemon, "/livez").status == 200
+    assert daemon.stop() == 0
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
 def test_slow_heads(loop_name: str) -> None:
     """Who does not complete a request in time is closed, however busily it drips; so is who asks nothing more."""
     with patched_daemon("from echod import admin; admin._PATIENCE = 0.5", loop_name) as daemon:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import ipaddress
@@ -206,8 +207,9 @@ class Admin:
         response = await self._respond(request)
         if request.body_exists or request.method not in {"GET", "HEAD"}:
             response.force_close()
-        await response.prepare(request)
-        await response.write_eof()
+        with contextlib.suppress(ConnectionError):
+            await response.prepare(request)
+            await response.write_eof()
         if connection := self._connections.get(request.protocol):
             connection.answered()
         return response
@@ -274,12 +276,15 @@ class _Connection(asyncio.Protocol):
         self._busy = False
         self._full = False
         self._eof = False
+        self._gone = False
         self._expiry = self._loop.call_later(_PATIENCE, self.abort)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by inheritance
         self._http.connection_made(transport)
+        # Asked for while there is a socket, and kept: uvloop fails for a request that was passed on just before a reset.
+        _ = self._http.peername
 
     def data_received(self, data: bytes) -> None:
         """Take in what belongs to a head; who sends more than a large one, or more behind one, is no client of ours."""
@@ -308,8 +313,9 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Pass on the end."""
         self._expiry.cancel()
-        self._http.connection_lost(exc)
-        self._lost()
+        self._gone = True
+        # Not now: a request that was passed on just before makes aiohttp fail if it finds the connection gone already.
+        self._loop.call_soon(self._end, exc)
 
     def answered(self) -> None:
         """Be told that the answer to the request was written."""
@@ -320,6 +326,14 @@ class _Connection(asyncio.Protocol):
         """Close now. Idempotent."""
         if self._transport is not None:
             self._transport.abort()
+
+    def _pass_on(self, head: bytes) -> None:
+        if not self._gone:
+            self._http.data_received(head)
+
+    def _end(self, exc: Exception | None) -> None:
+        self._http.connection_lost(exc)
+        self._lost()
 
     def _go_on(self) -> None:
         end = self._input.find(_HEAD_END)
@@ -332,9 +346,9 @@ class _Connection(asyncio.Protocol):
             self._expiry.cancel()
             self._expiry = self._loop.call_later(_PATIENCE, self.abort)
             if delay := self._turn(self._http):
-                self._loop.call_later(delay, self._http.data_received, head)
+                self._loop.call_later(delay, self._pass_on, head)
             else:
-                self._http.data_received(head)
+                self._pass_on(head)
         elif self._eof and self._transport is not None:
             self._transport.close()
 
