@@ -160,6 +160,7 @@ def test_clients_with_the_most_traffic(start: Start) -> None:
         first = status(daemon)["clients"]["most_traffic"][0]
         assert first["peer"] == f"127.0.0.1:{slowest.getsockname()[1]}"
         assert (first["received"], 0 < first["received_per_second"] < 1000) == (1500, True)
+    assert daemon.stop() == 0
 
 
 def test_states_of_clients(start: Start, certificate: tuple[str, str]) -> None:
@@ -210,6 +211,9 @@ def test_states_of_clients(start: Start, certificate: tuple[str, str]) -> None:
         unsent = seen[f"127.0.0.1:{paused.port}"]["unsent"]
         assert unsent > 0
         assert samples["echod_received_bytes_total", "127.0.0.1:0"] > samples["echod_sent_bytes_total", "127.0.0.1:0"]
+    daemon.send_signal()
+    daemon.send_signal(signal.SIGINT)
+    assert daemon.wait() == 130
 
 
 def test_reloads(start: Start, tmp_path: Path) -> None:
@@ -229,6 +233,7 @@ def test_reloads(start: Start, tmp_path: Path) -> None:
     assert status(daemon)["reloads"] == {"failure": 2, "success": 1}
     samples = scrape(daemon)
     assert (samples["echod_reloads_total", "failure"], samples["echod_reloads_total", "success"]) == (2, 1)
+    assert daemon.stop() == 0
 
 
 def test_another_address_needs_a_restart(start: Start, tmp_path: Path) -> None:
@@ -240,6 +245,7 @@ def test_another_address_needs_a_restart(start: Start, tmp_path: Path) -> None:
     assert daemon.wait_for("restart_needed")["settings"] == ["admin.address"]
     report = status(daemon)
     assert (report["restart_needed"], report["reloads"]) == (["admin.address"], {"success": 1})
+    assert daemon.stop() == 0
 
 
 def test_unix_socket(start: Start, tmp_path: Path) -> None:
@@ -320,6 +326,7 @@ def test_methods_and_paths(start: Start) -> None:
     assert (missing.status, missing.body) == (404, b"there are: / /livez /readyz /metrics /status\n")
     assert get(daemon, "/metrics?x=1").status == 200
     assert get(daemon, "/livez", "OPTIONS", Origin="http://elsewhere.example").status == 405
+    assert daemon.stop() == 0
 
 
 def test_headers(start: Start) -> None:
@@ -362,6 +369,7 @@ def test_names_of_a_loopback_address(host: str, right: bool) -> None:
         answer = get(daemon, "/status", Host=host.format(port=place(daemon)[1]))
         assert answer.status == (200 if right else 421)
         assert (b"version" in answer.body) == right
+        assert daemon.stop() == 0
 
 
 def test_names_of_other_addresses() -> None:
@@ -400,6 +408,7 @@ def test_half_closed(start: Start) -> None:
         sock.sendall(request[:-2])
         sock.shutdown(socket.SHUT_WR)
         assert received(sock) == b""
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize(
@@ -523,6 +532,7 @@ def test_a_reader_that_comes_back(loop_name: str) -> None:
             until(lambda: waiting(sock) > 0)
             time.sleep(0.5)  # for the answers to fill all that lies between: there is no event for that
             assert received(sock).count(b"</html>") == count
+        assert daemon.stop() == 0
 
 
 def waiting(sock: socket.socket) -> int:
@@ -602,6 +612,12 @@ def test_shared_work(loop_name: str) -> None:
         assert second - ended > 0.9 * 9 * (ended - first)
 
 
+def test_stop_where_nobody_asked(start: Start) -> None:
+    daemon = start(*WATCHED)
+    assert daemon.stop() == 0
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
 def test_stop_with_connections(start: Start) -> None:
     """Silent, half-asked and unread connections do not hold up the stop, nor does any leave a trace in the log."""
     daemon = start(*WATCHED, python=("-X", "dev"))
@@ -615,6 +631,21 @@ def test_stop_with_connections(start: Start) -> None:
         assert time.monotonic() - began < 10
     assert {event["level"] for event in daemon.events} == {"info"}
     assert len(daemon.raw) == len(daemon.events), "a line that is not of the log"
+
+
+def test_stop_with_a_client_that_does_not_read(loop_name: str) -> None:
+    """What it has not taken by the end is dropped."""
+    with (
+        patched_daemon("from echod import admin; admin._ANSWER_EVERY = 0", loop_name) as daemon,
+        socket.socket() as sock,
+    ):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(place(daemon))
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
+        assert waiting(sock) > 0
+        time.sleep(0.5)  # for the answers to fill all that lies between: there is no event for that
+        assert daemon.stop() == 0
+        assert {event["level"] for event in daemon.events} == {"info"}
 
 
 def test_stop_during_an_answer(loop_name: str) -> None:
@@ -672,6 +703,7 @@ def test_no_descriptor_for_a_connection(start: Start) -> None:
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
         sock.settimeout(PATIENCE)
         assert received(sock).endswith(b"alive\n")
+    assert daemon.stop() == 0
 
 
 def test_reset_before_its_turn(loop_name: str) -> None:
@@ -867,6 +899,7 @@ def test_accept_pauses(start: Start) -> None:
         assert samples["echod_connections_limit", "127.0.0.1:0"] == 1
     daemon.wait_for("accept_resumed")
     assert scrape(daemon)["echod_accept_paused", "127.0.0.1:0"] == 0
+    assert daemon.stop() == 0
 
 
 # The page

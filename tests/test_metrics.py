@@ -51,7 +51,9 @@ def exposition(start: Start, tmp_path: Path) -> str:
     with daemon.connect() as client:
         reset(client)
     daemon.wait_for("client_closed", count=4)
-    return get(daemon, "/metrics").body.decode()
+    text = get(daemon, "/metrics").body.decode()
+    assert daemon.stop() == 0
+    return text
 
 
 def test_form(exposition: str) -> None:

@@ -135,7 +135,7 @@ class Admin:
         )
         for listening in self.listener.sockets:
             listening.sock.listen(_BACKLOG)
-        self._listen()
+        self._next_accept = self._loop.call_later(0, self._listen)
 
     async def close(self) -> None:
         """Let answers under way finish, for half a second and a bit, and close everything."""
@@ -143,13 +143,13 @@ class Admin:
         self._next_accept.cancel()
         for listening in self.listener.sockets:
             listening.close()
-        if self._joining:
-            await asyncio.wait(self._joining)
+        await asyncio.gather(*self._joining)
         self._http.pre_shutdown()
         await self._http.shutdown(_FAREWELL)
-        for connection in self._connections.values():
-            connection.abort()
-        if self._connections:
+        while self._connections:
+            self._all_lost.clear()
+            for connection in self._connections.values():
+                connection.abort()
             await self._all_lost.wait()
         self._thread.shutdown(wait=False)
 
