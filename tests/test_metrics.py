@@ -132,6 +132,7 @@ def test_no_round_trips_of_unix_sockets(start: Start, tmp_path: Path) -> None:
     samples = scrape(daemon)
     assert samples["echod_connection_rtt_seconds_count", f"unix:{path}"] == 0
     assert samples["echod_connection_duration_seconds_count", f"unix:{path}"] == 1
+    assert daemon.stop() == 0
 
 
 def test_distribution() -> None:
