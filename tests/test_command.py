@@ -91,6 +91,7 @@ action = "raise"
         "[shutdown]",
         "[log]",
         'file = "#\'\\\\"  # ECHOD_LOG__FILE',
+        "[admin]",
         '[faults."#\\""]',
         f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}',
         f'action = "raise"  # {path}',

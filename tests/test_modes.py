@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -231,6 +232,20 @@ def test_info_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
     assert seen["credentials"] == {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
     line = daemon.wait_for("client_closed")
     assert (line["received"], line["sent"] > 0, line["acked"]) == (0, True, line["sent"])
+
+
+def test_info_and_a_client_that_half_closes(start: Start) -> None:
+    """A client that has nothing to say, and says so at once, is answered."""
+    daemon = start(*INFO, listen=None)
+    daemon.freeze()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in range(20)]
+        for client in clients:
+            client.shutdown(socket.SHUT_WR)
+        daemon.send_signal(signal.SIGCONT)
+        for client in clients:
+            assert json.loads(receive(client, 10_000))["peer"]
+    daemon.wait_for("client_closed", count=20, reason="info")
 
 
 def test_info_and_a_client_that_is_gone(start: Start) -> None:

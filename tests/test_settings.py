@@ -96,6 +96,7 @@ SAMPLES = {
     "log.format": "logfmt",
     "log.file": "x.log",
     "log.connections": "failed",
+    "admin.address": "127.0.0.1:9",
 }
 
 
@@ -282,7 +283,7 @@ level = "loud"
         f"--faults.b.when: faults.b.when: unknown key; there are: {', '.join(FaultSettings.model_fields)}",
         "FILE: listeners.r.address: is missing",
         "FILE: listeners.r.fault: should be a valid string, not 3",
-        "FILE: colour: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners",
+        "FILE: colour: unknown key; there are: loop, listen, limits, shutdown, log, admin, faults, listeners",
         "FILE: listen: 'h:1' is listened on already",
         "FILE: listeners.q.address: 'h:1' is listened on already",
         "FILE: listeners.q.fault: no fault is named 'bo'; did you mean 'b'?",
@@ -330,6 +331,26 @@ def test_table_over_a_value(write: Write) -> None:
             'listen = ["h:1"]\n[listeners."h:1"]\naddress = "h:2"',
             "FILE: listeners.h:1: an address in listen has this name already",
         ),
+        (
+            '[admin]\naddress = "127.0.0.1"',
+            "FILE: admin.address: '127.0.0.1' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME",
+        ),
+        (
+            '[admin]\naddress = "systemd:admin"',
+            (
+                "FILE: admin.address: 'systemd:admin': it opens its socket itself: "
+                "write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME"
+            ),
+        ),
+        ("[admin]\naddress = 9000", "FILE: admin.address: should be a valid string, not 9000"),
+        (
+            'listen = ["h:1"]\n[admin]\naddress = "H:1"',
+            "FILE: admin.address: 'H:1' is listened on already",
+        ),
+        (
+            '[listeners.admin]\naddress = "h:1"\n[admin]\naddress = "h:2"',
+            "FILE: listeners.admin: admin.address has this name already",
+        ),
         ("[limits]\nbacklog = 0", "FILE: limits.backlog: should be greater than or equal to 1, not 0"),
         (
             "[limits]\nbacklog = 1.5",
@@ -361,7 +382,10 @@ def test_table_over_a_value(write: Write) -> None:
             '[faults.a]\naction = "raise"\ntrigger = ""',
             "FILE: faults.a.trigger: should have at least 1 character, not ''",
         ),
-        ('"a\\nb" = 1', "FILE: a\\nb: unknown key; there are: loop, listen, limits, shutdown, log, faults, listeners"),
+        (
+            '"a\\nb" = 1',
+            "FILE: a\\nb: unknown key; there are: loop, listen, limits, shutdown, log, admin, faults, listeners",
+        ),
         ("a = [", "FILE: is not TOML: Invalid value (at line 1, the end of the file)"),
         ("[limits]\nbacklog = = 3", "FILE: is not TOML: Invalid value (at line 2, column 11)"),
         (

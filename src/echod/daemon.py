@@ -26,16 +26,18 @@ from echod.systemd import Notifier, count
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
+    from echod.admin import Admin
     from echod.listeners import Listener
     from echod.logs import Log
     from echod.resources import Resources
     from echod.settings import Key
     from echod.signals import Signals
     from echod.sources import Loaded
+    from echod.status import Subject
     from echod.systemd import Manager
 
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
@@ -66,12 +68,18 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
     inherited = inherit()
     tables = _tables(found.loaded, inherited)
     wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
+    if settings.admin.address:
+        # Before anything listens: it takes its time to import.
+        from echod.admin import Admin  # noqa: PLC0415  (an extra)
+
+        wanted.append(Wanted("admin", addresses.parse(settings.admin.address)))
     listeners = open_listeners(wanted, settings.limits.backlog, inherited)
+    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address else None
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        daemon = _Daemon(found, tables, log, load, descriptors, inherited)
+        daemon = _Daemon(found, tables, log, load, descriptors, inherited, admin)
         return runner.run(daemon.run(listeners, signals, manager))
 
 
@@ -93,6 +101,7 @@ class _Daemon:
         load: Callable[[], Resources],
         descriptors: int,
         inherited: Collection[str],
+        admin: Admin | None,
     ) -> None:
         self._found = found
         self._first = found.loaded.settings
@@ -102,12 +111,16 @@ class _Daemon:
         self._descriptors = descriptors
         self._inherited = inherited
         self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
+        self._admin = admin
+        if admin is not None:
+            self._own_descriptors += admin.max_connections
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
         self._stop = asyncio.Event()
         self._signals: list[int] = []
         self._reloading = False
         self._reload_again = False
+        self._reloads = Counter[str]()
 
     async def run(self, listeners: list[Listener], signals: Signals, manager: Manager | None) -> int:
         loop = asyncio.get_running_loop()
@@ -117,7 +130,8 @@ class _Daemon:
         self._warn()
         max_connections = self._cap()
         for listener in listeners:
-            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections)
+            observers = () if self._admin is None else (self._admin.observer(listener.name),)
+            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections, observers)
             server_settings = self._server_settings(listener.name, max_connections)
             self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
         self._logger.info(
@@ -127,12 +141,16 @@ class _Daemon:
             loop=type(loop).__module__.partition(".")[0],
             python=platform.python_version(),
         )
+        addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
+        if self._admin is not None:
+            self._admin.start(self._subject(addresses_in_use))
         for listener in listeners:
             self._servers[listener.name].start()
-            for listening in listener.sockets:
-                name = listening.sock.getsockname()
-                address = addresses.from_sockaddr(name)
-                self._logger.info("listening", listener=listener.name, address=str(address or name))
+            for address in addresses_in_use[listener.name]:
+                self._logger.info("listening", listener=listener.name, address=address)
+        if self._admin is not None:
+            for address in _addresses(self._admin.listener):
+                self._logger.info("listening", listener="admin", address=address)
         self._notifier.ready()
         await self._stop.wait()
         self._notifier.stopping()
@@ -143,6 +161,8 @@ class _Daemon:
         receipt = asdict(Receipt.total(receipts))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
+        if self._admin is not None:
+            await self._admin.close()
         self._logger.info("stopped", **self._totals())
         signals.detach(loop)
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
@@ -204,6 +224,7 @@ class _Daemon:
                 problems = [f"an unexpected failure: {outcome!r}"]
             else:
                 problems = self._apply(outcome)
+            self._reloads["failure" if problems else "success"] += 1
             if problems:
                 self._logger.error("reload_failed", problems=problems)
             self._notifier.reloaded(problems)
@@ -228,15 +249,18 @@ class _Daemon:
                 server.reconfigure(self._server_settings(name, max_connections), settings.limits.backlog)
         self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
         self._warn()
-        if waiting := sorted({".".join(key) for key in self._waiting_for_restart()}):
+        if waiting := self._restart_needed():
             self._logger.warning("restart_needed", settings=waiting)
         return []
+
+    def _restart_needed(self) -> list[str]:
+        return sorted({".".join(key) for key in self._waiting_for_restart()})
 
     def _waiting_for_restart(self) -> Iterator[Key]:
         """Yield what is not in force, since it takes effect at a start only."""
         began_with, now = self._first, self._found.loaded.settings
         for key in changes(began_with, now):
-            if key[0] in {"loop", "listen"}:
+            if key[0] in {"loop", "listen", "admin"}:
                 yield key
             elif key[0] == "listeners" and not (key[1] in began_with.listeners and key[1] in now.listeners):
                 yield key[:2]
@@ -275,6 +299,19 @@ class _Daemon:
         received = count(sum(server.received for server in servers), "byte")
         return f"{clients} now, {connections} so far, {received} received"
 
+    def _subject(self, addresses_in_use: Mapping[str, Sequence[str]]) -> Subject:
+        from echod.status import Subject  # noqa: PLC0415  (of use to the admin listener only)
+
+        return Subject(
+            servers=self._servers,
+            addresses=addresses_in_use,
+            found=lambda: self._found,
+            draining=self._stop.is_set,
+            restart_needed=self._restart_needed,
+            reloads=self._reloads,
+            log_lines_dropped=lambda: self._log.lost,
+        )
+
     def _totals(self) -> dict[str, object]:
         """Return what was done since the start, for the last line of the log."""
         accounts = [server.ledger.account for server in self._servers.values()]
@@ -289,6 +326,12 @@ class _Daemon:
             "discarded_bytes": sum(account.discarded for account in accounts),
             **({"faults": dict(faults)} if faults else {}),
         }
+
+
+def _addresses(listener: Listener) -> list[str]:
+    """Return what a listener's sockets are bound to."""
+    names = (listening.sock.getsockname() for listening in listener.sockets)
+    return [str(addresses.from_sockaddr(name) or name) for name in names]
 
 
 def _lowest_free_descriptor() -> int:

@@ -61,6 +61,8 @@ class LogWriter:
         self._lines: list[bytes] = []
         self._size = 0
         self._dropped = 0
+        self.lost = 0
+        """Lines dropped since the beginning."""
         self._torn = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -71,6 +73,7 @@ class LogWriter:
         with self._lock:
             if self._size + len(line) > _QUEUE_BYTES:
                 self._dropped += 1
+                self.lost += 1
                 return
             self._lines.append(line)
             self._size += len(line)
@@ -109,6 +112,9 @@ class LogWriter:
                 dropped, self._dropped = self._dropped, 0
             lost = self._write_lines(lines)
             dropped += lost
+            if lost:
+                with self._lock:
+                    self.lost += lost
             if dropped and (lost or self._write_lines([self._notice(dropped)])):
                 with self._lock:
                     self._dropped += dropped
@@ -186,6 +192,7 @@ class Log:
         self.logger: FilteringBoundLogger
         self._target: _Target | None = None
         self._retired: list[LogWriter] = []
+        self._lost_before = 0
         self.reopen(settings)
         self._bridge = _Bridge(self)
 
@@ -202,6 +209,7 @@ class Log:
         if before is None or before.is_file or settings.file != "-":
             self._target = _Target(settings.file)
             if before is not None:
+                self._lost_before += before.writer.lost
                 before.writer.end()
                 self._retired = [*(writer for writer in self._retired if not writer.ended), before.writer]
         target = self._target
@@ -217,6 +225,12 @@ class Log:
             processors=target.processors,
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
+
+    @property
+    def lost(self) -> int:
+        """How many lines were dropped since the start, but for those of a file that was being closed."""
+        assert self._target is not None
+        return self._lost_before + self._target.writer.lost
 
     def capture(self) -> None:
         """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""

@@ -131,6 +131,13 @@ class InfoSession(EchoSession):
         """Count and drop."""
         self.discarded += len(data)
 
+    def eof_received(self) -> bool:
+        """Answer a client all the same that closes its own direction before its turn has come."""
+        if self.stage is not None:
+            return super().eof_received()
+        self.eof = True
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Take the final counts, and let go of the client, which has this session."""
         self._describe = None

@@ -76,5 +76,8 @@ def _unusable(loaded: Loaded) -> Iterator[Problem]:
     if settings.loop == "uvloop" and not has_uvloop():
         message = "uvloop is not installed: install it, or choose auto or asyncio"
         yield Problem(loaded.origins["loop",], "loop", message)
+    if settings.admin.address and not all(map(importlib.util.find_spec, ("aiohttp", "prometheus_client"))):
+        message = "aiohttp and prometheus-client are needed for it: pip install 'echod[admin]'"
+        yield Problem(loaded.origins["admin", "address"], "admin.address", message)
     if (reason := logs.unusable(settings.log.file)) is not None:
         yield Problem(loaded.origins["log", "file"], "log.file", reason)

@@ -23,7 +23,7 @@ from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from types import TracebackType
     from typing import Unpack
 
@@ -236,6 +236,16 @@ class Server:
     def received(self) -> int:
         """The number of bytes received so far, from clients that have left and from those that are connected."""
         return self.ledger.account.received + sum(client.session.received for client in self._clients.values())
+
+    @property
+    def connected(self) -> Collection[Client]:
+        """The connected clients: a live view."""
+        return self._clients.values()
+
+    @property
+    def accept_paused(self) -> bool:
+        """Whether somebody has to wait in the backlog."""
+        return self._paused_since is not None
 
     def start(self) -> None:
         """Begin to accept, in the running loop.

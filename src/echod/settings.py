@@ -34,6 +34,8 @@ PREFIX = "ECHOD_"
 _HIGHEST_COUNT = 2**31 - 1
 _LARGEST_SIZE = 2**30
 
+_ADMIN_FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME"
+
 Key = tuple[str, ...]
 
 
@@ -72,6 +74,19 @@ def _address(text: str) -> str:
     return text
 
 
+def _admin_address(text: str) -> str:
+    if not text:
+        return text
+    try:
+        address = addresses.parse(text)
+    except addresses.AddressError as error:
+        raise addresses.AddressError(str(error).replace(addresses.FORMS, _ADMIN_FORMS)) from None
+    if isinstance(address, addresses.InheritedAddress):
+        msg = f"{text!r}: it opens its socket itself: write {_ADMIN_FORMS}"
+        raise addresses.AddressError(msg)
+    return text
+
+
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -101,6 +116,7 @@ Number = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=_HIGHEST_COUNT
 Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(gt=0, le=1)]
 Trigger = Annotated[str, Field(min_length=1)]
 Address = Annotated[str, AfterValidator(_address)]
+AdminAddress = Annotated[str, AfterValidator(_admin_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Permissions = Annotated[str, AfterValidator(_mode)]
 Text = Annotated[str, AfterValidator(_text)]
@@ -184,6 +200,16 @@ class LogSettings(_Section):
         "nonempty",
         description="Which closed connections get a line. nonempty: those that sent a byte. failed: those that did "
         "not end well.",
+    )
+
+
+class AdminSettings(_Section):
+    """Metrics, status and probes over HTTP."""
+
+    address: AdminAddress = Field(
+        "",
+        description=f"Where HTTP is spoken: {_ADMIN_FORMS}. Whoever reaches it may read all of it, so keep it on loopback "
+        "or in a network of your own. Empty: nowhere.",
     )
 
 
@@ -306,6 +332,7 @@ class Settings(BaseSettings):
     limits: LimitsSettings = Field(LimitsSettings(), description="What clients may use.")
     shutdown: ShutdownSettings = Field(ShutdownSettings(), description="How a stop goes.")
     log: LogSettings = Field(LogSettings(), description="What is logged, how and where.")
+    admin: AdminSettings = Field(AdminSettings(), description="Metrics, status and probes over HTTP.")
     faults: dict[Text, FaultSettings] = Field(
         {}, description="Named ways to misbehave: a table for each, [faults.NAME]."
     )
@@ -344,15 +371,16 @@ def leaves(model: type[BaseModel] = Settings, path: Key = ()) -> Iterator[tuple[
 
 def changes(before: Settings, after: Settings) -> Iterator[Key]:
     """Yield the keys whose values differ, in the model's order; of a table of names, also those that one alone has."""
-    one, other = dict(_flat(before.model_dump())), dict(_flat(after.model_dump()))
+    one, other = dict(flat(before.model_dump())), dict(flat(after.model_dump()))
     for key in one | other:
         if key not in one or key not in other or one[key] != other[key]:
             yield key
 
 
-def _flat(table: dict[str, Any], path: Key = ()) -> Iterator[tuple[Key, object]]:
+def flat(table: dict[str, Any], path: Key = ()) -> Iterator[tuple[Key, object]]:
+    """Yield the key and value of everything in a table of tables."""
     for name, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, (*path, name))
+            yield from flat(value, (*path, name))
         else:
             yield (*path, name), value

@@ -253,27 +253,40 @@ def _conflicts(values: Mapping[str, Any], origins: Mapping[Key, str]) -> Iterato
         *((("listen",), text) for text in (listen if isinstance(listen, list) else ())),
         *((("listeners", name, "address"), table.get("address")) for name, table in tables.items()),
     ]
+    if admin := _table(values, "admin").get("address"):
+        places.append((("admin", "address"), admin))
     if listen == [] and not values.get("listeners"):
         yield Problem(_origin(("listen",), origins), "listen", "there is no address to listen on")
+    for key, text in _repeated(places):
+        yield Problem(_origin(key, origins), ".".join(key), f"{text!r} is listened on already")
+    faults = _table(values, "faults")
+    names = {
+        str(text).strip(): "an address in listen has this name already" for key, text in places if key == ("listen",)
+    }
+    if admin:
+        names["admin"] = "admin.address has this name already"
+    for name, table in tables.items():
+        if name in names:
+            key = ("listeners", name)
+            yield Problem(_origin(key, origins), ".".join(key), names[name])
+        for key_name, message in _useless(table, faults):
+            key = ("listeners", name, key_name)
+            yield Problem(_origin(key, origins), ".".join(key), message)
+
+
+def _repeated(places: Iterable[tuple[Key, object]]) -> Iterator[tuple[Key, str]]:
+    """Yield what another key, or the same, listens on already; what is no address is passed over."""
     seen: set[addresses.Address] = set()
-    for key, text in places:
+    for key, value in places:
+        text = str(value).strip()
         try:
-            address = addresses.parse(str(text).strip())
+            address = addresses.parse(text)
         except addresses.AddressError:
             continue
         free = isinstance(address, addresses.TcpAddress) and not address.port
         if address in seen and (not free or key == ("listen",)):
-            yield Problem(_origin(key, origins), ".".join(key), f"{str(text).strip()!r} is listened on already")
+            yield key, text
         seen.add(address)
-    faults = _table(values, "faults")
-    names = [str(text).strip() for key, text in places if key == ("listen",)]
-    for name, table in tables.items():
-        if name in names:
-            key = ("listeners", name)
-            yield Problem(_origin(key, origins), ".".join(key), "an address in listen has this name already")
-        for key_name, message in _useless(table, faults):
-            key = ("listeners", name, key_name)
-            yield Problem(_origin(key, origins), ".".join(key), message)
 
 
 def _useless(table: Mapping[str, Any], faults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
