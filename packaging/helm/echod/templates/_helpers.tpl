@@ -1,0 +1,78 @@
+{{- define "echod.name" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* The name of everything: at most 50 characters, so that there is room for what is put behind it. */}}
+{{- define "echod.fullname" -}}
+{{- $name := include "echod.name" . }}
+{{- $whole := .Values.fullnameOverride | default (contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name)) }}
+{{- $whole | trunc 50 | trimSuffix "-" }}
+{{- end }}
+
+{{/* What tells this release's pods from all others; it never changes. */}}
+{{- define "echod.selector" -}}
+app.kubernetes.io/name: {{ include "echod.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: daemon
+{{- end }}
+
+{{- define "echod.labels" -}}
+{{ include "echod.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "echod.image" -}}
+{{- with .Values.image }}
+{{- .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* The longest that a stop takes by itself, rounded up, and a margin. */}}
+{{- define "echod.gracePeriod" -}}
+{{- with .Values.config.shutdown }}
+{{- add (ceil (addf .delay .drain_timeout .linger_timeout)) $.Values.terminationMargin }}
+{{- end }}
+{{- end }}
+
+{{/* echod's settings, as TOML. */}}
+{{- define "echod.toml" -}}
+{{- $listeners := dict }}
+{{- $ports := dict (toString (int .Values.admin.port)) "admin" }}
+{{- $servicePorts := dict }}
+{{- range $name, $listener := .Values.listeners }}
+  {{- range $kind, $taken := dict "port" $ports "servicePort" $servicePorts }}
+    {{- $number := toString (int (index $listener $kind)) }}
+    {{- with get $taken $number }}{{ fail (printf "listeners.%s.%s: %s is that of %s already" $name $kind $number .) }}{{ end }}
+    {{- $_ := set $taken $number $name }}
+  {{- end }}
+  {{- $table := merge (dict "address" (printf ":%d" (int $listener.port))) (omit $listener "port" "servicePort" "tls") }}
+  {{- with $listener.tls }}
+    {{- $folder := printf "/etc/echod/tls/%s" $name }}
+    {{- $tls := dict "certificate" (printf "%s/tls.crt" $folder) "private_key" (printf "%s/tls.key" $folder) }}
+    {{- with .minimum_version }}{{ $_ := set $tls "minimum_version" . }}{{ end }}
+    {{- if .clientCertificates }}{{ $_ := set $tls "client_ca" (printf "%s/ca.crt" $folder) }}{{ end }}
+    {{- $_ := set $table "tls" $tls }}
+  {{- end }}
+  {{- $_ := set $listeners $name $table }}
+{{- end }}
+{{- merge (dict "listeners" $listeners) .Values.config | toToml }}
+{{- end }}
+
+{{- define "echod.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65534
+runAsGroup: 65534
+fsGroup: 65534
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "echod.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end }}

@@ -1,0 +1,215 @@
+"""A dockerd of the tests' own, with a base image that debootstrap makes: no registry is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from harness import until
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from harness import Event
+
+SOURCE = Path(__file__).parent.parent
+
+# Where the base image is kept from one run to the next.
+CACHE_VARIABLE = "DOCKER_TEST_CACHE"
+
+BASE_IMAGE = "local/python:3"
+
+_TOOLS = ("containerd", "debootstrap", "docker", "dockerd", "runc", "umount")
+_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
+_AUTHORITIES = Path("etc/ssl/certs/ca-certificates.crt")
+
+# Seconds that making the base image, or building on it, may take.
+_LONG = 600.0
+
+
+def why_not() -> str | None:
+    """Tell why there can be no dockerd here; None if there can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
+        return f"not installed: {', '.join(missing)}"
+    return None
+
+
+class Engine:
+    """A running dockerd, without a network but the host's, that has the base image.
+
+    At its end nothing is left: no container, no process, no mount, no file.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="echod-docker-"))  # short: it holds a socket
+        host = f"unix://{self._folder}/socket"
+        # The builder of old is in every docker.
+        self._env = os.environ | {"DOCKER_HOST": host, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self._folder)}
+        self._log = (self._folder / "log").open("wb")
+        self._daemon = subprocess.Popen(
+            [
+                *("dockerd", f"--host={host}", f"--pidfile={self._folder}/pid"),
+                *(f"--data-root={self._folder}/data", f"--exec-root={self._folder}/exec"),
+                *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        try:
+            until(self._is_up)
+            self._import_base()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything, also what is still running in containers."""
+        if self._daemon.poll() is None:
+            if names := self.docker("ps", "--all", "--quiet", check=False).stdout.split():
+                self.docker("rm", "--force", *names, check=False)
+            self._daemon.send_signal(signal.SIGTERM)
+            try:
+                self._daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
+        self._log.close()
+        # Those inside others come first.
+        for mount in reversed(self._mounts()):
+            subprocess.run(["umount", mount], check=True)
+        shutil.rmtree(self._folder)
+
+    def docker(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the client."""
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_LONG,
+            env=self._env,
+            cwd=SOURCE,
+        )
+        if check:
+            assert done.returncode == 0, f"docker {arguments}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the client, and do not wait for it."""
+        return subprocess.Popen(["docker", *arguments], stdout=subprocess.DEVNULL, env=self._env)
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        """Return what is known of an image or a container."""
+        found: list[dict[str, Any]] = json.loads(self.docker("inspect", name).stdout)
+        return found[0]
+
+    def _is_up(self) -> bool:
+        assert self._daemon.poll() is None, (self._folder / "log").read_text()[-3000:]
+        return self.docker("version", check=False).returncode == 0
+
+    def _mounts(self) -> list[str]:
+        places = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        return [place for place in places if place.startswith(f"{self._folder}/")]
+
+    def _import_base(self) -> None:
+        with _base().open("rb") as tree:
+            # This machine's authorities may be more than Debian's, and pip has some of its own.
+            command = ["docker", "import", "--change", f"ENV PIP_CERT=/{_AUTHORITIES}", "-", BASE_IMAGE]
+            subprocess.run(command, stdin=tree, check=True, capture_output=True, timeout=_LONG, env=self._env)
+
+
+class Container:
+    """A container of the image under test, with all the restrictions that it is to work under.
+
+    Args:
+        engine: where it runs.
+        name: its name.
+        options: of `docker run`.
+        arguments: of echod.
+
+    """
+
+    def __init__(self, engine: Engine, name: str, *options: str, arguments: tuple[str, ...] = ()) -> None:
+        self._engine = engine
+        self.name = name
+        engine.docker(
+            *("run", "--detach", f"--name={name}", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
+            *(*options, "echod", *arguments),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            sys.stderr.write(self.log())
+        self._engine.docker("rm", "--force", self.name)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._engine.inspect(self.name)["State"]
+        return found
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command in it."""
+        return self._engine.docker("exec", self.name, *command, check=check)
+
+    def log(self) -> str:
+        """Return its log so far."""
+        return self._engine.docker("logs", self.name).stderr
+
+    def events(self, name: str) -> list[Event]:
+        """Return the events of that name so far."""
+        found = []
+        for line in self.log().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found += [event for event in [json.loads(line)] if event["event"] == name]
+        return found
+
+    def wait_for(self, name: str) -> Event:
+        """Wait for the first event of that name."""
+        until(lambda: bool(self.events(name)))
+        return self.events(name)[0]
+
+
+def _base() -> Path:
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / "echod-docker-test")
+    cache.mkdir(parents=True, exist_ok=True)
+    image = cache / "bookworm.tar"
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not image.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                root = Path(folder) / "root"
+                command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(root)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_LONG)
+                assert done.returncode == 0, done.stdout[-3000:]
+                if Path("/", _AUTHORITIES).exists():
+                    shutil.copy(Path("/", _AUTHORITIES), root / _AUTHORITIES)
+                # Beside its place first, so that one that was left half made is not taken for whole.
+                half = Path(folder) / "half.tar"
+                subprocess.run(["tar", "-C", str(root), "-cf", str(half), "."], check=True)
+                half.rename(image)
+    return image

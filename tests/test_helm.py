@@ -1,0 +1,362 @@
+"""The chart, by helm itself: what it renders is valid, safe, and what echod takes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import kubernetes_validate
+import pytest
+import yaml
+
+import echod
+import policy
+from echod.settings import LimitsSettings, ListenerSettings, LogSettings, Settings, ShutdownSettings
+from harness import run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import BaseModel
+
+    from certificates import Certificates
+
+CHART = Path(__file__).parent.parent / "packaging" / "helm" / "echod"
+VALUES = sorted((CHART / "ci").iterdir())
+KUBERNETES = "1.35"
+
+Manifest = dict[str, Any]
+
+# What checkov has against the chart, each with why it stays as it is.
+ACCEPTED = {
+    ("CKV_K8S_11", "Deployment"): "a limit of CPU is throttling, and throttling is latency",
+    ("CKV_K8S_15", "Deployment"): "a release's tag does not move, and pods start while the registry is away",
+    ("CKV_K8S_43", "Deployment"): "image.digest is the user's to give: a chart cannot know that of his registry",
+    ("CKV_K8S_11", "Pod"): "helm test's, which lives for a second",
+    ("CKV_K8S_15", "Pod"): "as the deployment",
+    ("CKV_K8S_43", "Pod"): "as the deployment",
+    ("CKV_K8S_8", "Pod"): "helm test's is no service: it ends by itself",
+    ("CKV_K8S_9", "Pod"): "helm test's is no service: nobody waits for it to be ready",
+    ("CKV2_K8S_6", "Pod"): "helm test's is nobody's server, and reaches what the network's owner lets it reach",
+}
+
+
+class Tool(NamedTuple):
+    """A command of the cluster's administrator."""
+
+    name: str
+    variable: str
+    """Where it is, if not in PATH."""
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = shutil.which(os.environ.get(self.variable, self.name))
+        if command is None:
+            pytest.skip(f"not installed: {self.name}, which is looked for in PATH and in the variable {self.variable}")
+        return subprocess.run([command, *arguments], capture_output=True, text=True)
+
+
+HELM = Tool("helm", "HELM")
+KUBECTL = Tool("kubectl", "KUBECTL")
+
+
+@functools.cache
+def render(*arguments: str) -> str:
+    """Return all manifests of a release."""
+    done = HELM.run("template", "rel", str(CHART), "--namespace=net", f"--kube-version={KUBERNETES}", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def manifests(*arguments: str) -> list[Manifest]:
+    return [manifest for manifest in yaml.safe_load_all(render(*arguments)) if manifest]
+
+
+def one(found: list[Manifest], kind: str) -> Manifest:
+    """Return the first of a kind."""
+    return next(manifest for manifest in found if manifest["kind"] == kind)
+
+
+def pod(found: list[Manifest]) -> Manifest:
+    """Return what a pod is to be."""
+    template: Manifest = one(found, "Deployment")["spec"]["template"]["spec"]
+    return template
+
+
+def variables(found: list[Manifest]) -> Mapping[str, str]:
+    return {entry["name"]: entry["value"] for entry in pod(found)["containers"][0]["env"]}
+
+
+def settings(found: list[Manifest]) -> Manifest:
+    return tomllib.loads(one(found, "ConfigMap")["data"]["echod.toml"])
+
+
+@pytest.fixture(params=VALUES, ids=lambda path: path.name.removesuffix("-values.yaml"))
+def values(request: pytest.FixtureRequest) -> str:
+    return f"--values={request.param}"
+
+
+def test_lint(values: str) -> None:
+    done = HELM.run("lint", "--strict", f"--kube-version={KUBERNETES}", str(CHART), values)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_manifests_are_valid(values: str) -> None:
+    """Strictly: no key that Kubernetes does not know."""
+    for manifest in manifests(values):
+        assert manifest["metadata"]["namespace"] == "net"
+        assert len(manifest["metadata"]["name"]) <= 63
+        if manifest["kind"] != "ServiceMonitor":  # it is no part of Kubernetes
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_manifests_are_resources(values: str, tmp_path: Path) -> None:
+    """Kubectl reads them, and finds none twice."""
+    text = render(values)
+    (tmp_path / "all.yaml").write_text(text)
+    (tmp_path / "kustomization.yaml").write_text("resources: [all.yaml]\n")
+    done = KUBECTL.run("kustomize", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+    def names(text: str) -> list[tuple[str, str]]:
+        return sorted((found["kind"], found["metadata"]["name"]) for found in yaml.safe_load_all(text) if found)
+
+    assert names(done.stdout) == names(text)
+
+
+def test_echod_takes_its_settings(values: str, tmp_path: Path, certificates: Certificates) -> None:
+    """With the variables that the pod has, and the secrets' files where they are here."""
+    found = manifests(values)
+    text = one(found, "ConfigMap")["data"]["echod.toml"]
+    for name, path in (
+        ("tls.crt", certificates.certificate),
+        ("tls.key", certificates.key),
+        ("ca.crt", certificates.ca),
+    ):
+        text = re.sub(f"/etc/echod/tls/[a-z]+/{name}", str(path), text)
+    file = tmp_path / "echod.toml"
+    file.write_text(text)
+    done = run("check", env={**variables(found), "ECHOD_CONFIG": str(file)})
+    assert (done.returncode, done.stdout) == (0, "configuration OK\n"), done.stderr
+
+
+def test_everything_reaches_the_settings() -> None:
+    wanted = yaml.safe_load((CHART / "ci" / "everything-values.yaml").read_text())
+    found = settings(manifests(f"--values={CHART}/ci/everything-values.yaml"))
+    for section in ("limits", "log"):
+        assert found[section] == wanted["config"][section]
+    assert found["faults"] == wanted["config"]["faults"]
+    assert found["loop"] == "asyncio"
+    assert found["listeners"] == {
+        "echo": {"address": ":8000"},
+        "lines": {"address": ":8001", "mode": "line"},
+        "info": {"address": ":8002", "mode": "info"},
+        "boom": {"address": ":8003", "fault": "boom"},
+        "secure": {
+            "address": ":8443",
+            "tls": {
+                "certificate": "/etc/echod/tls/secure/tls.crt",
+                "private_key": "/etc/echod/tls/secure/tls.key",
+                "minimum_version": "1.3",
+            },
+        },
+        "mutual": {
+            "address": ":8444",
+            "tls": {
+                "certificate": "/etc/echod/tls/mutual/tls.crt",
+                "private_key": "/etc/echod/tls/mutual/tls.key",
+                "client_ca": "/etc/echod/tls/mutual/ca.crt",
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("default", 31), ("everything", 36), ("proxy", 6), ("bare", 3632)])
+def test_grace_period(name: str, seconds: int) -> None:
+    """A pod is killed when a stop can have ended by itself, and not before."""
+    found = manifests(f"--values={CHART}/ci/{name}-values.yaml")
+    shutdown = settings(found)["shutdown"]
+    longest = shutdown["delay"] + shutdown["drain_timeout"] + shutdown["linger_timeout"]
+    period = pod(found)["terminationGracePeriodSeconds"]
+    margin = {"everything": 10, "bare": 0}.get(name, 5)
+    assert period == seconds == math.ceil(longest) + margin
+
+
+def test_readiness_is_seen_in_time() -> None:
+    """The cluster has looked away from a pod before it stops to accept."""
+    found = manifests()
+    probe = pod(found)["containers"][0]["readinessProbe"]
+    assert probe["httpGet"] == {"path": "/readyz", "port": "admin"}
+    assert probe["periodSeconds"] * probe["failureThreshold"] < settings(found)["shutdown"]["delay"]
+
+
+def test_ports_fit_together(values: str) -> None:
+    """What the settings, the pod, the service, the policy and the monitor say of ports is one thing."""
+    found = manifests(values)
+    listeners = {name: int(table["address"].removeprefix(":")) for name, table in settings(found)["listeners"].items()}
+    ports = {port["name"]: port["containerPort"] for port in pod(found)["containers"][0]["ports"]}
+    admin = int(variables(found)["ECHOD_ADMIN__ADDRESS"].removeprefix(":"))
+    assert ports == {**listeners, "admin": admin}
+    service = one(found, "Service")
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(listeners)
+    labels = one(found, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    for manifest in found:
+        if manifest["kind"] == "Service":
+            assert labels >= manifest["spec"]["selector"].items()
+        elif manifest["kind"] in {"Deployment", "PodDisruptionBudget"}:
+            assert labels >= manifest["spec"]["selector"]["matchLabels"].items()
+        elif manifest["kind"] == "NetworkPolicy":
+            assert labels >= manifest["spec"]["podSelector"]["matchLabels"].items()
+            echo, *others = manifest["spec"]["ingress"]
+            assert {port["port"] for port in echo["ports"]} == set(listeners)
+            assert all([port["port"] for port in rule["ports"]] == ["admin"] for rule in others)
+            assert manifest["spec"]["egress"] == []
+        elif manifest["kind"] == "HorizontalPodAutoscaler":
+            assert manifest["spec"]["scaleTargetRef"]["name"] == one(found, "Deployment")["metadata"]["name"]
+
+
+def test_monitor_finds_its_service() -> None:
+    found = manifests("--set=serviceMonitor.enabled=true", "--set=serviceMonitor.labels.release=prometheus")
+    monitor = one(found, "ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    services = [manifest for manifest in found if manifest["kind"] == "Service"]
+    chosen = [service for service in services if service["metadata"]["labels"].items() >= wanted]
+    assert [service["metadata"]["name"] for service in chosen] == ["rel-echod-metrics"]
+    endpoint = monitor["spec"]["endpoints"][0]
+    assert [port["name"] for port in chosen[0]["spec"]["ports"]] == [endpoint["port"]]
+    assert endpoint["path"] == "/metrics"
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_what_can_be_switched() -> None:
+    kinds = {manifest["kind"] for manifest in manifests()}
+    assert kinds == {"ConfigMap", "Deployment", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service"}
+    bare = manifests(f"--values={CHART}/ci/bare-values.yaml")
+    assert {manifest["kind"] for manifest in bare} == {"ConfigMap", "Deployment", "Pod", "Service"}
+    assert "topologySpreadConstraints" not in pod(bare)
+    assert one(bare, "Deployment")["spec"]["replicas"] == 1
+    everything = manifests(f"--values={CHART}/ci/everything-values.yaml")
+    assert {manifest["kind"] for manifest in everything} == kinds | {"HorizontalPodAutoscaler", "ServiceMonitor"}
+    assert "replicas" not in one(everything, "Deployment")["spec"]
+    # The client that `helm test` starts cannot pretend to be a proxy.
+    assert "Pod" not in {manifest["kind"] for manifest in manifests(f"--values={CHART}/ci/proxy-values.yaml")}
+    probes = {container["name"]: container["args"] for container in one(everything, "Pod")["spec"]["containers"]}
+    assert {name: arguments[4:] for name, arguments in probes.items()} == {
+        "echo": [],
+        "lines": [],
+        "secure": ["--tls", "--insecure"],
+    }
+
+
+def test_other_settings_are_other_pods() -> None:
+    def checksum(*arguments: str) -> str:
+        annotations = one(manifests(*arguments), "Deployment")["spec"]["template"]["metadata"]["annotations"]
+        return str(annotations["checksum/config"])
+
+    assert checksum() == checksum("--set=replicaCount=5")
+    assert checksum() != checksum("--set=config.limits.idle_timeout=60")
+
+
+def test_security(values: str) -> None:
+    """As the image is run in Docker, and without what Kubernetes puts into a pod."""
+    for manifest in manifests(values):
+        if manifest["kind"] not in {"Deployment", "Pod"}:
+            continue
+        spec = manifest["spec"]["template"]["spec"] if manifest["kind"] == "Deployment" else manifest["spec"]
+        assert spec["enableServiceLinks"] is spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["securityContext"]["runAsUser"] == 65534
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "runAsNonRoot": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_policy(tmp_path: Path) -> None:
+    file = tmp_path / "rendered.yaml"
+    file.write_text(render("--set=serviceMonitor.enabled=true", "--set=autoscaling.enabled=true"))
+    assert policy.failures(file, "kubernetes") == set(ACCEPTED)
+
+
+@pytest.mark.parametrize(("delay", "warned"), [("5", False), ("3", True)])
+def test_notes(delay: str, warned: bool) -> None:
+    """What is printed at the end: where it listens, and whether it looks away in time."""
+    done = HELM.run("install", "rel", str(CHART), "--dry-run=client", f"--set=config.shutdown.delay={delay}")
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("\nNOTES:\n")[2]
+    assert "rel-echod.default.svc:8000  (echo)" in notes
+    assert ("WARNING" in notes) is warned
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("replicas=3", "replicas"),
+        ("replicaCount=-1", "replicaCount"),
+        ("replicaCount=many", "replicaCount"),
+        ("image.digest=latest", "digest"),
+        ("listeners.echo.port=80", "/listeners/echo/port"),
+        ("listeners.echo.porto=8000", "porto"),
+        ("listeners.admin.port=8001,listeners.admin.servicePort=8001", "admin"),
+        ("listeners.With-Capitals.port=8001,listeners.With-Capitals.servicePort=8001", "With-Capitals"),
+        ("listeners=null", "listeners"),
+        ("listeners.echo.tls.minimum_version=1", "minimum_version"),
+        ("listeners.echo.tls.clientCertificates=true", "secretName"),
+        ("config.shutdown.delay=-1", "delay"),
+        ("config.shutdown.delay=null", "delay"),
+        ("config.shutdown.delay=5s", "delay"),
+        ("config.limits.max_connection=1", "max_connection"),
+        ("config.limits.write_timeout=0", "write_timeout"),
+        ("config.log.level=loud", "level"),
+        ("config.admin.address=:9000", "admin"),
+        ("service.type=ExternalName", "type"),
+        ("podDisruptionBudget.maxUnavailable=half", "maxUnavailable"),
+        ("serviceMonitor.interval=often", "interval"),
+        ("topologySpread[0].topologyKey=zone", "maxSkew"),
+        ("listeners.more.port=8000,listeners.more.servicePort=1", "listeners.more.port: 8000 is that of echo already"),
+        ("listeners.more.port=8001,listeners.more.servicePort=8000", "servicePort: 8000 is that of echo already"),
+        ("admin.port=8000", "listeners.echo.port: 8000 is that of admin already"),
+        ("autoscaling.enabled=true,autoscaling.minReplicas=11", "minReplicas (11) is above autoscaling.maxReplicas"),
+    ],
+)
+def test_bad_values(given: str, said: str) -> None:
+    done = HELM.run("template", "rel", str(CHART), f"--set={given}")
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_schema_follows_the_settings() -> None:
+    """Each setting of echod's can be given, but for those that the chart gives itself."""
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    sections: dict[str, tuple[type[BaseModel], set[str]]] = {
+        "limits": (LimitsSettings, set()),
+        "shutdown": (ShutdownSettings, set()),
+        "log": (LogSettings, {"file"}),
+    }
+    config = schema["config"]["properties"]
+    for name, (model, left_out) in sections.items():
+        assert set(config[name]["properties"]) == set(model.model_fields) - left_out
+    assert set(config) == set(Settings.model_fields) - {"listen", "listeners", "admin"}
+    listener = set(schema["listeners"]["additionalProperties"]["properties"])
+    assert listener - {"port", "servicePort"} == set(ListenerSettings.model_fields) - {"address", "socket_mode"}
+
+
+def test_schema_knows_every_value() -> None:
+    """A value that the chart has is one that the schema has, and the other way round."""
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    assert set(schema) - {"global"} == set(yaml.safe_load((CHART / "values.yaml").read_text()))
+
+
+def test_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == echod.__version__

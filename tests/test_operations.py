@@ -1,0 +1,93 @@
+"""The page on operations names what the source logs, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import echod
+from echod import cli
+from echod.ledger import Entry, Receipt
+from echod.session import Reason
+
+if TYPE_CHECKING:
+    from harness import Start
+
+PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+
+LEVELS = {"debug", "info", "warning", "error", "exception"}
+
+# What stands in a line without being an argument where it is logged: the listener's name is bound to its logger.
+BOUND = {"accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
+UNPACKED = {
+    "client_closed": set(Entry._fields),
+    "drained": set(Receipt.__slots__),
+    "certificate_ends_soon": {"listener", "file", "days"},
+    "stopped": {"connections", "empty", "accept_pauses", "received", "sent", "acked", "discarded_bytes"},
+}
+
+
+class Logged(NamedTuple):
+    """An event as the source has it."""
+
+    level: str
+    fields: frozenset[str]
+
+
+def logged() -> dict[str, Logged]:
+    """Return every event by its name."""
+    found = {"log_lines_dropped": Logged("warning", frozenset({"lines"}))}  # the log's writer makes it itself
+    for module in Path(echod.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(attr=method), args=[ast.Constant(value=str(name))], keywords=keywords
+                ) if method in LEVELS:
+                    fields = {keyword.arg for keyword in keywords if keyword.arg}
+                    fields |= UNPACKED.get(name, set()) | ({"listener"} if name in BOUND else set())
+                    if method == "exception" or "exc_info" in fields:
+                        fields = fields - {"exc_info"} | {"exception"}
+                    level = "error" if method == "exception" else method
+                    found[name] = Logged(level, frozenset(fields))
+    return found
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading."""
+    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    assert table, heading
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()[2:]]
+
+
+def test_events() -> None:
+    """Each with its level, its fields, and what to do."""
+    source = logged()
+    page = {name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("The log")}
+    assert page == {name: (event.level, set(event.fields)) for name, event in source.items()}
+    assert len(page) > 15
+    assert all(row[3] for row in rows("The log"))
+
+
+def test_a_run(start: Start) -> None:
+    """What a daemon really logs has these fields; a connection's line leaves out what it does not have."""
+    daemon = start()
+    daemon.echo(b"hello")
+    daemon.wait_for("client_closed")
+    assert daemon.stop() == 0
+    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("The log")}
+    for event in daemon.events:
+        fields = set(event) - {"timestamp", "level", "event"}
+        assert fields == page[event["event"]] or (event["event"] == "client_closed" and fields < page["client_closed"])
+    assert {"started", "listening", "draining", "drained", "stopped"} <= {event["event"] for event in daemon.events}
+
+
+def test_reasons() -> None:
+    assert {row[0].strip("`") for row in rows("How connections end")} == set(get_args(Reason))
+
+
+def test_exit_codes() -> None:
+    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes"))))
+    own = {cli.EXIT_OK, cli.EXIT_FAILURE, cli.EXIT_UNAVAILABLE, cli.EXIT_CONFIG}
+    assert codes == {str(code) for code in own} | {"2", "130", "143"}

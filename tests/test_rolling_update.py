@@ -1,0 +1,183 @@
+"""Instances behind a load balancer are replaced one by one, and no client notices."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from crowd import Crowd
+from harness import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from crowd import Peer
+    from harness import Daemon, Start
+
+SHORT, LONG = 20, 10
+
+# Neither a second try nor another server: a refused connect is the client's.
+HAPROXY = """
+global
+  stats socket {admin} level admin
+defaults
+  mode tcp
+  timeout connect 30s
+  timeout client 60s
+  timeout server 60s
+  retries 0
+listen echo
+  bind 127.0.0.1:{port}
+  balance roundrobin
+  server s0 127.0.0.1:1 disabled
+  server s1 127.0.0.1:1 disabled
+  server s2 127.0.0.1:1 disabled
+"""
+
+
+class Balancer:
+    """HAProxy, which is told what a Service would learn of its pods.
+
+    Args:
+        folder: for its files.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._admin = folder / "admin"
+        config = folder / "haproxy.cfg"
+        config.write_text(HAPROXY.format(port=self.port, admin=self._admin))
+        self._process = subprocess.Popen(["haproxy", "-db", "-f", str(config)])
+
+    def __enter__(self) -> Self:
+        until(self._admin.exists)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def add(self, slot: int, daemon: Daemon) -> None:
+        host, port = daemon.address
+        self._command(f"set server echo/s{slot} addr {host} port {port}")
+        self._command(f"set server echo/s{slot} state ready")
+
+    def look_away(self, slot: int) -> None:
+        """Give it no new client; those that it has stay."""
+        self._command(f"set server echo/s{slot} state drain")
+
+    def _command(self, line: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self._admin))
+            sock.sendall(f"{line}\n".encode())
+            while answer := sock.recv(4096):
+                assert b"no need to change" in answer or not answer.strip() or b"changed from" in answer, answer
+
+
+class Traffic:
+    """Some clients that come and go all the time, and some that stay.
+
+    Args:
+        port: where to.
+
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._crowd = Crowd()
+        self._present: list[Peer] = []
+        self.served = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._crowd.__exit__(kind, error, trace)
+
+    def run(self, condition: Callable[[], bool]) -> None:
+        """Let clients come and go until something is so."""
+
+        def go_on() -> bool:
+            self._replace()
+            return condition()
+
+        self._crowd.run(go_on)
+
+    def let_go(self) -> list[Peer]:
+        """Have those that stay come to an end a million bytes from here; others take their places. Return them."""
+        leaving = [peer for peer in self._present if peer.total is None]
+        for peer in leaving:
+            peer.total = peer.sent + 1_000_000
+        return leaving
+
+    def _replace(self) -> None:
+        for peer in [peer for peer in self._present if peer.end]:
+            assert (peer.end, peer.received, peer.wrong) == ("eof", peer.total, False)
+            self._present.remove(peer)
+            self._crowd.peers.remove(peer)
+            self.served += 1
+        staying = sum(peer.total is None for peer in self._present)
+        coming = sum(peer.total == 5000 for peer in self._present)
+        for _ in range(LONG - staying):
+            self._join(None)
+        for _ in range(SHORT - coming):
+            self._join(5000)
+
+    def _join(self, total: int | None) -> None:
+        sock = socket.create_connection(("127.0.0.1", self._port))
+        self._present.append(self._crowd.add(sock, total, self.served))
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="not installed: haproxy")
+def test_rolling_update(start: Start, tmp_path: Path) -> None:
+    """As a Deployment does it: one more is started, then one is stopped, until none of the old ones is left."""
+
+    def instance() -> Daemon:
+        return start("--shutdown.delay", "1", "--shutdown.drain-timeout", "20", "--log.connections", "none")
+
+    old = [instance(), instance()]
+    with Balancer(tmp_path) as balancer:
+        for slot, daemon in enumerate(old):
+            balancer.add(slot, daemon)
+        with Traffic(balancer.port) as traffic:
+            traffic.run(lambda: traffic.served > 100)
+            free = 2
+            new = []
+            for slot, daemon in enumerate(old):
+                new.append(instance())
+                balancer.add(free, new[-1])
+                served = traffic.served
+                traffic.run(lambda served=served: traffic.served > served + 100)  # type: ignore[misc]
+                daemon.send_signal()
+                traffic.run(lambda daemon=daemon: bool(daemon.all("draining")))  # type: ignore[misc]
+                # What makes readiness false is seen a while later.
+                served = traffic.served
+                traffic.run(lambda served=served: traffic.served > served + 20)  # type: ignore[misc]
+                balancer.look_away(slot)
+                leaving = traffic.let_go()
+                traffic.run(
+                    lambda daemon=daemon, leaving=leaving: (  # type: ignore[misc]
+                        all(peer.end for peer in leaving) and daemon.process.poll() is not None
+                    )
+                )
+                free = slot
+            for peer in traffic.let_go():
+                traffic.run(lambda peer=peer: bool(peer.end))  # type: ignore[misc]
+            for daemon in old:
+                assert daemon.wait() == 0
+                receipt = daemon.receipt()
+                assert receipt["clients"] == receipt["completed"] >= LONG // 4
+                assert receipt["unsent_bytes"] == receipt["unacked_bytes"] == 0
+    assert all(daemon.process.poll() is None for daemon in new)
