@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 CHROMIUM = shutil.which("chromium")
 CHROMEDRIVER = shutil.which("chromedriver")
 

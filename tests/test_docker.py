@@ -18,6 +18,8 @@ from harness import PATIENCE, until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.once
+
 CLIENTS = 50
 ENDLESS = 5
 

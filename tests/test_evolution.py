@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 ONE, TURN, BUSY, SELECTORS, TASKS, SHUTDOWN = STEPS
 DOCS = HERE.parents[1] / "docs"
 BOOM = b"boom\r\n"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from certificates import Certificates
 
+pytestmark = pytest.mark.once
+
 CHART = Path(__file__).parent.parent / "packaging" / "helm" / "echod"
 VALUES = sorted((CHART / "ci").iterdir())
 KUBERNETES = "1.35"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 NAME = 'a "quoted" \\ name\nof two lines {x="y"}'
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 CHECK = re.compile(r"\S+: 64 bytes came back right in [0-9.]+ ms \(connected in [0-9.]+ ms\)\n")
 REFUSED = "127.0.0.1:1"  # nobody listens on port 1
 

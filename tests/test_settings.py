@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Write = Callable[[str], str]
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 
