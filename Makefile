@@ -5,13 +5,21 @@ PYTHON ?= python3
 VERSIONS ?= 3.11 3.12 3.13
 ARGUMENTS ?= --config config.example.toml
 
-.PHONY: run test lint docs evolution clean
+# The restarts of `make soak`.
+RESTARTS ?= 200
+
+.PHONY: run test soak docs evolution clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
 
 test:
 	PYTHON="$(PYTHON)" VERSIONS="$(VERSIONS)" sh tests/run.sh
+
+# A daemon after the other on one inherited socket, under 200 connects a second, on both loops: four minutes each.
+soak: .venv/installed
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/test_sockets.py -k restarts_under_load -s
 
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/configuration.md

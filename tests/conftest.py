@@ -25,7 +25,7 @@ def loop_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def start(loop_name: str) -> Iterator[Start]:
-    """Return a function that starts a daemon on the loop under test; it is killed after the test."""
+    """Return a function that starts a daemon on the loop under test; it is ended after the test."""
     daemons: list[Daemon] = []
 
     def start(*arguments: str, **options: Any) -> Daemon:
@@ -35,7 +35,7 @@ def start(loop_name: str) -> Iterator[Start]:
 
     yield start
     for daemon in daemons:
-        daemon.kill()
+        daemon.end()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from echod.metrics import Distribution
 from echod.session import Reason
+from echod.status import _state
 from harness import reset
 from watching import WATCHED, get, scrape
 
@@ -249,3 +251,18 @@ def test_dashboard_queries_parse(tmp_path: Path) -> None:
     result = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{len(rules)} rules found" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "stage", "paused", "state"),
+    [
+        ("cut", "handshake", True, "closing"),
+        (None, "handshake", False, "handshake"),
+        (None, None, True, "paused"),
+        (None, None, False, "open"),
+    ],
+)
+def test_states(reason: str | None, stage: str | None, paused: bool, state: str) -> None:
+    """A client is in one state at a time: who is on the way out is in no other."""
+    session = SimpleNamespace(reason=reason, stage=stage, paused=paused)
+    assert _state(session) == state  # type: ignore[arg-type]

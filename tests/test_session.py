@@ -256,6 +256,26 @@ def test_reset_after_our_fin(in_loop: InLoop) -> None:
     in_loop(scene)
 
 
+def test_reset_while_the_loop_ends(in_loop: InLoop) -> None:
+    """A connection may be lost after its client's task was cancelled, and with it what the task was waiting for."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.session.ended.cancel()
+        reset(pair.client)
+        while pair.session.delivery is None:  # noqa: ASYNC110  (the event for it is cancelled)
+            await asyncio.sleep(0)
+        assert pair.session.reason == "reset"
+
+    in_loop(scene)
+
+
+def test_peer_of_another_family() -> None:
+    """A peer that is neither an IP address nor a unix socket's is shown as the kernel gives it."""
+    with socket.socket() as sock:
+        assert Client(sock, (3, 5000), 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
+
+
 def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
     """After our FIN the client sends its own, and only then takes its echo: the connection waits for that."""
 

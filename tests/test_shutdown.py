@@ -233,11 +233,12 @@ def pending(pid: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_commands_that_do_not_serve_die_of_signals(number: signal.Signals) -> None:
     """`check` on a terminal ends at Ctrl-C like any command, also where the signal comes during the imports."""
     script = f"""
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "echod.settings":

@@ -94,6 +94,21 @@ def test_unix_clients_that_do_not_read(start: Start, tmp_path: Path) -> None:
     assert daemon.stop() == 0
 
 
+def test_cap_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
+    """Who waits at a unix socket is told of, and let in as others leave."""
+    path = tmp_path / "echod.sock"
+    daemon = start("--limits.max-connections", "1", listen=f"unix:{path}")
+    with connect(str(path)) as first, connect(str(path)) as second:
+        for client in (first, second):
+            client.sendall(b"x")
+        assert first.recv(1) == b"x"
+        daemon.wait_for("accept_paused")
+        first.close()
+        assert second.recv(1) == b"x"
+        daemon.wait_for("accept_resumed")
+    assert daemon.stop() == 0
+
+
 def test_mode(start: Start, tmp_path: Path) -> None:
     """The file has the permissions that the listener's table says, whatever the umask."""
     for mode in ("0600", "0666", "0660"):
@@ -418,6 +433,7 @@ def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> No
             assert daemon.stop() == 0
     assert connects.failures == []
     assert connects.served == connects.begun > 0
+    sys.stdout.write(f"{RESTARTS} restarts on {loop_name}: {connects.served} clients served, none failed\n")
 
 
 # A soak test sets more.

@@ -114,7 +114,7 @@ def open_listeners(
                         sockets = _open(address, backlog)
                     case UnixAddress():
                         sockets = [_open_unix(address, backlog, socket_mode)]
-                    case InheritedAddress():
+                    case _:
                         sockets = list(_adopt(address, inherited or {}))
             except OSError as error:
                 problems.append(f"cannot listen on {address}: {_explain(error)}")
