@@ -124,6 +124,15 @@ def test_bad_headers(start: Start, sent: bytes, detail: str) -> None:
     assert {event["level"] for event in daemon.events} == {"info"}
 
 
+def test_look_at_the_port(start: Start) -> None:
+    """A client that connects and closes without a byte has sent no bad header."""
+    daemon = start(*OPTIONS, "--log.connections", "all", listen=None)
+    with daemon.connect() as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+
+
 def test_silence_instead_of_a_header(start: Start) -> None:
     """It is bounded by `handshake_timeout`, and so is a header that comes a byte at a time."""
     daemon = start(*OPTIONS, "--limits.handshake-timeout", "1", listen=None)

@@ -427,6 +427,9 @@ def test_while_it_reads_and_while_it_stops(loop_name: str, file: Configured) -> 
             daemon.send_signal(signal.SIGTERM)
             daemon.wait_for("draining")
             daemon.send_signal(signal.SIGHUP)
+            daemon.wait_for("reload_ignored")
+            file.write("")  # which the thread that reads has waited for
+            daemon.wait_for("reload_ignored", count=2)
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
         assert daemon.wait() == 0

@@ -15,6 +15,7 @@ from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
 from echod.ledger import Ledger
 from echod.listeners import ListeningSocket
+from echod.modes import InfoSession
 from echod.resources import loop_factory
 from echod.server import Server, ServerSettings, _cancel
 from echod.session import EchoSession, SessionSettings
@@ -268,6 +269,15 @@ def test_reset_while_the_loop_ends(in_loop: InLoop) -> None:
         assert pair.session.reason == "reset"
 
     in_loop(scene)
+
+
+def test_info_of_a_session_that_has_ended() -> None:
+    """A drain may reach a client before its answer does: then there is none."""
+    with socket.socket() as sock:
+        session = InfoSession(sock, SessionSettings(1, 1), None, dict)  # type: ignore[arg-type]
+        session.finish("cut")
+        session.begin()
+        assert session.written == 0
 
 
 def test_peer_of_another_family() -> None:

@@ -253,3 +253,29 @@ sys.exit(main())
     )
     assert process.returncode == -number
     assert process.stdout == b""
+
+
+def test_commands_that_do_not_serve_under_nohup() -> None:
+    """What was to be ignored when the command began is ignored again when it does not serve."""
+    script = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "echod.settings":
+            signal.raise_signal(signal.SIGHUP)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["echod", "check"]
+from echod.signals import Signals
+release = Signals.release
+def late(self):
+    signal.raise_signal(signal.SIGHUP)
+    release(self)
+Signals.release = late
+from echod.cli import main
+sys.exit(main())
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=PATIENCE, env=clean_environment(), check=False
+    )
+    assert (process.returncode, process.stdout) == (0, b"configuration OK\n")

@@ -181,6 +181,15 @@ def test_look_at_the_port(start: Start, certificates: Certificates) -> None:
     assert "tls" not in line
 
 
+def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates) -> None:
+    """Without a handshake there is no answer."""
+    daemon = start(*certificates.options(), "--listeners.tls.mode", "info", "--log.connections", "all", listen=None)
+    with daemon.connect() as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+
+
 @pytest.mark.parametrize(
     ("hello", "detail"),
     [
@@ -378,6 +387,27 @@ def test_key_update(start: Start, certificates: Certificates) -> None:
         process.stdin.write(b"Q\n")
         process.stdin.close()
     assert daemon.wait_for("client_closed")["received"] == 13
+
+
+def test_renegotiation_is_refused(start: Start, certificates: Certificates) -> None:
+    """A client of TLS 1.2 cannot make the server work for nothing, and what it hears is an alert."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    daemon = start(*certificates.options(), listen=None)
+    host, port = daemon.address
+    client = ["openssl", "s_client", "-tls1_2", "-connect", f"{host}:{port}", "-CAfile", str(certificates.ca)]
+    with subprocess.Popen(client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for message in (b"before\n", b"R\n"):
+            process.stdin.write(message)
+            process.stdin.flush()
+            while message == b"before\n" and (line := process.stdout.readline()) != message:
+                assert line
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert b"no renegotiation" in output
+    assert daemon.wait_for("client_closed")["received"] == 7
+    assert {event["level"] for event in daemon.events} == {"info"}
 
 
 REAL_CLIENTS = {
@@ -584,7 +614,6 @@ def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> N
         assert record * 5000 == layer.written - before
         for acked in range(0, 5000, 7):
             assert 0 <= layer.plaintext(before + acked * record) <= 10 * acked
-        assert layer.plaintext(before - 1) == 0
         # As they are acknowledged, what is known of the last ones is exact again.
         monkeypatch.setattr(kernel, "unacknowledged", lambda _: 0)
         for _ in range(520):
@@ -598,9 +627,12 @@ def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> N
         assert layer.written == before + 100_000 + 7 * overhead
         for records in range(7):
             whole = before + records * (16384 + overhead)
-            assert layer.plaintext(whole) == 55200 + records * 16384
-            assert layer.plaintext(min(whole + 16384 + overhead, layer.written) - 1) == 55200 + records * 16384
+            assert 55200 + max(0, records - 1) * 16384 <= layer.plaintext(whole) <= 55200 + records * 16384
+            almost = min(whole + 16384 + overhead, layer.written) - 1
+            assert 55200 + max(0, records - 1) * 16384 <= layer.plaintext(almost) <= 55200 + records * 16384
         assert layer.plaintext(layer.written) == 155_200
+        session.reason = "cut"
+        layer._read_on()  # of no effect on a session that has ended meanwhile
 
 
 def test_reset_in_the_middle(start: Start, certificates: Certificates) -> None:

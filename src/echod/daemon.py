@@ -193,13 +193,15 @@ class _Daemon:
 
     def _on_hangup(self) -> None:
         """Read the settings again, in a thread: a file may be slow, and a handshake of a check takes its time."""
+        if self._stop.is_set():
+            self._logger.info("reload_ignored")
+            return
         if self._reloading:
             self._reload_again = True
             self._logger.info("reload_queued")
             return
         self._reloading = True
-        if not self._stop.is_set():
-            self._notifier.reloading()
+        self._notifier.reloading()
         loop = asyncio.get_running_loop()
 
         def work() -> None:
@@ -216,18 +218,20 @@ class _Daemon:
 
     def _reload(self, outcome: Resources | Exception) -> None:
         self._reloading = False
-        if not self._stop.is_set():
-            if isinstance(outcome, SettingsError):
-                problems = [str(problem) for problem in outcome.problems]
-            elif isinstance(outcome, Exception):
-                self._logger.error("reload_crashed", exc_info=outcome)
-                problems = [f"an unexpected failure: {outcome!r}"]
-            else:
-                problems = self._apply(outcome)
-            self._reloads["failure" if problems else "success"] += 1
-            if problems:
-                self._logger.error("reload_failed", problems=problems)
-            self._notifier.reloaded(problems)
+        if self._stop.is_set():
+            self._logger.info("reload_ignored")
+            return
+        if isinstance(outcome, SettingsError):
+            problems = [str(problem) for problem in outcome.problems]
+        elif isinstance(outcome, Exception):
+            self._logger.error("reload_crashed", exc_info=outcome)
+            problems = [f"an unexpected failure: {outcome!r}"]
+        else:
+            problems = self._apply(outcome)
+        self._reloads["failure" if problems else "success"] += 1
+        if problems:
+            self._logger.error("reload_failed", problems=problems)
+        self._notifier.reloaded(problems)
         if self._reload_again:
             self._reload_again = False
             self._on_hangup()

@@ -151,10 +151,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send."""
-        if self._outgoing.pending:
-            self._flush()
-        if self.written != self._marks[-1][0]:  # by TLS itself
-            self._marks.append((self.written, self._plain, False))
         self._object.write(data)
         self._plain += len(data)
         self._flush()
@@ -177,18 +173,18 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         That is what a client can make use of. Where very many writes are not acknowledged, it may be fewer than there
         were, and never more.
         """
+        # The first mark is never beyond what was acknowledged.
         index = bisect_right(self._marks, ciphertext, key=lambda mark: mark[0])
-        if not index:
-            return 0
         start, plain, _ = self._marks[index - 1]
         if index == len(self._marks):
             return plain
         end, plain_end, single = self._marks[index]
         if not single:
             return plain
-        # A large write is several records, all but the last of the full size.
-        overhead = -(-(end - start - (plain_end - plain)) // -(-(plain_end - plain) // _RECORD))
-        return plain + (ciphertext - start) // (_RECORD + overhead) * _RECORD
+        # A large write is several records, all but the last of the full size. What is not plaintext is their frames, and
+        # may be an answer of TLS itself in front of them: taken as if it were all there, no record counts too early.
+        frames = (end - start) - (plain_end - plain)
+        return plain + max(0, ciphertext - start - frames) // _RECORD * _RECORD
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Have another protocol take this layer's place: TLS ends here."""
