@@ -286,6 +286,35 @@ def test_peer_of_another_family() -> None:
         assert Client(sock, (3, 5000), 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
 
 
+def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose last acknowledgement comes while it is looked at has ended well, and was not reset."""
+
+    async def scene(pair: Pair) -> None:
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await pair.connect()
+        pair.session.data_received(bytes(200_000))
+        pair.client.shutdown(socket.SHUT_WR)
+        while not pair.session.eof:  # noqa: ASYNC110  (the session has no event for it)
+            await asyncio.sleep(0)
+        unacknowledged = kernel.unacknowledged
+        looks = []
+
+        def look(sock: socket.socket) -> int:
+            looks.append(sock)
+            left = unacknowledged(sock)
+            if len(looks) == 2:  # in a look of the linger's: now the client takes all, and closes
+                read_to_the_end(pair.client)
+                pair.client.close()
+            return left
+
+        monkeypatch.setattr(kernel, "unacknowledged", look)
+        await pair.session.ended
+        assert len(looks) > 2
+        assert pair.session.reason == "eof"
+
+    in_loop(scene)
+
+
 def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
     """After our FIN the client sends its own, and only then takes its echo: the connection waits for that."""
 

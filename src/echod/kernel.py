@@ -82,7 +82,7 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int, int] | None:
 
 
 def is_reset(sock: socket.socket) -> bool:
-    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged, so ask about that first."""
+    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged: ask about that afterwards."""
     if not has_tcp_info(sock):
         return False
     (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))

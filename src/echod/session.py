@@ -379,6 +379,8 @@ class Linger(asyncio.Protocol):
         self.session.connection_lost(exc)
 
     def _poll(self) -> None:
+        # In this order: a connection that is gone may have ended well, and what it leaves then changes no more.
+        gone = self.session.eof and kernel.is_reset(self.session.sock)
         left = kernel.unacknowledged(self.session.sock)
         now = self._loop.time()
         if left < self._least:
@@ -386,7 +388,7 @@ class Linger(asyncio.Protocol):
             self._expiry = now + self.session.settings.linger_timeout
         if self.session.eof and not left:
             self._transport.close()
-        elif self.session.eof and kernel.is_reset(self.session.sock):
+        elif gone:
             # The transport stopped polling the socket at its EOF, so nobody else will notice.
             self.session.abort("reset")
         elif now >= self._expiry:
