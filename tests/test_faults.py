@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import PATIENCE, Daemon, receive, reset
+from harness import PATIENCE, Daemon, receive, reset, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -818,3 +818,22 @@ def test_no_fault_no_cost(start: Start) -> None:
     assert "fault" not in daemon.wait_for("client_closed", listener="plain")
     daemon.stop()
     assert "faults" not in daemon.wait_for("stopped")
+
+
+def test_time_of_echo_that_was_released(start: Start) -> None:
+    """Echo that a cut has sent ahead of its time is not sent again when that comes."""
+    daemon = start(
+        *("--faults.slow.delay", "1", "--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "slow"),
+        *("--shutdown.drain-timeout", "0.2", "--shutdown.linger-timeout", "3"),
+        listen=None,
+    )
+    with daemon.connect() as client:
+        began = time.monotonic()
+        client.sendall(b"x")
+        daemon.send_signal(signal.SIGTERM)
+        assert client.recv(10) == b"x"
+        assert client.recv(10) == b""
+        until(lambda: time.monotonic() > began + 1.3)
+    assert daemon.wait() == 0
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["sent"], line["fault"]) == ("cut", 1, "slow")
