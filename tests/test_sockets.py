@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
@@ -470,7 +471,9 @@ class Connects:
         self._pool.shutdown()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._pause):
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            due += self._pause
             self.begun += 1
             self._pool.submit(self._echo, self.begun)
 
