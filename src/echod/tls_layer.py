@@ -77,7 +77,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         "_outgoing",
         "_plain",
         "_tcp",
-        "closed",
         "session",
         "written",
     )
@@ -96,8 +95,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._marks: list[tuple[int, int, bool]] = [(0, 0, False)]
         self.written = 0
         """Bytes given to the TCP transport: those of the handshake and of the records' frames too."""
-        self.closed = False
-        """Whether the client's close_notify came."""
 
     # What the TCP transport calls
 
@@ -170,8 +167,8 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def plaintext(self, ciphertext: int) -> int:
         """Return how many bytes of plaintext lie whole in the first so many bytes that were written.
 
-        That is what a client can make use of. Where very many writes are not acknowledged, it may be fewer than there
-        were, and never more.
+        That is what a client can make use of. In the middle of a large write, and where very many are not acknowledged, it
+        may be fewer than there were, and never more.
         """
         # The first mark is never beyond what was acknowledged.
         index = bisect_right(self._marks, ciphertext, key=lambda mark: mark[0])
@@ -261,7 +258,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def _decrypt(self) -> int:
         """Pass on what can be decrypted, and return how many bytes that was."""
         plain, size = self._buffers.plain, 0
-        failure = None
+        failure, closed = None, False
         # Asked before each read: a read in vain costs an exception.
         while self._incoming.pending or self._object.pending():
             try:
@@ -272,7 +269,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
                 failure = error
                 break
             if not read:
-                self.closed = True
+                closed = True
                 break
             size += cast("int", read)
         if failure is not None:
@@ -286,7 +283,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             self.session.data_received(bytes(plain[:size]))
         if self._outgoing.pending:  # what TLS itself had to answer
             self._flush()
-        if self.closed:
+        if closed:
             self.session.eof_received()
         return size
 
