@@ -9,14 +9,14 @@
 
 enum { BACKLOG = 4096, FILES = 65536 };
 
-static void die(const char *what)
+static inline void die(const char *what)
 {
     perror(what);
     exit(1);
 }
 
 /* Allow as many descriptors as may be, up to FILES. */
-static void raise_limit(void)
+static inline void raise_limit(void)
 {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
@@ -27,7 +27,7 @@ static void raise_limit(void)
 }
 
 /* Listen on loopback, on a socket of SOCK_STREAM and these flags; what is accepted inherits TCP_NODELAY. */
-static int listen_at(int port, int flags)
+static inline int listen_at(int port, int flags)
 {
     int fd = socket(AF_INET, SOCK_STREAM | flags, 0);
     int one = 1;

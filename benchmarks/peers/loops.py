@@ -81,7 +81,6 @@ async def serve_sock(port: int, _: ssl.SSLContext | None) -> None:
         listener.setblocking(False)
         while True:
             client, _address = await loop.sock_accept(listener)
-            client.setblocking(False)
             task = loop.create_task(echo(client))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
