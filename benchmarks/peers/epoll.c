@@ -1,0 +1,117 @@
+/* An echo server on epoll: epoll_wait for many, then one recv and one send for each that is ready.
+ *
+ * All clients share one buffer. Only what a send leaves over is kept, and then the client's reading waits for it:
+ * EPOLLOUT in place of EPOLLIN. So at EOF there is never anything left to send.
+ *
+ * Usage: epoll PORT */
+
+#define _GNU_SOURCE /* accept4 */
+
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "listener.h"
+
+enum { EVENTS = 512, SIZE = 65536 };
+
+struct rest {
+    char *data; /* what is unsent; NULL if nothing is */
+    size_t begin, end;
+};
+
+static int poller, listener;
+static struct rest rests[FILES]; /* by descriptor */
+static char buffer[SIZE];
+
+static void watch(int operation, int fd, unsigned events)
+{
+    struct epoll_event event = {.events = events, .data.fd = fd};
+    if (epoll_ctl(poller, operation, fd, &event) < 0)
+        die("epoll_ctl");
+}
+
+static void end(int fd)
+{
+    free(rests[fd].data);
+    rests[fd].data = NULL;
+    close(fd);
+}
+
+static void accept_all(void)
+{
+    int fd;
+    while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK)) >= 0)
+        watch(EPOLL_CTL_ADD, fd, EPOLLIN);
+}
+
+static void echo(int fd)
+{
+    ssize_t got = recv(fd, buffer, SIZE, 0);
+    if (got <= 0) {
+        if (got == 0 || errno != EAGAIN)
+            end(fd);
+        return;
+    }
+    ssize_t sent = send(fd, buffer, got, MSG_NOSIGNAL);
+    if (sent == got)
+        return;
+    if (sent < 0) {
+        if (errno != EAGAIN) {
+            end(fd);
+            return;
+        }
+        sent = 0;
+    }
+    struct rest *rest = &rests[fd];
+    rest->begin = 0;
+    rest->end = got - sent;
+    rest->data = malloc(rest->end);
+    if (rest->data == NULL)
+        die("malloc");
+    memcpy(rest->data, buffer + sent, rest->end);
+    watch(EPOLL_CTL_MOD, fd, EPOLLOUT);
+}
+
+static void send_rest(int fd)
+{
+    struct rest *rest = &rests[fd];
+    ssize_t sent = send(fd, rest->data + rest->begin, rest->end - rest->begin, MSG_NOSIGNAL);
+    if (sent < 0) {
+        if (errno != EAGAIN)
+            end(fd);
+        return;
+    }
+    rest->begin += sent;
+    if (rest->begin < rest->end)
+        return;
+    free(rest->data);
+    rest->data = NULL;
+    watch(EPOLL_CTL_MOD, fd, EPOLLIN);
+}
+
+int main(int count, char **arguments)
+{
+    if (count != 2)
+        return 2;
+    raise_limit();
+    listener = listen_at(atoi(arguments[1]), SOCK_NONBLOCK);
+    poller = epoll_create1(0);
+    watch(EPOLL_CTL_ADD, listener, EPOLLIN);
+    for (;;) {
+        struct epoll_event events[EVENTS];
+        int ready = epoll_wait(poller, events, EVENTS, -1);
+        if (ready < 0 && errno != EINTR)
+            die("epoll_wait");
+        for (int i = 0; i < ready; i++) {
+            int fd = events[i].data.fd;
+            if (fd == listener)
+                accept_all();
+            else if (rests[fd].data != NULL)
+                send_rest(fd);
+            else
+                echo(fd);
+        }
+    }
+}
