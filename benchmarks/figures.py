@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Run = dict[str, Any]
 Rounds = dict[int, float]  # a figure by the number of its round
 
-# Named as in peers.py.
+# Named as in servers.py.
 ECHOD, UNLOGGED, UVLOOP, EPOLL, GO = "echod", "echod, no ledger", "uvloop protocol", "epoll", "Go"
 # From this share of a core on, a process that has a core to itself has no time left.
 FULL = 0.95

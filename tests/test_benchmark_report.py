@@ -25,7 +25,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "full.json"
-PEERS = ROOT / "benchmarks" / "peers.py"
+PEERS = ROOT / "benchmarks" / "servers.py"
 # CPU a message of the three rounds, µs. The machine is slower in the second one, for all of them.
 COSTS = {ECHOD: (8, 18, 9), EPOLL: (10, 20, 10), "socat": (40, 80, 40)}
 COUNTS = (1, 10, 10000)
@@ -313,7 +313,7 @@ def test_a_missing_peer_of_a_target(data: dict[str, Any]) -> None:
 def test_names_of_peers() -> None:
     """The targets name peers that there are."""
     # The tests have a module of that name, too.
-    spec = importlib.util.spec_from_file_location("benchmark_peers", PEERS)
+    spec = importlib.util.spec_from_file_location("servers", PEERS)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
