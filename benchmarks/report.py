@@ -259,7 +259,7 @@ def main(file: str, docs: str = str(HERE.parent / "docs")) -> None:
         sys.exit(f"{error}: see benchmarks/requirements.txt")
     results = Results(json.loads(Path(file).read_text()))
     folder = Path(docs, "benchmarks")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, chart in draw(results):
         (folder / f"{name}.svg").write_text(chart)
     Path(docs, "benchmarks.md").write_text(page(results, CHANGES.read_text() if CHANGES.exists() else ""))
