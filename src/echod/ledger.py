@@ -196,9 +196,8 @@ class Ledger:
             return
         entry = _entry(client, reason, delivery, now)
         if wanted:
-            self.log.info(
-                "client_closed", **{name: value for name, value in entry._asdict().items() if value is not None}
-            )
+            line = {name: value for name, value in zip(Entry._fields, entry, strict=True) if value is not None}
+            self.log.info("client_closed", **line)
         for observe in self._observers:
             observe(entry)
 
@@ -217,20 +216,19 @@ class Ledger:
 def _entry(client: Client, reason: Reason, delivery: Delivery, now: float) -> Entry:
     session = client.session
     tls, info = session.tls, session.tcp_info
+    behind = client.behind
+    version, cipher, _, subject = (None, None, None, None) if tls is None else tls
     return Entry(
-        peer=client.peer,
-        client=None if client.behind is None else str(client.behind),
-        seconds=round(now - client.opened, 3),
-        received=delivery.received,
-        sent=delivery.sent,
-        acked=delivery.acked,
-        discarded_bytes=delivery.discarded,
-        reason=reason,
-        detail=session.detail or None,
-        fault=session.fault,
-        tls=None if tls is None else tls.version,
-        cipher=None if tls is None else tls.cipher,
-        subject=None if tls is None else tls.subject,
-        rtt_ms=None if info is None else info.rtt_ms,
-        retransmits=None if info is None else info.retransmits,
+        client.peer,
+        None if behind is None else str(behind),
+        round(now - client.opened, 3),
+        *delivery,
+        reason,
+        session.detail or None,
+        session.fault,
+        version,
+        cipher,
+        subject,
+        None if info is None else info.rtt_ms,
+        None if info is None else info.retransmits,
     )

@@ -45,6 +45,8 @@ def value(setting: object) -> str:
 
 def printable(text: str) -> str:
     """Return a text as part of one line: a line break, or another character that is no sign, as its escape."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import structlog
@@ -23,7 +24,7 @@ from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Sequence
     from types import TracebackType
     from typing import Unpack
 
@@ -413,7 +414,7 @@ class Server:
         self.ledger.account.accepted += 1
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
         client = Client(sock, sockaddr, self._loop.time(), self._new_session)
-        task = self._loop.create_task(client.run(self.settings.entrance, self._quota))
+        task = _begin(self._loop, client.run(self.settings.entrance, self._quota))
         self._clients[task] = client
         task.add_done_callback(self._depart)
 
@@ -453,6 +454,18 @@ class Server:
                     client.session.abort(reason)
                 elif reason is not None:
                     client.session.finish(reason)
+
+
+if sys.version_info >= (3, 12):
+
+    def _begin(loop: asyncio.AbstractEventLoop, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Return a task that has taken its first step already, which saves the loop a turn for each client."""
+        return asyncio.Task(life, loop=loop, eager_start=True)
+
+else:
+
+    def _begin(loop: asyncio.AbstractEventLoop, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return loop.create_task(life)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

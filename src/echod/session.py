@@ -84,6 +84,7 @@ class EchoSession(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_delivered",
         "_dropped",
         "_fin_sent",
         "_large",
@@ -111,6 +112,7 @@ class EchoSession(asyncio.Protocol):
         self.settings = settings
         self._large = settings.write_buffer
         self._fin_sent = False
+        self._delivered = False
         self._dropped = 0
         self.ended = ended
         self.transport: asyncio.Transport | None = None
@@ -304,14 +306,15 @@ class EchoSession(asyncio.Protocol):
     def _send_fin(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset meanwhile
-        if not self._fin_sent and not self._shut_down():
+        if self.eof and not kernel.unacknowledged(self.sock):
+            # Nothing can come any more and nothing is on its way, so the close's own FIN can destroy nothing.
+            self._delivered = True
+            self.transport.close()
+        elif self._fin_sent or self._shut_down():
+            Linger(self, self.transport)
+        else:
             # What the client had done wrong before that stays its reason.
             self.abort("reset" if self.reason in _NO_FAULTS else cast("Reason", self.reason))
-            return
-        if self.eof and not kernel.unacknowledged(self.sock):
-            self.transport.close()
-        else:
-            Linger(self, self.transport)
 
     def _shut_down(self) -> bool:
         """Close our direction; tell whether there was still a connection."""
@@ -325,7 +328,7 @@ class EchoSession(asyncio.Protocol):
 
     def _settle(self) -> None:
         self.tcp_info = kernel.tcp_info(self.sock)
-        waiting = kernel.unacknowledged(self.sock)
+        waiting = 0 if self._delivered else kernel.unacknowledged(self.sock)
         if self.tcp_info is None:  # a unix socket, or no Linux
             written = self.written if self.tls_layer is None else self.tls_layer.written
             sent = written - max(self.unsent(), self._dropped)
