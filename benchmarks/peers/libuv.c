@@ -11,7 +11,7 @@
 
 #include "listener.h"
 
-enum { SIZE = 65536 };
+enum { SIZE = 262144 };
 
 struct rest {
     uv_write_t request;

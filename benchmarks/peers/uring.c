@@ -13,7 +13,7 @@
 
 #include "listener.h"
 
-enum { ENTRIES = 4096, COMPLETIONS = 16384, BUFFERS = 64, SIZE = 65536, GROUP = 0 };
+enum { ENTRIES = 4096, COMPLETIONS = 16384, BUFFERS = 64, SIZE = 262144, GROUP = 0 };
 enum operation { ACCEPT, RECV, SEND, NOTHING };
 
 struct piece {

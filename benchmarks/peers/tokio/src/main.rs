@@ -21,14 +21,12 @@ fn raise_limit() {
 
 async fn echo(mut client: TcpStream) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let mut buffer = vec![0; SIZE];
-    loop {
-        let got = client.read(&mut buffer).await?;
-        if got == 0 {
-            return Ok(());
-        }
-        client.write_all(&buffer[..got]).await?;
+    let mut buffer = Vec::with_capacity(SIZE);
+    while client.read_buf(&mut buffer).await? > 0 {
+        client.write_all(&buffer).await?;
+        buffer.clear();
     }
+    Ok(())
 }
 
 async fn serve(port: u16) -> io::Result<()> {
