@@ -8,7 +8,7 @@ ARGUMENTS ?= --config config.example.toml
 # The restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: run test soak docs evolution clean
+.PHONY: run test soak docs evolution bench bench-quick clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
@@ -27,6 +27,18 @@ docs: .venv/installed
 # The figures of docs/evolution.md; two minutes and more, on a machine that has nothing else to do.
 evolution: .venv/installed
 	PYTHONPATH=tests .venv/bin/python examples/evolution/measure.py
+
+# echod beside its peers: all that can be built here, half an hour; and who is in the targets, under 90 seconds.
+# benchmarks/servers.py says what each peer needs.
+bench: .venv/installed
+	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
+	.venv/bin/python benchmarks/run.py --output benchmarks/results/full.json
+	.venv/bin/python benchmarks/report.py benchmarks/results/full.json
+
+bench-quick: .venv/installed
+	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
+	.venv/bin/python benchmarks/run.py --quick --output build/bench/quick.json
+	.venv/bin/python benchmarks/report.py build/bench/quick.json build/bench
 
 .venv/installed: pyproject.toml $(shell find src -name '*.py')
 	$(PYTHON) -m venv .venv

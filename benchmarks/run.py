@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -23,16 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import servers
 from figures import ECHOD, EPOLL, GO, UVLOOP, WORKS
 from servers import Missing, Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 CROWD = 10_000
@@ -82,7 +84,7 @@ class Bench:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:  # noqa: PLR2004
+        if len(cores) < 2:
             sys.exit("two cores are needed: one for the server, one for the load")
         self._server_core, self._load_core = cores[:2]
         os.sched_setaffinity(0, {self._load_core})
@@ -267,7 +269,9 @@ def taking_part(work: str, peer: Peer) -> bool:
 
 def machine() -> Figures:
     """Describe where it was measured."""
-    cpu = next((line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpu = next(
+        (line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
@@ -278,7 +282,7 @@ def machine() -> Figures:
         "kernel": platform.release(),
         "memory_gib": round(memory / 2**30),
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "echod": f"{metadata.version('echod')} ({git.stdout.strip() or 'no commit'})",
     }
 
@@ -351,7 +355,9 @@ def main() -> None:
     if arguments.peers is not None:
         wanted = set(arguments.peers.split(";"))
     if unknown := wanted - {peer.name for peer in servers.PEERS}:
-        parser.error(f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}")
+        parser.error(
+            f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}"
+        )
     plan = Plan(3, 0.3, 0.1, quick=True) if arguments.quick else Plan(5, 1.0, 0.3, quick=False)
     plan = plan._replace(rounds=arguments.rounds or plan.rounds)
     if {"latency", "clients"} & set(works) and "pingpong" not in works:
