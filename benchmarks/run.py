@@ -34,7 +34,7 @@ from figures import ECHOD, EPOLL, GO, UVLOOP, WORKS
 from servers import Missing, Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 HERE = Path(__file__).parent
 CROWD = 10_000
@@ -98,7 +98,7 @@ class Bench:
 
     def _build_load(self) -> Path:
         target = self._folder / "load"
-        command = ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, HERE / "load.c", "-lssl", "-lcrypto"]
+        command = ["gcc", "-O2", "-Wall", "-Wextra", "-o", str(target), str(HERE / "load.c"), "-lssl", "-lcrypto"]
         if shutil.which("gcc") is None:
             sys.exit("the load generator needs gcc, and the headers of OpenSSL (libssl-dev)")
         subprocess.run(command, check=True)
@@ -136,7 +136,7 @@ class Bench:
             Failed: it had errors.
 
         """
-        arguments = [self._load, mode, "--port", str(port), "--pid", str(pid), "--warmup", str(self.plan.warmup)]
+        arguments = [str(self._load), mode, "--port", str(port), "--pid", str(pid), "--warmup", str(self.plan.warmup)]
         for name, value in ({"seconds": self.plan.seconds} | options).items():
             arguments += [f"--{name}", str(value)]
         try:
@@ -184,7 +184,7 @@ class Bench:
     def drain(self, peer: Peer) -> Figures:
         """Stop echod while a crowd is connected that closes when it is asked to."""
         with self.serving(peer) as (server, port):
-            hold = [self._load, "hold", "--port", str(port), "--clients", str(self.crowd), "--size", str(SHORT)]
+            hold = [str(self._load), "hold", "--port", str(port), "--clients", str(self.crowd), "--size", str(SHORT)]
             with subprocess.Popen(hold, stdout=subprocess.PIPE, text=True) as crowd:
                 assert crowd.stdout is not None
                 if crowd.stdout.readline() != "ready\n":
@@ -351,10 +351,10 @@ def main() -> None:
     works = [name for name in names if name in arguments.only.split(",")]
     if unknown := set(arguments.only.split(",")) - set(names):
         parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    wanted = QUICK_PEERS if arguments.quick else {peer.name for peer in servers.PEERS}
+    wanted: Collection[str] = QUICK_PEERS if arguments.quick else {peer.name for peer in servers.PEERS}
     if arguments.peers is not None:
         wanted = set(arguments.peers.split(";"))
-    if unknown := wanted - {peer.name for peer in servers.PEERS}:
+    if unknown := set(wanted) - {peer.name for peer in servers.PEERS}:
         parser.error(
             f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}"
         )

@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the load generator, built without a warning."""
     target = tmp_path_factory.mktemp("load") / "load"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    subprocess.run(["gcc", *flags, "-o", target, BENCHMARKS / "load.c", "-lssl", "-lcrypto"], check=True)
+    subprocess.run(["gcc", *flags, "-o", str(target), str(BENCHMARKS / "load.c"), "-lssl", "-lcrypto"], check=True)
     return target
 
 
@@ -67,7 +67,7 @@ def server(answer: Answer) -> Iterator[int]:
 
 def load(program: Path, mode: str, port: int, **options: object) -> dict[str, Any]:
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    command = [program, mode, "--port", str(port), "--pid", str(os.getpid()), *arguments]
+    command = [str(program), mode, "--port", str(port), "--pid", str(os.getpid()), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr == ""
     found: dict[str, Any] = json.loads(done.stdout)

@@ -444,12 +444,16 @@ class Server:
     async def _sweep(self) -> None:
         """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""
         while True:
-            timeouts = self.settings.timeouts
-            pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in timeouts if timeout))
+            pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in self.settings.timeouts if timeout))
             await asyncio.sleep(max(_SHORTEST_SWEEP, pause))
+            timeouts = self.settings.timeouts
             now = self._loop.time()
-            for client in self._clients.values():
-                reason = client.overdue(now, self.settings.timeouts)
+            clients: Collection[Client] = self._clients.values()
+            if not timeouts.idle:
+                # Of the others none can be late, and with ten thousand of them a look at each is a cost.
+                clients = [one for one in clients if one.session.paused or one.session.stage is not None]
+            for client in clients:
+                reason = client.overdue(now, timeouts)
                 if reason == "stalled":
                     client.session.abort(reason)
                 elif reason is not None:
