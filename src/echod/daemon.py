@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import platform
 import signal
+import sys
 import threading
 from collections import Counter
 from dataclasses import asdict
@@ -139,7 +139,7 @@ class _Daemon:
             version=echod.__version__,
             pid=os.getpid(),
             loop=type(loop).__module__.partition(".")[0],
-            python=platform.python_version(),
+            python=sys.version.partition(" ")[0],  # as platform.python_version(), whose import takes a millisecond
         )
         addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
         if self._admin is not None:
