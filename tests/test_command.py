@@ -331,6 +331,15 @@ def test_crash() -> None:
     assert "NameError" in line["exception"]
 
 
+def test_garbage_collection() -> None:
+    """Once it serves, garbage is collected, and not looked for in what was imported."""
+    code = (
+        "import gc, sys; from echod import cli; sys.exit(cli.main() or not gc.isenabled() or not gc.get_freeze_count())"
+    )
+    with Daemon(module=("-c", code)) as daemon:
+        assert daemon.stop() == 0
+
+
 def test_auto_takes_uvloop() -> None:
     with Daemon() as daemon:
         assert daemon.wait_for("started")["loop"] == "uvloop"
