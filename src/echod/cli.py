@@ -37,6 +37,8 @@ def main() -> int:
         return _probe(sys.argv[2:])
     # Nearly all that a start makes stays; the collector would go over it again and again.
     gc.disable()
+    # Nor are there plugins that would have to do with the settings; Pydantic would ask every package that is installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
     from echod import options, render, resources, sources  # noqa: PLC0415
