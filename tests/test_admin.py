@@ -214,6 +214,7 @@ def test_states_of_clients(start: Start, certificate: tuple[str, str]) -> None:
         assert unsent > 0
         assert samples["echod_received_bytes_total", "127.0.0.1:0"] > samples["echod_sent_bytes_total", "127.0.0.1:0"]
     daemon.send_signal()
+    daemon.wait_for("draining")  # of two signals that wait, the kernel gives SIGINT first
     daemon.send_signal(signal.SIGINT)
     assert daemon.wait() == 130
 

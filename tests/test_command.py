@@ -331,6 +331,27 @@ def test_crash() -> None:
     assert "NameError" in line["exception"]
 
 
+def test_garbage_collection() -> None:
+    """Once it serves, garbage is collected, and not looked for in what was imported."""
+    code = (
+        "import gc, sys; from echod import cli; sys.exit(cli.main() or not gc.isenabled() or not gc.get_freeze_count())"
+    )
+    with Daemon(module=("-c", code)) as daemon:
+        assert daemon.stop() == 0
+
+
+def test_plugins_of_pydantic(tmp_path: Path) -> None:
+    """What else is installed is not run, unless somebody asks for it."""
+    (tmp_path / "meddler.py").write_text("print('here I am')\nplugin = None\n")
+    metadata = tmp_path / "meddler-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: meddler\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[pydantic]\nmeddler = meddler\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    assert run("check", env=path).stdout == "configuration OK\n"
+    assert "here I am" in run("check", env=path | {"PYDANTIC_DISABLE_PLUGINS": ""}).stdout
+
+
 def test_auto_takes_uvloop() -> None:
     with Daemon() as daemon:
         assert daemon.wait_for("started")["loop"] == "uvloop"

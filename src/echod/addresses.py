@@ -13,6 +13,8 @@ HIGHEST_PORT = 65535
 # struct sockaddr_un holds 108 bytes: a path and its NUL, or the NUL that marks an abstract name and the name.
 _LONGEST_PATH = 107
 
+_LONGEST_LABEL = 63
+
 _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
 
@@ -140,10 +142,15 @@ def _tcp(text: str) -> TcpAddress:
 
 
 def _is_name(host: str) -> bool:
-    try:
-        host.encode("idna")  # as getaddrinfo does, whose error for an empty or too long label is no OSError
-    except UnicodeError:
-        return False
+    # getaddrinfo's error for an empty or too long label is no OSError.
+    if host.isascii():  # the codec's own rule for ASCII: with its tables of Unicode it takes its time to import
+        if host and not all(0 < len(label) <= _LONGEST_LABEL for label in host.removesuffix(".").split(".")):
+            return False
+    else:
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            return False
     return all(char.isalnum() or char in "-._" for char in host)
 
 

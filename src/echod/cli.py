@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -34,7 +35,11 @@ def main() -> int:
     if sys.argv[1:2] == ["probe"]:
         signals.release()
         return _probe(sys.argv[2:])
-    # Imported below and not at the top, here and in _serve: these take a third of a second, and a signal in that time
+    # Nearly all that a start makes stays; the collector would go over it again and again.
+    gc.disable()
+    # Nor are there plugins that would have to do with the settings; Pydantic would ask every package that is installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
     from echod import options, render, resources, sources  # noqa: PLC0415
 

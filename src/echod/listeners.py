@@ -202,8 +202,9 @@ def _open(address: TcpAddress, backlog: int) -> list[ListeningSocket]:
 
 def _open_once(address: TcpAddress, backlog: int) -> list[socket.socket]:
     """Open one socket for each IP address of the host, all on one port."""
+    host = address.host
     found = socket.getaddrinfo(
-        address.host or None,
+        (host.encode() if host.isascii() else host) or None,  # text is encoded by IDNA, whose codec is large
         address.port,
         type=socket.SOCK_STREAM,
         flags=socket.AI_PASSIVE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import echod
@@ -57,6 +56,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         if "." in option:
             parser.add_argument(option, dest="options", action=_Set, help=argparse.SUPPRESS)
         else:
+            import difflib  # noqa: PLC0415  (of use to an error only)
+
             near = difflib.get_close_matches(option, known, 1)
             parser.error(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
     parsed = parser.parse_args(arguments)

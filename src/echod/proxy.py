@@ -11,7 +11,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from echod.addresses import HIGHEST_PORT, TcpAddress, UnixAddress
@@ -91,8 +90,7 @@ class Tlv(NamedTuple):
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What a PROXY header tells of the connection it comes first on."""
 
     version: int

@@ -1,11 +1,12 @@
 """The settings: one frozen model, from which the help, the reference page and all validation come."""
 
-from __future__ import annotations
+# No annotations as text here: Pydantic would have to evaluate each again, at every start.
 
 import ipaddress
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, LiteralString, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,16 +18,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from echod import addresses
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import LiteralString, Self
-
-    from pydantic.fields import FieldInfo
 
 PREFIX = "ECHOD_"
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin
 
@@ -117,6 +115,8 @@ def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
     if not file:
         problems.append(Problem("--config", "", "names no file"))
         return {}
+    import tomllib  # noqa: PLC0415  (of use with a file only)
+
     data = b""
     try:
         # At once, and not by way of pydantic-settings, which takes what is no regular file (a pipe) for an empty one.
@@ -237,6 +237,8 @@ def _unknown(key: Key) -> str:
 
 def hint(name: str, known: Iterable[str]) -> str:
     """Return what to tell a user who wrote a name that is not known: the nearest, or else all."""
+    import difflib  # noqa: PLC0415  (of use to an error only)
+
     known = list(known)
     if near := difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]!r}?"
