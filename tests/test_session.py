@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import structlog
@@ -25,15 +25,28 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     Scene = Callable[["Pair"], Awaitable[None]]
-    InLoop = Callable[[Scene], None]
+
+    class InLoop(Protocol):
+        """The fixture `in_loop`."""
+
+        def __call__(self, scene: Scene, receive_buffer: int | None = None) -> None: ...
 
 
 class Pair:
-    """A session on one end of a TCP connection, and a blocking socket on the other."""
+    """A session on one end of a TCP connection, and a blocking socket on the other.
 
-    def __init__(self) -> None:
+    Args:
+        receive_buffer: of the client, bytes: set before it connects, as the kernel drops what a window of before lets in.
+
+    """
+
+    def __init__(self, receive_buffer: int | None) -> None:
+        self.client = socket.socket()
+        self.client.settimeout(PATIENCE)
+        if receive_buffer is not None:
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.client = socket.create_connection(listening.getsockname(), PATIENCE)
+            self.client.connect(listening.getsockname())
             self.sock, _ = listening.accept()
         self.sock.setblocking(False)
         self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
@@ -49,11 +62,11 @@ class Pair:
 def in_loop(loop_name: str) -> InLoop:
     """Return a function that runs a scene in the loop under test, with no exception left to its handler."""
 
-    def run(scene: Scene) -> None:
+    def run(scene: Scene, receive_buffer: int | None = None) -> None:
         async def main() -> None:
             errors: list[dict[str, Any]] = []
             asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            pair = Pair()
+            pair = Pair(receive_buffer)
             try:
                 await asyncio.wait_for(scene(pair), PATIENCE)
             finally:
@@ -146,7 +159,6 @@ def test_late_acknowledgement(in_loop: InLoop) -> None:
     """After the client's EOF the connection stays until the client has taken all, however late it begins."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         await asyncio.to_thread(pair.client.sendall, bytes(300_000))
         pair.client.shutdown(socket.SHUT_WR)
@@ -154,18 +166,12 @@ def test_late_acknowledgement(in_loop: InLoop) -> None:
             await asyncio.sleep(0)
         assert not pair.session.ended.done()
 
-        def read_all() -> int:
-            total = 0
-            while data := pair.client.recv(4096):
-                total += len(data)
-            return total
-
-        assert await asyncio.to_thread(read_all) == 300_000
+        assert len(await asyncio.to_thread(read_to_the_end, pair.client)) == 300_000
         await pair.session.ended
         assert pair.session.delivery is not None
         assert pair.session.delivery.acked == 300_000
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
@@ -173,7 +179,6 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
 
     async def scene(pair: Pair) -> None:
         pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(300_000))
         assert 0 < pair.session.unsent() < 290_000
@@ -183,7 +188,7 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
         pair.client.close()
         await pair.session.ended
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_abort_meets_the_last_write(in_loop: InLoop) -> None:
@@ -290,7 +295,6 @@ def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: py
     """A connection whose last acknowledgement comes while it is looked at has ended well, and was not reset."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.client.shutdown(socket.SHUT_WR)
@@ -312,14 +316,13 @@ def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: py
         assert len(looks) > 2
         assert pair.session.reason == "eof"
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
     """After our FIN the client sends its own, and only then takes its echo: the connection waits for that."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.session.finish("idle")
@@ -332,7 +335,7 @@ def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
         assert pair.session.delivery is not None
         assert (pair.session.delivery.acked, pair.session.reason) == (200_000, "idle")
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 class Unsteady(socket.socket):
