@@ -37,14 +37,6 @@ echo "== lint and types"
 ".venv-test-$newest/bin/ruff" check .
 ".venv-test-$newest/bin/mypy"
 
-# Four at a time, most of them waiting; on a machine that is too busy for that, what has failed has to pass by itself.
-tests() {
-    "$@" -n 4 || {
-        echo "== what failed beside others, once more and by itself"
-        "$@" --last-failed --last-failed-no-failures=none
-    }
-}
-
 status=0
 for version in $here; do
     bin=.venv-test-$version/bin
@@ -52,7 +44,7 @@ for version in $here; do
     if [ "$version" = "$newest" ] && [ "$version" != 3.11 ]; then
         echo "== tests on Python $version, with branch coverage"
         "$bin/coverage" erase
-        tests "$bin/coverage" run -m pytest || status=1
+        "$bin/coverage" run -m pytest -n 4 || status=1
         "$bin/coverage" combine --quiet || true  # what a killed daemon left may be no data; the report tells
         "$bin/coverage" report || status=1
     else
@@ -63,7 +55,7 @@ for version in $here; do
             [ "$version" = "$oldest" ] || files=$core
         fi
         # shellcheck disable=SC2086
-        tests "$bin/python" -m pytest -m "$selected" $files || status=1
+        "$bin/python" -m pytest -n 4 -m "$selected" $files || status=1
     fi
 done
 exit $status
