@@ -27,7 +27,7 @@ import pytest
 
 from crowd import Crowd, Stuck
 from echod.addresses import TcpAddress
-from echod.admin import _Hosts, _Shared
+from echod.admin import _Connection, _Hosts, _Shared
 from echod.ledger import Ledger
 from echod.listeners import Wanted, open_listeners
 from echod.server import Server, ServerSettings
@@ -36,7 +36,7 @@ from harness import PATIENCE, Daemon, clean_environment, receive, reset, run, un
 from watching import WATCHED, UnixConnection, ask, caller, get, place, received, scrape, status
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     from harness import Start
@@ -736,6 +736,40 @@ daemon.loop_factory = factory
         assert get(daemon, "/livez").status == 200
         assert daemon.stop() == 0
         assert {event["level"] for event in daemon.events} == {"info"}
+
+
+class Http:
+    """Stands for aiohttp's protocol, and for the transport."""
+
+    peername = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+def test_connection_between_two_iterations() -> None:
+    """It may be aborted before it has its transport, and be lost while a request waits for its turn."""
+
+    async def main() -> None:
+        http, head = Http(), b"GET / HTTP/1.1\r\n\r\n"
+        delays = iter([0.0, 0.001])
+        connection = _Connection(http, lambda _: next(delays), http.lost)  # type: ignore[arg-type]
+        connection.abort()
+        assert not http.calls
+        connection.connection_made(http)  # type: ignore[arg-type]
+        connection.pause_writing()
+        connection.data_received(head + head)
+        assert [name for name, *_ in http.calls] == ["connection_made", "pause_writing"]
+        connection.resume_writing()
+        connection.answered()  # the second one has to wait
+        connection.connection_lost(None)
+        await asyncio.sleep(0.002)
+        assert http.calls[2:] == [("resume_writing",), ("data_received", head), ("connection_lost", None), ("lost",)]
+
+    asyncio.run(main())
 
 
 # Counting

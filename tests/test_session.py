@@ -15,12 +15,13 @@ import structlog
 from echod import kernel
 from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
-from echod.ledger import Ledger
+from echod.ledger import Account, Ledger
 from echod.listeners import ListeningSocket
 from echod.modes import InfoSession
 from echod.resources import loop_factory
 from echod.server import Server, ServerSettings, _cancel
 from echod.session import EchoSession, Linger, SessionSettings
+from echod.status import Count, _look
 from harness import PATIENCE, reset
 
 if TYPE_CHECKING:
@@ -135,6 +136,9 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         pair.session.end()
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
+        count = Count(Account(), 0, 0)
+        _look(count, [pair.life()])
+        assert (count.sent, count.states) == (0, {})
 
     in_loop(scene)
 
