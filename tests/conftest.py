@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from certificates import Certificates
-from harness import Daemon
+from echod import cli
+from harness import Daemon, clean_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Start
+    from harness import Check, Start
 
 pytest_plugins = ["pytester"]
 
@@ -36,6 +40,21 @@ def start(loop_name: str) -> Iterator[Start]:
     yield start
     for daemon in daemons:
         daemon.end()
+
+
+@pytest.fixture
+def check(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
+    """Return a function that is `echod check` within this process, for so many cases that a process for each takes long."""
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+
+    def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["echod", "check", *arguments])
+        code = cli.main()
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,12 @@ def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Com
     )
 
 
+class Check(Protocol):
+    """The fixture `check`."""
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]: ...
+
+
 class Start(Protocol):
     """The fixture `start`."""
 

@@ -15,13 +15,13 @@ import pytest
 
 from echod.addresses import TcpAddress
 from echod.proxy import Tlv, encode_v2
-from harness import PATIENCE, receive, reset, run
+from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from certificates import Certificates
-    from harness import Start
+    from harness import Check, Start
 
 LINE = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "line")
 INFO = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "info")
@@ -309,8 +309,8 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
         ),
     ],
 )
-def test_settings(arguments: tuple[str, ...], problem: str) -> None:
+def test_settings(check: Check, arguments: tuple[str, ...], problem: str) -> None:
     """What cannot be, or could have no effect, is an error that says why."""
-    result = run("check", "--listeners.x.address", "h:1", *arguments)
+    result = check("--listeners.x.address", "h:1", *arguments)
     assert result.returncode == 78
     assert f"echod: {problem}" in result.stderr.splitlines()

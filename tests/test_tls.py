@@ -19,14 +19,14 @@ from echod import kernel
 from echod.session import EchoSession, SessionSettings
 from echod.tls import load
 from echod.tls_layer import TlsBuffers, TlsEnd, TlsLayer, subject
-from harness import PATIENCE, receive, reset, run, until
+from harness import PATIENCE, receive, reset, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from certificates import Certificates, TlsSocket
-    from harness import Start
+    from harness import Check, Start
 
 CLIENTS = 200
 
@@ -448,11 +448,10 @@ def test_a_large_file_through_socat(start: Start, certificates: Certificates, tm
     assert result.stdout == content
 
 
-def check(certificates: Certificates, **files: object) -> list[str]:
+def problems(check: Check, certificates: Certificates, **files: object) -> list[str]:
     """Return what `echod check` says of a listener with these files."""
     chosen = {"certificate": certificates.certificate, "private_key": certificates.key} | files
-    result = run(
-        "check",
+    result = check(
         *("--listeners.tls.address", "127.0.0.1:0"),
         *(text for name, file in chosen.items() for text in (f"--listeners.tls.tls.{name}", str(file))),
     )
@@ -460,7 +459,7 @@ def check(certificates: Certificates, **files: object) -> list[str]:
     return [line.removeprefix("echod: ") for line in result.stderr.splitlines()]
 
 
-def test_settings(certificates: Certificates, tmp_path: Path) -> None:
+def test_settings(check: Check, certificates: Certificates, tmp_path: Path) -> None:
     """Each file that cannot be used is named, with what is wrong with it."""
     missing = tmp_path / "missing"
     empty = tmp_path / "empty"
@@ -540,16 +539,16 @@ def test_settings(certificates: Certificates, tmp_path: Path) -> None:
     ]
     for files, setting, message in cases:
         option = f"--listeners.tls.tls.{setting}"
-        assert check(certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
+        assert problems(check, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
 
 
-def test_certificate_that_ends_soon(start: Start, certificates: Certificates) -> None:
+def test_certificate_that_ends_soon(start: Start, check: Check, certificates: Certificates) -> None:
     """Within 14 days of its end, a certificate is warned of, on `check` and at the start."""
     certificate, key = certificates.issue("soon", "localhost", days=13.5)
-    assert check(certificates, certificate=certificate, private_key=key) == [
+    assert problems(check, certificates, certificate=certificate, private_key=key) == [
         f"warning: {certificate}: the certificate ends in 13 days"
     ]
-    assert check(certificates) == []
+    assert problems(check, certificates) == []
     daemon = start(
         *("--listeners.tls.address", "127.0.0.1:0", "--listeners.tls.tls.certificate", str(certificate)),
         *("--listeners.tls.tls.private-key", str(key)),
