@@ -189,25 +189,23 @@ def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates)
     assert daemon.wait_for("client_closed")["reason"] == "eof"
 
 
-@pytest.mark.parametrize(
-    ("hello", "detail"),
-    [
+def test_broken_handshake(start: Start, certificates: Certificates) -> None:
+    """Bad bytes are one line, with what is wrong and without a traceback."""
+    daemon = start(*certificates.options(), listen=None)
+    cases = [
         (b"GET / HTTP/1.1\r\n\r\n", "http request"),
         (b"\x16\x03\x01\xff\xff", None),
         (b"\0" * 500, "wrong version number"),
         (b"\x16\x03\x01", "the client closed the connection"),
-    ],
-)
-def test_broken_handshake(start: Start, certificates: Certificates, hello: bytes, detail: str | None) -> None:
-    """Bad bytes are one line, with what is wrong and without a traceback."""
-    daemon = start(*certificates.options(), listen=None)
-    with daemon.connect() as client:
-        client.sendall(hello)
-        client.shutdown(socket.SHUT_WR)
-        receive(client, 100)
-    line = daemon.wait_for("client_closed")
-    assert line["reason"] == "handshake"
-    assert detail is None or line["detail"] == detail
+    ]
+    for number, (hello, detail) in enumerate(cases, 1):
+        with daemon.connect() as client:
+            client.sendall(hello)
+            client.shutdown(socket.SHUT_WR)
+            receive(client, 100)
+        line = daemon.wait_for("client_closed", count=number)
+        assert line["reason"] == "handshake", hello
+        assert detail is None or line["detail"] == detail
     assert daemon.stop() == 0
     assert {event["level"] for event in daemon.events} == {"info"}
 
