@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ import pytest
 
 from certificates import Certificates
 from echod import cli
+from echod.signals import STOP_SIGNALS
 from harness import Daemon, clean_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Check, Start
+    from harness import Command, Start
 
 pytest_plugins = ["pytester"]
 
@@ -43,18 +45,24 @@ def start(loop_name: str) -> Iterator[Start]:
 
 
 @pytest.fixture
-def check(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
-    """Return a function that is `echod check` within this process, for so many cases that a process for each takes long."""
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Return a function that is the command within this process, for so many cases that a process for each takes long."""
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
 
-    def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["echod", "check", *arguments])
-        code = cli.main()
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["echod", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
         said = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
-    return check
+    yield command
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

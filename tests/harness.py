@@ -43,8 +43,8 @@ def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Com
     )
 
 
-class Check(Protocol):
-    """The fixture `check`."""
+class Command(Protocol):
+    """The fixture `command`."""
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]: ...
 

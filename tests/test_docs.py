@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from certificates import Certificates
-    from harness import Check
+    from harness import Command
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def pages() -> list[Path]:
     return [ROOT / name for name in listed.stdout.splitlines()]
 
 
-def test_settings(check: Check, tmp_path: Path, certificates: Certificates) -> None:
+def test_settings(command: Command, tmp_path: Path, certificates: Certificates) -> None:
     """Each block of TOML is a whole file of settings that `echod check` takes, once its files are there."""
     real = {
         "certificate": certificates.certificate,
@@ -45,7 +45,7 @@ def test_settings(check: Check, tmp_path: Path, certificates: Certificates) -> N
                 block = re.sub(rf'^{key} = ".*"', f'{key} = "{path}"', block, flags=re.MULTILINE)
             config = tmp_path / "echo.toml"
             config.write_text(block)
-            result = check("--config", str(config))
+            result = command("check", "--config", str(config))
             if (result.returncode, result.stderr) != (0, ""):
                 refused.append(f"{page.name}: {result.stderr}\n{written}")
     assert not refused, "\n".join(refused)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness import Start
 
 CLIENTS = 200
-ROUNDS = 20
+ROUNDS = 10
 
 
 def test_every_byte_comes_back(start: Start) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from certificates import Certificates
-    from harness import Check, Start
+    from harness import Command, Start
 
 LINE = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "line")
 INFO = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "info")
@@ -308,8 +308,8 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
         ),
     ],
 )
-def test_settings(check: Check, arguments: tuple[str, ...], problem: str) -> None:
+def test_settings(command: Command, arguments: tuple[str, ...], problem: str) -> None:
     """What cannot be, or could have no effect, is an error that says why."""
-    result = check("--listeners.x.address", "h:1", *arguments)
+    result = command("check", "--listeners.x.address", "h:1", *arguments)
     assert result.returncode == 78
     assert f"echod: {problem}" in result.stderr.splitlines()

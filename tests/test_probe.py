@@ -35,7 +35,7 @@ from peers import Peer, change, closing, each, echo, ending, messages, resetting
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Start
+    from harness import Command, Start
 
 pytestmark = pytest.mark.once
 
@@ -335,8 +335,8 @@ def test_help() -> None:
         (["h:1", "--source", "[::1]", "--proxy-v1", "1.2.3.4:1"], "families: --source ::1, --proxy-v1 1.2.3.4"),
     ],
 )
-def test_usage_errors(arguments: list[str], message: str) -> None:
-    result = run("probe", *arguments)
+def test_usage_errors(command: Command, arguments: list[str], message: str) -> None:
+    result = command("probe", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     usage, error = result.stderr.splitlines(keepends=True)
     assert usage == "usage: echod probe TARGET [options]\n"

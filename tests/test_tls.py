@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from certificates import Certificates, TlsSocket
-    from harness import Check, Start
+    from harness import Command, Start
 
 CLIENTS = 200
 
@@ -446,10 +446,11 @@ def test_a_large_file_through_socat(start: Start, certificates: Certificates, tm
     assert result.stdout == content
 
 
-def problems(check: Check, certificates: Certificates, **files: object) -> list[str]:
+def problems(command: Command, certificates: Certificates, **files: object) -> list[str]:
     """Return what `echod check` says of a listener with these files."""
     chosen = {"certificate": certificates.certificate, "private_key": certificates.key} | files
-    result = check(
+    result = command(
+        "check",
         *("--listeners.tls.address", "127.0.0.1:0"),
         *(text for name, file in chosen.items() for text in (f"--listeners.tls.tls.{name}", str(file))),
     )
@@ -457,7 +458,7 @@ def problems(check: Check, certificates: Certificates, **files: object) -> list[
     return [line.removeprefix("echod: ") for line in result.stderr.splitlines()]
 
 
-def test_settings(check: Check, certificates: Certificates, tmp_path: Path) -> None:
+def test_settings(command: Command, certificates: Certificates, tmp_path: Path) -> None:
     """Each file that cannot be used is named, with what is wrong with it."""
     missing = tmp_path / "missing"
     empty = tmp_path / "empty"
@@ -537,16 +538,16 @@ def test_settings(check: Check, certificates: Certificates, tmp_path: Path) -> N
     ]
     for files, setting, message in cases:
         option = f"--listeners.tls.tls.{setting}"
-        assert problems(check, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
+        assert problems(command, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
 
 
-def test_certificate_that_ends_soon(start: Start, check: Check, certificates: Certificates) -> None:
+def test_certificate_that_ends_soon(start: Start, command: Command, certificates: Certificates) -> None:
     """Within 14 days of its end, a certificate is warned of, on `check` and at the start."""
     certificate, key = certificates.issue("soon", "localhost", days=13.5)
-    assert problems(check, certificates, certificate=certificate, private_key=key) == [
+    assert problems(command, certificates, certificate=certificate, private_key=key) == [
         f"warning: {certificate}: the certificate ends in 13 days"
     ]
-    assert problems(check, certificates) == []
+    assert problems(command, certificates) == []
     daemon = start(
         *("--listeners.tls.address", "127.0.0.1:0", "--listeners.tls.tls.certificate", str(certificate)),
         *("--listeners.tls.tls.private-key", str(key)),
