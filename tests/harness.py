@@ -200,8 +200,17 @@ class Daemon:
     def freeze(self) -> None:
         """Send SIGSTOP, and wait until the process has stopped."""
         self.send_signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self.pid}/stat")
-        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        until(lambda: self._state() == "T")
+
+    def settle(self) -> None:
+        """Wait until the process has done all that there is to do: it sleeps, and has used no CPU between two looks."""
+        looks = [-1.0]
+
+        def rests() -> bool:
+            looks.append(self.cpu_seconds())
+            return looks[-1] == looks[-2] and self._state() == "S"
+
+        until(rests)
 
     def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the end of the process and of its log; return its exit code."""
@@ -240,6 +249,10 @@ class Daemon:
     def memory(self) -> int:
         """Return the resident memory of the process, bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _state(self) -> str:
+        """Return the letter that proc(5) has for the state of the process."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def _read(self) -> None:
         for line in self.log_pipe:

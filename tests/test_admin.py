@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -487,10 +488,13 @@ def test_slow_heads(loop_name: str) -> None:
         with caller(daemon) as silent, caller(daemon) as dripping, caller(daemon) as idle:
             idle.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             with contextlib.suppress(ConnectionError):
-                for byte in b"GET / HTTP/1.1\r\nX: " + b"a" * 3000:
-                    dripping.sendall(bytes([byte]))
-                    time.sleep(0.01)
-                pytest.fail("was not closed")
+                dripping.sendall(b"GET / HTTP/1.1\r\nX: ")
+                for _ in range(3000):
+                    if select.select([dripping], [], [], 0.01)[0]:
+                        break
+                    dripping.sendall(b"a")
+                else:
+                    pytest.fail("was not closed")
             assert received(silent) == b""
             assert received(idle).endswith(b"alive\n")
         assert get(daemon, "/livez").status == 200
@@ -509,7 +513,6 @@ def test_a_client_that_does_not_read(loop_name: str) -> None:
             with contextlib.suppress(ConnectionError):
                 while True:
                     sock.sendall(request)
-                    time.sleep(0.001)
                     assert daemon.memory() - before < 10_000_000
         daemon.echo(b"x")
         assert daemon.stop() == 0
@@ -528,7 +531,8 @@ def test_a_reader_that_comes_back(loop_name: str) -> None:
             sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * count)
             sock.shutdown(socket.SHUT_WR)
             until(lambda: waiting(sock) > 0)
-            time.sleep(0.5)  # for the answers to fill all that lies between: there is no event for that
+            daemon.settle()  # the answers have filled all that lies between
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             assert received(sock).count(b"</html>") == count
         assert daemon.stop() == 0
 
@@ -641,7 +645,7 @@ def test_stop_with_a_client_that_does_not_read(loop_name: str) -> None:
         sock.connect(place(daemon))
         sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
         assert waiting(sock) > 0
-        time.sleep(0.5)  # for the answers to fill all that lies between: there is no event for that
+        daemon.settle()  # the answers have filled all that lies between
         assert daemon.stop() == 0
         assert {event["level"] for event in daemon.events} == {"info"}
 
@@ -806,7 +810,7 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
         newcomer.write(b"67")
         assert await reader.readexactly(2) == b"67"
         while not server.ledger.account.reasons:  # noqa: ASYNC110  (no event tells)
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
         count = run_on(steps)["x"]
         assert (count.account.accepted, count.received, count.sent) == (clients, 5 * clients, 5 * clients)
         assert sum(count.states.values()) == clients - 1
