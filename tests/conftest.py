@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from certificates import Certificates
-from harness import Daemon
+from echod import cli
+from echod.signals import STOP_SIGNALS
+from harness import Daemon, clean_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Start
+    from harness import Command, Start
 
 pytest_plugins = ["pytester"]
 
@@ -36,6 +42,27 @@ def start(loop_name: str) -> Iterator[Start]:
     yield start
     for daemon in daemons:
         daemon.end()
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Return a function that is the command within this process, for so many cases that a process for each takes long."""
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["echod", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    yield command
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-here=""
+here="" installing=""
 for version in $VERSIONS; do
     if python=$("python$version" -c 'import sys; print(sys.executable)' 2>/dev/null); then :
     elif [ "$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ]; then python=$PYTHON
@@ -14,21 +14,22 @@ for version in $VERSIONS; do
         continue
     fi
     venv=.venv-test-$version
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet -r tests/requirements.txt
-    if [ -z "$here" ]; then
-        rm -rf dist
-        "$venv/bin/python" -m build --wheel --no-isolation >/dev/null
-    fi
-    "$venv/bin/python" -m pip install --quiet dist/*.whl
-    # The version stays the same from change to change, so pip would keep the old one.
-    "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-    here="$here $version"
+    { { [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"; } &&
+        "$venv/bin/python" -m pip install --quiet -r tests/requirements.txt; } &
+    here="$here $version" installing="$installing $!"
 done
 [ -n "$here" ] || { echo "none of Python $VERSIONS is installed" >&2; exit 1; }
+for job in $installing; do wait "$job"; done
+rm -rf dist
 newest=${here##* }
 oldest=${here# }
 oldest=${oldest%% *}
+".venv-test-$newest/bin/python" -m build --wheel --no-isolation >/dev/null
+for version in $here; do
+    ".venv-test-$version/bin/python" -m pip install --quiet dist/*.whl
+    # The version stays the same from change to change, so pip would keep the old one.
+    ".venv-test-$version/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+done
 core=""
 for name in serving session shutdown tls reload clean; do core="$core tests/test_$name.py"; done
 
@@ -37,14 +38,6 @@ echo "== lint and types"
 ".venv-test-$newest/bin/ruff" check .
 ".venv-test-$newest/bin/mypy"
 
-# Four at a time, most of them waiting; on a machine that is too busy for that, what has failed has to pass by itself.
-tests() {
-    "$@" -n 4 || {
-        echo "== what failed beside others, once more and by itself"
-        "$@" --last-failed --last-failed-no-failures=none
-    }
-}
-
 status=0
 for version in $here; do
     bin=.venv-test-$version/bin
@@ -52,7 +45,7 @@ for version in $here; do
     if [ "$version" = "$newest" ] && [ "$version" != 3.11 ]; then
         echo "== tests on Python $version, with branch coverage"
         "$bin/coverage" erase
-        tests "$bin/coverage" run -m pytest || status=1
+        "$bin/coverage" run -m pytest -n 4 || status=1
         "$bin/coverage" combine --quiet || true  # what a killed daemon left may be no data; the report tells
         "$bin/coverage" report || status=1
     else
@@ -63,7 +56,7 @@ for version in $here; do
             [ "$version" = "$oldest" ] || files=$core
         fi
         # shellcheck disable=SC2086
-        tests "$bin/python" -m pytest -m "$selected" $files || status=1
+        "$bin/python" -m pytest -n 4 -m "$selected" $files || status=1
     fi
 done
 exit $status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import socket
 import subprocess
@@ -30,25 +31,25 @@ V2 = encode_v2(HERE, THERE, (Tlv(2, b"example.org"),), checksum=True)
 OPTIONS = ("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol", "require")
 
 
-@pytest.mark.parametrize("header", [V1, V2])
-@pytest.mark.parametrize("split", ["whole", "bytes", "payload with it"])
-def test_header(start: Start, header: bytes, split: str) -> None:
+def test_header(start: Start) -> None:
     """However the header is split, the echo begins behind it, and the ledger names the real client."""
     daemon = start(*OPTIONS, listen=None)
-    with daemon.connect() as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if split == "bytes":
-            for place in range(len(header)):
-                client.sendall(header[place : place + 1])
-        elif split == "whole":
-            client.sendall(header)
-        client.sendall(b"hello" if split != "payload with it" else header + b"hello")
-        assert receive(client, 5) == b"hello"
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b""
-    line = daemon.wait_for("client_closed")
-    assert (line["client"], line["received"], line["acked"]) == ("192.0.2.7:4711", 5, 5)
-    assert line["peer"].startswith("127.0.0.1:")
+    splits = ("whole", "bytes", "payload with it")
+    for number, (header, split) in enumerate(itertools.product((V1, V2), splits), 1):
+        with daemon.connect() as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if split == "bytes":
+                for place in range(len(header)):
+                    client.sendall(header[place : place + 1])
+            elif split == "whole":
+                client.sendall(header)
+            client.sendall(b"hello" if split != "payload with it" else header + b"hello")
+            assert receive(client, 5) == b"hello", (header, split)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        line = daemon.wait_for("client_closed", count=number)
+        assert (line["client"], line["received"], line["acked"]) == ("192.0.2.7:4711", 5, 5), (header, split)
+        assert line["peer"].startswith("127.0.0.1:")
 
 
 @pytest.mark.parametrize("header", [encode_v1(None, None), encode_v2(None, None)])
@@ -106,26 +107,24 @@ def test_tls_behind_the_header(start: Start, certificates: Certificates, togethe
     assert (line["client"], line["received"]) == ("192.0.2.7:4711", 5)
 
 
-@pytest.mark.parametrize(
-    ("sent", "detail"),
-    [
+def test_bad_headers(start: Start) -> None:
+    """One line with what is wrong, and an end that is no reset."""
+    daemon = start(*OPTIONS, listen=None)
+    cases = [
         (b"hello", "no PROXY header"),
         (V1[:-5] + b"\xff\r\n", ""),
         (b"PROXY TCP4 192.0.2.7 198.51.100.1 99999 443\r\n", ""),
         (V2[:-1] + bytes([V2[-1] ^ 1]), ""),
         (V1[:10], "the client closed the connection in the middle of its header"),
-    ],
-)
-def test_bad_headers(start: Start, sent: bytes, detail: str) -> None:
-    """One line with what is wrong, and an end that is no reset."""
-    daemon = start(*OPTIONS, listen=None)
-    with daemon.connect() as client:
-        client.sendall(sent)
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(100) == b""
-    line = daemon.wait_for("client_closed")
-    assert (line["reason"], line["received"]) == ("proxy_header", 0)
-    assert line["detail"].startswith(detail)
+    ]
+    for number, (sent, detail) in enumerate(cases, 1):
+        with daemon.connect() as client:
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b""
+        line = daemon.wait_for("client_closed", count=number)
+        assert (line["reason"], line["received"]) == ("proxy_header", 0), sent
+        assert line["detail"].startswith(detail)
     assert {event["level"] for event in daemon.events} == {"info"}
 
 

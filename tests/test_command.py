@@ -23,6 +23,8 @@ from harness import PATIENCE, Daemon, clean_environment, run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from harness import Command
+
 pytestmark = pytest.mark.once
 
 UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -212,8 +214,8 @@ def test_names_that_break_lines() -> None:
         (["--faults.a.b"], "argument --faults.a.b: expected one argument"),
     ],
 )
-def test_syntax_errors(arguments: list[str], message: str) -> None:
-    result = run(*arguments)
+def test_syntax_errors(command: Command, arguments: list[str], message: str) -> None:
+    result = command(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
     usage, error = result.stderr.splitlines(keepends=True)
     assert usage.startswith("usage: echod [serve | check | config] ")

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import run
-
 if TYPE_CHECKING:
     from certificates import Certificates
+    from harness import Command
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +28,7 @@ def pages() -> list[Path]:
     return [ROOT / name for name in listed.stdout.splitlines()]
 
 
-def test_settings(tmp_path: Path, certificates: Certificates) -> None:
+def test_settings(command: Command, tmp_path: Path, certificates: Certificates) -> None:
     """Each block of TOML is a whole file of settings that `echod check` takes, once its files are there."""
     real = {
         "certificate": certificates.certificate,
@@ -46,7 +45,7 @@ def test_settings(tmp_path: Path, certificates: Certificates) -> None:
                 block = re.sub(rf'^{key} = ".*"', f'{key} = "{path}"', block, flags=re.MULTILINE)
             config = tmp_path / "echo.toml"
             config.write_text(block)
-            result = run("check", "--config", str(config))
+            result = command("check", "--config", str(config))
             if (result.returncode, result.stderr) != (0, ""):
                 refused.append(f"{page.name}: {result.stderr}\n{written}")
     assert not refused, "\n".join(refused)

@@ -10,6 +10,7 @@ import pty
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import ssl
@@ -34,7 +35,7 @@ from peers import Peer, change, closing, each, echo, ending, messages, resetting
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Start
+    from harness import Command, Start
 
 pytestmark = pytest.mark.once
 
@@ -334,8 +335,8 @@ def test_help() -> None:
         (["h:1", "--source", "[::1]", "--proxy-v1", "1.2.3.4:1"], "families: --source ::1, --proxy-v1 1.2.3.4"),
     ],
 )
-def test_usage_errors(arguments: list[str], message: str) -> None:
-    result = run("probe", *arguments)
+def test_usage_errors(command: Command, arguments: list[str], message: str) -> None:
+    result = command("probe", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     usage, error = result.stderr.splitlines(keepends=True)
     assert usage == "usage: echod probe TARGET [options]\n"
@@ -1008,6 +1009,27 @@ def wait_for_ends(load: measure_module.Load) -> None:
     """Wait until the kernel has heard that the connections have ended."""
     for connection in load._live.values():
         assert select.select([connection.socket], [], [], PATIENCE)[0]
+
+
+def test_moments_of_the_schedule() -> None:
+    """What is due in less time than a wait would take is waited for without one; what cannot be sent yet, by nobody."""
+    with loaded("--rate", "1", "--count", "3") as (load, ends):
+        connection = load._live[0]
+        load._began = 0
+        load._next = 1
+        assert load._schedule(999_999_999) == []
+        assert connection.goal == 0
+        load._selector.modify(connection.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+        connection.watched |= selectors.EVENT_WRITE  # as where a message before has gone in part
+        assert len(load._schedule(1_000_000_000)) == 1
+        assert (connection.goal, connection.sent) == (64, 0)
+        load._quota = 2
+        load._begin(connection, 1, 0)
+        assert (connection.goal, connection.sent) == (128, 0)
+        load._write(connection)
+        assert (connection.sent, connection.watched) == (128, selectors.EVENT_READ)
+        assert len(ends[0].recv(128, socket.MSG_WAITALL)) == 128
+        load._finish(0)
 
 
 @pytest.mark.parametrize("options", [("--count", "3"), ("--rate", "1", "--count", "3")])

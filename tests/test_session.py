@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import structlog
@@ -13,27 +15,41 @@ import structlog
 from echod import kernel
 from echod.client import Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
-from echod.ledger import Ledger
+from echod.ledger import Account, Ledger
 from echod.listeners import ListeningSocket
 from echod.modes import InfoSession
 from echod.resources import loop_factory
 from echod.server import Server, ServerSettings, _cancel
-from echod.session import EchoSession, SessionSettings
+from echod.session import EchoSession, Linger, SessionSettings
+from echod.status import Count, _look
 from harness import PATIENCE, reset
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     Scene = Callable[["Pair"], Awaitable[None]]
-    InLoop = Callable[[Scene], None]
+
+    class InLoop(Protocol):
+        """The fixture `in_loop`."""
+
+        def __call__(self, scene: Scene, receive_buffer: int | None = None) -> None: ...
 
 
 class Pair:
-    """A session on one end of a TCP connection, and a blocking socket on the other."""
+    """A session on one end of a TCP connection, and a blocking socket on the other.
 
-    def __init__(self) -> None:
+    Args:
+        receive_buffer: of the client, bytes: set before it connects, as the kernel drops what a window of before lets in.
+
+    """
+
+    def __init__(self, receive_buffer: int | None) -> None:
+        self.client = socket.socket()
+        self.client.settimeout(PATIENCE)
+        if receive_buffer is not None:
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.client = socket.create_connection(listening.getsockname(), PATIENCE)
+            self.client.connect(listening.getsockname())
             self.sock, _ = listening.accept()
         self.sock.setblocking(False)
         self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
@@ -49,11 +65,11 @@ class Pair:
 def in_loop(loop_name: str) -> InLoop:
     """Return a function that runs a scene in the loop under test, with no exception left to its handler."""
 
-    def run(scene: Scene) -> None:
+    def run(scene: Scene, receive_buffer: int | None = None) -> None:
         async def main() -> None:
             errors: list[dict[str, Any]] = []
             asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            pair = Pair()
+            pair = Pair(receive_buffer)
             try:
                 await asyncio.wait_for(scene(pair), PATIENCE)
             finally:
@@ -120,6 +136,9 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         pair.session.end()
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
+        count = Count(Account(), 0, 0)
+        _look(count, [pair.life()])
+        assert (count.sent, count.states) == (0, {})
 
     in_loop(scene)
 
@@ -146,7 +165,6 @@ def test_late_acknowledgement(in_loop: InLoop) -> None:
     """After the client's EOF the connection stays until the client has taken all, however late it begins."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         await asyncio.to_thread(pair.client.sendall, bytes(300_000))
         pair.client.shutdown(socket.SHUT_WR)
@@ -154,18 +172,12 @@ def test_late_acknowledgement(in_loop: InLoop) -> None:
             await asyncio.sleep(0)
         assert not pair.session.ended.done()
 
-        def read_all() -> int:
-            total = 0
-            while data := pair.client.recv(4096):
-                total += len(data)
-            return total
-
-        assert await asyncio.to_thread(read_all) == 300_000
+        assert len(await asyncio.to_thread(read_to_the_end, pair.client)) == 300_000
         await pair.session.ended
         assert pair.session.delivery is not None
         assert pair.session.delivery.acked == 300_000
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
@@ -173,7 +185,6 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
 
     async def scene(pair: Pair) -> None:
         pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(300_000))
         assert 0 < pair.session.unsent() < 290_000
@@ -183,7 +194,7 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
         pair.client.close()
         await pair.session.ended
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_abort_meets_the_last_write(in_loop: InLoop) -> None:
@@ -234,8 +245,8 @@ def test_unread_input_is_no_silence(in_loop: InLoop) -> None:
         assert await asyncio.to_thread(pair.client.recv, 1) == b"x"
         assert client.overdue(6, timeouts) is None
         assert client.overdue(8, timeouts) == "idle"
-        drain._dismiss_quiet(6)
-        drain._dismiss_quiet(8)
+        for now in (6, 6.5, 8):
+            drain._dismiss_quiet(now)
         assert (before, pair.session.reason) == (None, "quiet")
         pair.client.shutdown(socket.SHUT_WR)
         await pair.session.ended
@@ -271,6 +282,194 @@ def test_reset_while_the_loop_ends(in_loop: InLoop) -> None:
     in_loop(scene)
 
 
+def test_reset_while_it_lingers(in_loop: InLoop) -> None:
+    """After the client's EOF no transport watches the socket: it is the linger that sees the client's reset."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.session.data_received(bytes(200_000))
+        pair.client.shutdown(socket.SHUT_WR)
+        while not pair.session.eof:  # noqa: ASYNC110  (the session has no event for it)
+            await asyncio.sleep(0)
+        assert pair.session.transport is not None
+        linger = pair.session.transport.get_protocol()
+        assert isinstance(linger, Linger)
+        linger._timer.cancel()
+        linger._poll()  # nothing has changed: it looks again later
+        assert not pair.session.ended.done()
+        reset(pair.client)
+        await pair.session.ended
+        assert pair.session.reason == "reset"
+
+    in_loop(scene, 4096)
+
+
+def test_end_of_the_patience(in_loop: InLoop) -> None:
+    """A client that takes some of its echo after our FIN has its patience anew, and is closed when that is over."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session.reconfigure(SessionSettings(290_000, 0.5))
+        await pair.connect()
+        pair.session.data_received(bytes(200_000))
+        pair.session.finish("idle")
+        assert pair.session.transport is not None
+        linger = pair.session.transport.get_protocol()
+        assert isinstance(linger, Linger)
+        before = linger._expiry
+        assert await asyncio.to_thread(pair.client.recv, 1000, socket.MSG_WAITALL) == bytes(1000)
+        linger._least += 1  # whether or not the kernel has told of these yet
+        linger._timer.cancel()
+        linger._poll()
+        assert linger._expiry > before
+        await pair.session.ended
+        assert pair.session.delivery is not None
+        assert pair.session.delivery.acked < 200_000
+
+    in_loop(scene, 4096)
+
+
+def test_fin_of_a_session_that_is_gone(in_loop: InLoop) -> None:
+    """Between the last write and its FIN, which is an iteration later, the session may be aborted, or lost."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.session.finish("quiet")
+        pair.session.resume_writing()
+        pair.session.abort("aborted")
+        pair.session._send_fin()  # still to be closed
+        await pair.session.ended
+        pair.session._send_fin()
+        assert pair.session.reason == "aborted"
+
+    in_loop(scene)
+
+
+def test_large_reads_that_pause_nothing(in_loop: InLoop) -> None:
+    """One that the kernel has taken whole, and one of a session that is paused already."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session.reconfigure(SessionSettings(1000, 1.0))
+        await pair.connect()
+        pair.session.data_received(bytes(1001))
+        paused = [pair.session.paused]
+        while not pair.session.paused:
+            pair.session.data_received(bytes(100_000))
+        pair.session.data_received(bytes(1001))
+        pair.session.reconfigure(SessionSettings(290_000, 1.0))  # which waits until it is not paused any more
+        assert [*paused, pair.session.paused] == [False, True]
+        pair.session.end()
+        await pair.session.ended
+        assert pair.session.reason == "aborted"
+
+    in_loop(scene, 4096)
+
+
+def test_lost_for_another_reason(in_loop: InLoop) -> None:
+    """What a transport reports that is no fault of the network's comes out where the end is waited for."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        transport = pair.session.transport
+        assert transport is not None
+        pair.session.connection_lost(KeyError("a bug"))
+        with pytest.raises(KeyError):
+            await pair.session.ended
+        assert pair.session.reason == "failed"
+        pair.session.ended = asyncio.get_running_loop().create_future()
+        transport.abort()
+        with pytest.raises(KeyError):
+            await pair.session.ended
+
+    in_loop(scene)
+
+
+class Scripted(Drain):
+    """A drain of one client, which waits for nothing but what a test does at each of its waits."""
+
+    def __init__(
+        self, pair: Pair, settings: DrainSettings, emptied: Sequence[bool], *steps: Callable[[], object]
+    ) -> None:
+        answers = iter(emptied)
+        self.clients = [pair.life()]
+        super().__init__(self.clients, lambda: next(answers), settings)
+        self._steps = list(steps)
+
+    async def _wait_until(self, when: float) -> None:
+        if self._steps:
+            self._steps.pop(0)()
+            self.woken = self._woken.is_set()
+            self._woken.clear()
+        else:
+            await super()._wait_until(when)
+
+
+PATIENT = DrainSettings(0, quiet_period=PATIENCE, drain_timeout=PATIENCE, linger_timeout=PATIENCE)
+HASTY = PATIENT._replace(drain_timeout=0)
+
+
+def test_drain_of_who_leaves(in_loop: InLoop) -> None:
+    """A departure wakes it where it may be the last, or gives a descriptor to who waits in the backlog."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+
+        def stay() -> None:
+            drain.client_left()
+            assert drain._woken.is_set()
+
+        def stay_on() -> None:
+            drain.client_left()
+            assert not drain._woken.is_set()
+
+        def leave() -> None:
+            drain.clients.clear()
+            drain.client_left()
+
+        drain = Scripted(pair, PATIENT, [False, False, True], stay, stay_on, leave)
+        assert await drain.run()
+        assert drain.woken
+        drain = Scripted(pair, HASTY, [False], leave)
+        assert not await drain.run()
+        assert pair.session.reason == "cut"
+        pair.client.shutdown(socket.SHUT_WR)
+        await pair.session.ended
+
+    in_loop(scene)
+
+
+@pytest.mark.parametrize("when", ["before", "while it waits", "after the cut"])
+def test_drain_is_hurried(in_loop: InLoop, when: str) -> None:
+    """A second signal may come at any moment of it."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+
+        def hurry() -> None:
+            drain.hurry()
+
+        drain = Scripted(pair, HASTY if when == "after the cut" else PATIENT, [True], hurry)
+        if when == "before":
+            drain.hurry()
+        assert await drain.run() == (when != "before")
+        assert pair.session.reason == "aborted"
+        await pair.session.ended
+
+    in_loop(scene)
+
+
+def test_drain_comes_to_its_end(in_loop: InLoop) -> None:
+    """Who has not closed by then is closed, having been looked at as often as its silence needed."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        drain = Scripted(pair, DrainSettings(0, 0.01, 0.3, 0.05), [True])
+        await drain.run()
+        await pair.session.ended
+        assert pair.session.reason == "quiet"
+
+    in_loop(scene)
+
+
 def test_info_of_a_session_that_has_ended() -> None:
     """A drain may reach a client before its answer does: then there is none."""
     with socket.socket() as sock:
@@ -290,7 +489,6 @@ def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: py
     """A connection whose last acknowledgement comes while it is looked at has ended well, and was not reset."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.client.shutdown(socket.SHUT_WR)
@@ -312,14 +510,13 @@ def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: py
         assert len(looks) > 2
         assert pair.session.reason == "eof"
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
     """After our FIN the client sends its own, and only then takes its echo: the connection waits for that."""
 
     async def scene(pair: Pair) -> None:
-        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.session.finish("idle")
@@ -332,22 +529,26 @@ def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
         assert pair.session.delivery is not None
         assert (pair.session.delivery.acked, pair.session.reason) == (200_000, "idle")
 
-    in_loop(scene)
+    in_loop(scene, 4096)
 
 
 class Unsteady(socket.socket):
-    """A listening socket some of whose connections are gone when they are to be accepted."""
+    """A listening socket some of whose connections are gone when they are to be accepted, or find no descriptor."""
 
     gone = 0
+    full = 0
 
     def accept(self) -> tuple[socket.socket, Any]:
+        if self.full:
+            self.full -= 1
+            raise OSError(errno.EMFILE, "full")
         if self.gone:
             self.gone -= 1
             raise ConnectionAbortedError(errno.ECONNABORTED, "gone")
         return super().accept()
 
 
-def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]) -> None:
+def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]], max_connections: int = 10) -> None:
     """Run a scene with a server in the loop under test, and shut that down."""
 
     async def main() -> None:
@@ -356,7 +557,7 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
         listening.listen()
         listening.setblocking(False)
         settings = ServerSettings(
-            max_connections=10,
+            max_connections=max_connections,
             timeouts=Timeouts(idle=0, write=30, handshake=10),
             session=SessionSettings(65536, 1.0),
             drain=DrainSettings(0, 0.1, 1, 1.0),
@@ -406,6 +607,94 @@ def test_connections_that_are_gone(loop_name: str) -> None:
         await echo(listening)
         assert listening.gone == 0
         listening.gone = 2
+
+    serving(loop_name, scene)
+
+
+def test_more_than_one_wake_up_takes(loop_name: str) -> None:
+    """Who is left over when a wake-up has accepted its measure is for the next one."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
+        while server.clients < len(clients):  # noqa: ASYNC110  (no event tells)
+            await asyncio.sleep(0)
+        for client in clients:
+            client.close()
+
+    serving(loop_name, scene, max_connections=1000)
+
+
+def holds(server: Server) -> bool:
+    """Tell whether somebody has to wait in the backlog."""
+    return server.accept_paused
+
+
+def test_cap_in_the_middle_of_a_wake_up(loop_name: str) -> None:
+    """Whether somebody is left to wait shows at the next one."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+        while not holds(server):  # noqa: ASYNC110  (no event tells)
+            await asyncio.sleep(0)
+        assert server.clients == 2
+        for client in clients:
+            client.close()
+        while holds(server):  # noqa: ASYNC110  (nor here)
+            await asyncio.sleep(0)
+        assert server.ledger.account.accept_pauses == 1
+
+    serving(loop_name, scene, max_connections=2)
+
+
+def test_no_descriptors_for_a_while(loop_name: str) -> None:
+    """However often accept(2) fails for want of them, it is one pause, to the end of which the client waits."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        listening.full = 2
+        await echo(listening)
+        assert (listening.full, server.ledger.account.accept_pauses) == (0, 1)
+
+    serving(loop_name, scene)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_no_descriptors_in_a_stop(loop_name: str, waiting: bool) -> None:
+    """The listening socket is closed if nobody waits; if somebody does, it is tried again when a client has left."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as clients:
+            staying = clients.enter_context(socket.create_connection(listening.getsockname()))
+            while not server.clients:  # noqa: ASYNC110  (no event tells)
+                await asyncio.sleep(0)
+            listening.full = sys.maxsize
+            if waiting:
+                clients.enter_context(socket.create_connection(listening.getsockname()))
+            stop = loop.create_task(server.shutdown())
+            while server._drain is None or not server._drain._silence:  # noqa: ASYNC110  (nor here)
+                await asyncio.sleep(0)
+            assert (listening.fileno() != -1, server.clients) == (waiting, 1)
+            listening.full = 0
+            staying.close()
+            while server.ledger.account.accepted <= waiting or listening.fileno() != -1:  # noqa: ASYNC110  (nor here)
+                await asyncio.sleep(0)
+        assert (await stop).clients == 1 + waiting
+
+    serving(loop_name, scene)
+
+
+def test_aborted_before_it_stops(loop_name: str) -> None:
+    """A stop that is to be at once leaves nobody waiting, and says nothing of those who do not wait."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        with socket.create_connection(listening.getsockname()) as client:
+            while not server.clients:  # noqa: ASYNC110  (no event tells)
+                await asyncio.sleep(0)
+            server.abort()
+            assert (await server.shutdown()).aborted == 1
+            assert listening.fileno() == -1
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
 
     serving(loop_name, scene)
 

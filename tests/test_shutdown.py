@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd, Stuck
-from harness import PATIENCE, clean_environment, receive, until
+from harness import PATIENCE, UNHURRIED, clean_environment, receive, until
 
 if TYPE_CHECKING:
     from harness import Start
@@ -38,7 +38,7 @@ def test_order(start: Start, number: signal.Signals) -> None:
 
 def test_delay(start: Start) -> None:
     """For `delay` seconds after the signal, new clients are accepted; after that they are refused."""
-    daemon = start("--shutdown.delay", "1")
+    daemon = start("--shutdown.delay", "1", *UNHURRIED)
     daemon.send_signal(signal.SIGTERM)
     daemon.wait_for("draining")
     began = time.monotonic()
@@ -153,6 +153,7 @@ def test_failures_during_the_drain_are_all_logged(start: Start) -> None:
     daemon = start(
         *("--faults.boom.trigger", "boom\r\n", "--faults.boom.action", "raise"),
         *("--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "boom"),
+        *UNHURRIED,
         listen=None,
     )
     clients = [daemon.connect() for _ in range(5)]

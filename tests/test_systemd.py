@@ -247,7 +247,7 @@ def test_watchdog_is_fed_by_the_loop(start: Start, manager: FakeManager) -> None
     began = time.monotonic()
     for _ in range(5):
         assert manager.receive()["WATCHDOG"] == "1"
-    assert time.monotonic() - began < 5 * 0.3 + 0.5
+    assert time.monotonic() - began < 5 * 0.6
     with daemon.connect() as client:
         client.sendall(b"stuck")
         assert not manager.hears_on(0.6)

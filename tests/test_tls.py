@@ -7,9 +7,9 @@ import shutil
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,14 +19,14 @@ from echod import kernel
 from echod.session import EchoSession, SessionSettings
 from echod.tls import load
 from echod.tls_layer import TlsBuffers, TlsEnd, TlsLayer, subject
-from harness import PATIENCE, receive, reset, run, until
+from harness import PATIENCE, receive, reset, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from certificates import Certificates, TlsSocket
-    from harness import Start
+    from harness import Command, Start
 
 CLIENTS = 200
 
@@ -151,7 +151,6 @@ def test_silent_handshakes(start: Start, certificates: Certificates) -> None:
     daemon = start(*certificates.options(), "--limits.handshake-timeout", str(timeout), listen=None)
     context = certificates.context()
     silent = [daemon.connect() for _ in range(count)]
-    began = time.monotonic()
     served = 0
     while not daemon.all("client_closed")[served:]:
         with certificates.connect(daemon, context=context) as client:
@@ -163,8 +162,8 @@ def test_silent_handshakes(start: Start, certificates: Certificates) -> None:
     for waiting in silent:
         assert waiting.recv(1) == b""
         waiting.close()
-    assert time.monotonic() - began < 4 * timeout
     daemon.wait_for("client_closed", count=count, reason="handshake")
+    assert statistics.median(line["seconds"] for line in daemon.all("client_closed")) < 2 * timeout
     assert daemon.stop() == 0
     assert len(daemon.all("client_closed")) == count + served
     assert {event["level"] for event in daemon.events} == {"info"}
@@ -190,25 +189,23 @@ def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates)
     assert daemon.wait_for("client_closed")["reason"] == "eof"
 
 
-@pytest.mark.parametrize(
-    ("hello", "detail"),
-    [
+def test_broken_handshake(start: Start, certificates: Certificates) -> None:
+    """Bad bytes are one line, with what is wrong and without a traceback."""
+    daemon = start(*certificates.options(), listen=None)
+    cases = [
         (b"GET / HTTP/1.1\r\n\r\n", "http request"),
         (b"\x16\x03\x01\xff\xff", None),
         (b"\0" * 500, "wrong version number"),
         (b"\x16\x03\x01", "the client closed the connection"),
-    ],
-)
-def test_broken_handshake(start: Start, certificates: Certificates, hello: bytes, detail: str | None) -> None:
-    """Bad bytes are one line, with what is wrong and without a traceback."""
-    daemon = start(*certificates.options(), listen=None)
-    with daemon.connect() as client:
-        client.sendall(hello)
-        client.shutdown(socket.SHUT_WR)
-        receive(client, 100)
-    line = daemon.wait_for("client_closed")
-    assert line["reason"] == "handshake"
-    assert detail is None or line["detail"] == detail
+    ]
+    for number, (hello, detail) in enumerate(cases, 1):
+        with daemon.connect() as client:
+            client.sendall(hello)
+            client.shutdown(socket.SHUT_WR)
+            receive(client, 100)
+        line = daemon.wait_for("client_closed", count=number)
+        assert line["reason"] == "handshake", hello
+        assert detail is None or line["detail"] == detail
     assert daemon.stop() == 0
     assert {event["level"] for event in daemon.events} == {"info"}
 
@@ -327,10 +324,10 @@ def test_a_flood_of_records_holds_nobody_up(start: Start, certificates: Certific
         reader.start()
         slowest = 0.0
         while reader.is_alive():
-            began = time.monotonic()
+            used = daemon.cpu_seconds()
             other.sendall(b"x")
             assert other.recv(1) == b"x"
-            slowest = max(slowest, time.monotonic() - began)
+            slowest = max(slowest, daemon.cpu_seconds() - used)
         sender.join()
         assert slowest < 0.5
     assert daemon.wait_for("client_closed", received=100_000)["acked"] == 100_000
@@ -449,10 +446,10 @@ def test_a_large_file_through_socat(start: Start, certificates: Certificates, tm
     assert result.stdout == content
 
 
-def check(certificates: Certificates, **files: object) -> list[str]:
+def problems(command: Command, certificates: Certificates, **files: object) -> list[str]:
     """Return what `echod check` says of a listener with these files."""
     chosen = {"certificate": certificates.certificate, "private_key": certificates.key} | files
-    result = run(
+    result = command(
         "check",
         *("--listeners.tls.address", "127.0.0.1:0"),
         *(text for name, file in chosen.items() for text in (f"--listeners.tls.tls.{name}", str(file))),
@@ -461,7 +458,7 @@ def check(certificates: Certificates, **files: object) -> list[str]:
     return [line.removeprefix("echod: ") for line in result.stderr.splitlines()]
 
 
-def test_settings(certificates: Certificates, tmp_path: Path) -> None:
+def test_settings(command: Command, certificates: Certificates, tmp_path: Path) -> None:
     """Each file that cannot be used is named, with what is wrong with it."""
     missing = tmp_path / "missing"
     empty = tmp_path / "empty"
@@ -541,16 +538,16 @@ def test_settings(certificates: Certificates, tmp_path: Path) -> None:
     ]
     for files, setting, message in cases:
         option = f"--listeners.tls.tls.{setting}"
-        assert check(certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
+        assert problems(command, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
 
 
-def test_certificate_that_ends_soon(start: Start, certificates: Certificates) -> None:
+def test_certificate_that_ends_soon(start: Start, command: Command, certificates: Certificates) -> None:
     """Within 14 days of its end, a certificate is warned of, on `check` and at the start."""
     certificate, key = certificates.issue("soon", "localhost", days=13.5)
-    assert check(certificates, certificate=certificate, private_key=key) == [
+    assert problems(command, certificates, certificate=certificate, private_key=key) == [
         f"warning: {certificate}: the certificate ends in 13 days"
     ]
-    assert check(certificates) == []
+    assert problems(command, certificates) == []
     daemon = start(
         *("--listeners.tls.address", "127.0.0.1:0", "--listeners.tls.tls.certificate", str(certificate)),
         *("--listeners.tls.tls.private-key", str(key)),
