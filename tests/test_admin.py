@@ -214,10 +214,10 @@ def test_states_of_clients(start: Start, certificate: tuple[str, str]) -> None:
         unsent = seen[f"127.0.0.1:{paused.port}"]["unsent"]
         assert unsent > 0
         assert samples["echod_received_bytes_total", "127.0.0.1:0"] > samples["echod_sent_bytes_total", "127.0.0.1:0"]
-    daemon.send_signal()
-    daemon.wait_for("draining")  # of two signals that wait, the kernel gives SIGINT first
-    daemon.send_signal(signal.SIGINT)
-    assert daemon.wait() == 130
+        daemon.send_signal()
+        daemon.wait_for("draining")  # of two signals that wait, the kernel gives SIGINT first
+        daemon.send_signal(signal.SIGINT)
+        assert daemon.wait() == 130
 
 
 def test_reloads(start: Start, tmp_path: Path) -> None:
