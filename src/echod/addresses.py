@@ -77,9 +77,10 @@ def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
     """
     match sockaddr:
         case (str(host), int(port), *_):
-            # A zone belongs to a link-local address only, which is never a mapped one.
-            mapped = ipaddress.IPv6Address(host).ipv4_mapped if host.startswith("::ffff:") else None
-            return TcpAddress(str(mapped or host), port)
+            if host.startswith("::ffff:"):
+                # A zone belongs to a link-local address only, which is never a mapped one.
+                host = str(ipaddress.IPv6Address(host).ipv4_mapped or host)
+            return TcpAddress(host, port)
         case str(path) if path:
             return UnixAddress(path)
         case bytes(name) if name:

@@ -10,6 +10,7 @@ Sources: tcp(7), socket(7), and struct tcp_info in linux/tcp.h.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import resource
 import select
@@ -54,9 +55,15 @@ class TcpInfo(NamedTuple):
 
 def tcp_info(sock: socket.socket) -> TcpInfo | None:
     """Return the connection's TCP_INFO, or None where the kernel has none: on a unix socket, or outside Linux."""
-    if not has_tcp_info(sock):
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
         return None
-    rtt, retransmits, acked = _DETAILS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128))
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    except OSError as error:  # instead of has_tcp_info(), as this is asked for each connection, and most have one
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+    rtt, retransmits, acked = _DETAILS.unpack_from(info)
     return TcpInfo(rtt / 1000, retransmits, acked)
 
 
@@ -93,14 +100,19 @@ def unacknowledged(sock: socket.socket) -> int:
     """Return how many bytes were given to the kernel and not acknowledged by the peer (SIOCOUTQ); a FIN is one."""
     if sys.platform == "darwin":  # pragma: no cover (macOS only)
         return sock.getsockopt(socket.SOL_SOCKET, 0x1024)  # SO_NWRITE
-    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))
-    return int(count)
+    return _count(sock, termios.TIOCOUTQ)
 
 
 def unread(sock: socket.socket) -> int:
     """Return how many bytes wait in the kernel to be read (FIONREAD)."""
-    (count,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))
-    return int(count)
+    return _count(sock, termios.FIONREAD)
+
+
+def _count(sock: socket.socket, request: int) -> int:
+    # Into a buffer: with bytes, ioctl() first fails to write to them, and that costs as much as the call.
+    count = bytearray(4)
+    fcntl.ioctl(sock, request, count)
+    return int.from_bytes(count, sys.byteorder)
 
 
 def waiting_connections(listening: socket.socket) -> int:
