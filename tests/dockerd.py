@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import debian
 from harness import until
 
 if TYPE_CHECKING:
@@ -32,17 +32,10 @@ _TOOLS = ("containerd", "debootstrap", "docker", "dockerd", "runc", "umount")
 _PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 _AUTHORITIES = Path("etc/ssl/certs/ca-certificates.crt")
 
-# Seconds that making the base image, or building on it, may take.
-_LONG = 600.0
-
 
 def why_not() -> str | None:
     """Tell why there can be no dockerd here; None if there can."""
-    if os.geteuid() != 0:
-        return "needs root"
-    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        return f"not installed: {', '.join(missing)}"
-    return None
+    return debian.why_not(*_TOOLS)
 
 
 class Engine:
@@ -106,7 +99,7 @@ class Engine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_LONG,
+            timeout=debian.LONG,
             env=self._env,
             cwd=SOURCE,
         )
@@ -135,7 +128,7 @@ class Engine:
         with _base().open("rb") as tree:
             # This machine's authorities may be more than Debian's, and pip has some of its own.
             command = ["docker", "import", "--change", f"ENV PIP_CERT=/{_AUTHORITIES}", "-", BASE_IMAGE]
-            subprocess.run(command, stdin=tree, check=True, capture_output=True, timeout=_LONG, env=self._env)
+            subprocess.run(command, stdin=tree, check=True, capture_output=True, timeout=debian.LONG, env=self._env)
 
 
 class Container:
@@ -195,21 +188,13 @@ class Container:
 
 
 def _base() -> Path:
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / "echod-docker-test")
-    cache.mkdir(parents=True, exist_ok=True)
-    image = cache / "bookworm.tar"
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not image.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                root = Path(folder) / "root"
-                command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(root)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_LONG)
-                assert done.returncode == 0, done.stdout[-3000:]
-                if Path("/", _AUTHORITIES).exists():
-                    shutil.copy(Path("/", _AUTHORITIES), root / _AUTHORITIES)
-                # Beside its place first, so that one that was left half made is not taken for whole.
-                half = Path(folder) / "half.tar"
-                subprocess.run(["tar", "-C", str(root), "-cf", str(half), "."], check=True)
-                half.rename(image)
-    return image
+    with debian.cache(CACHE_VARIABLE, "echod-docker-test") as folder:
+        return debian.system(folder / "bookworm.tar", _PACKAGES, _pack)
+
+
+def _pack(root: Path) -> Path:
+    if Path("/", _AUTHORITIES).exists():
+        shutil.copy(Path("/", _AUTHORITIES), root / _AUTHORITIES)
+    packed = root.with_suffix(".tar")
+    subprocess.run(["tar", "-C", str(root), "-cf", str(packed), "."], check=True)
+    return packed

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -193,6 +194,15 @@ class Daemon:
     def all(self, event: str) -> list[Event]:
         """Return all events of that name so far."""
         return [line for line in self.events if line["event"] == event]
+
+    def loud(self) -> list[Event]:
+        """Return the events that are more than information, but for those by which asyncio's debug mode calls us slow."""
+        return [
+            event
+            for event in self.events
+            if event["level"] != "info"
+            and not (event.get("logger") == "asyncio" and re.match("Executing .* took", event["event"]))
+        ]
 
     def send_signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+import debian
 from harness import PATIENCE
 
 if TYPE_CHECKING:
@@ -39,17 +38,10 @@ _PACKAGES = "systemd,systemd-sysv,dbus,procps,python3,python3-venv"
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
 _CLONE_NEWNET = 0x40000000
 
-# Seconds that making the root, or installing the project in it, may take.
-_LONG = 600.0
-
 
 def why_not() -> str | None:
     """Tell why there can be no container here; None if there can."""
-    if os.geteuid() != 0:
-        return "needs root"
-    if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        return f"not installed: {', '.join(missing)}"
-    return None
+    return debian.why_not(*_TOOLS)
 
 
 class Container:
@@ -59,12 +51,10 @@ class Container:
     """
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / "echod-systemd-test")
-        cache.mkdir(parents=True, exist_ok=True)
         self._held = contextlib.ExitStack()
         # One container at a time: others wait here for its end.
-        fcntl.flock(self._held.enter_context((cache / "lock").open("w")), fcntl.LOCK_EX)
-        root, wheels = _root(cache), _wheels(cache)
+        cache = self._held.enter_context(debian.cache(CACHE_VARIABLE, "echod-systemd-test"))
+        root, wheels = debian.system(cache / "root", _PACKAGES), _wheels(cache)
         self._network: ThreadPoolExecutor | None = None
         self._output = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (it is entered)
         self._nspawn = subprocess.Popen(
@@ -121,7 +111,7 @@ class Container:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_LONG,
+            timeout=debian.LONG,
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
         )
         if check:
@@ -192,22 +182,6 @@ def wait(find: Callable[[], Result]) -> Result:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
     return found
-
-
-def _root(cache: Path) -> Path:
-    root = cache / "root"
-    if not root.exists():
-        # Beside its place, so that one that was left half made is not taken for whole.
-        half = Path(tempfile.mkdtemp(prefix="root.", dir=cache))
-        half.chmod(0o755)
-        command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", "bookworm", str(half)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_LONG)
-            assert done.returncode == 0, done.stdout[-2000:]
-            half.rename(root)
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
-    return root
 
 
 def _wheels(cache: Path) -> Path:

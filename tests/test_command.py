@@ -222,19 +222,19 @@ def test_syntax_errors(command: Command, arguments: list[str], message: str) -> 
     assert message in error
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "config"])
-def test_invalid_settings(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["serve", "check", "config"])
+def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
     """78, whatever was asked for; and a log file that cannot be written is told of in advance."""
-    result = run(command, "--limits.backlog", "none", "--limits.colour", "red")
+    result = command(name, "--limits.backlog", "none", "--limits.colour", "red")
     assert result.returncode == 78
     assert len(result.stderr.splitlines()) == 2
-    result = run(command, "--log.file", str(tmp_path))
+    result = command(name, "--log.file", str(tmp_path))
     assert result.returncode == 78
     assert result.stderr == f"echod: --log.file: log.file: {str(tmp_path)!r} cannot be written\n"
     missing = str(tmp_path / "none" / "log")
-    assert run(command, "--log.file", missing).returncode == 78
+    assert command(name, "--log.file", missing).returncode == 78
     too_long = "x" * 300
-    assert "cannot be written" in run(command, "--log.file", too_long).stderr
+    assert "cannot be written" in command(name, "--log.file", too_long).stderr
     assert not (tmp_path / "none").exists()
 
 
