@@ -374,7 +374,7 @@ def test_much_comes_back_whole_and_in_order(in_loop: InLoop) -> None:
         transport = pair.session.transport
         assert transport is not None
         sending = asyncio.create_task(asyncio.to_thread(pair.client.sendall, data))
-        while not pair.session.paused:  # nobody reads yet
+        while not pair.session.paused:  # noqa: ASYNC110  (the loop has to take its next steps)
             await asyncio.sleep(0)
         assert isinstance(transport.get_protocol(), Bulk)
         assert await asyncio.to_thread(receive, pair.client, len(data)) == data
@@ -404,7 +404,7 @@ def test_much_meets_a_full_socket(in_loop: InLoop) -> None:
         transport = pair.session.transport
         assert transport is not None
         bulk = Bulk(pair.session, transport)
-        with pytest.raises(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 pair.sock.send(b"-" * 4096)
         echo = b""
