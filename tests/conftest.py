@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes minutes first: at the end, all would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("container") is None)
+
+
 @pytest.fixture(params=["uvloop", "asyncio"])
 def loop_name(request: pytest.FixtureRequest) -> str:
     """Return each loop's name in turn."""
