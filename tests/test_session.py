@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import random
 import socket
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,9 +20,9 @@ from echod.listeners import ListeningSocket
 from echod.modes import InfoSession
 from echod.resources import loop_factory
 from echod.server import Server, ServerSettings, _cancel
-from echod.session import Bulk, Delivery, EchoSession, Linger, SessionSettings
+from echod.session import EchoSession, Linger, SessionSettings
 from echod.status import Count, _look
-from harness import PATIENCE, receive, reset
+from harness import PATIENCE, reset
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -363,81 +362,6 @@ def test_large_reads_that_pause_nothing(in_loop: InLoop) -> None:
         assert pair.session.reason == "aborted"
 
     in_loop(scene, 4096)
-
-
-def test_much_comes_back_whole_and_in_order(in_loop: InLoop) -> None:
-    """Large reads go through one buffer, and what is unsent of one is kept before the next; a small one ends that."""
-    data = random.randbytes(4 << 20)
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-        transport = pair.session.transport
-        assert transport is not None
-        sending = asyncio.create_task(asyncio.to_thread(pair.client.sendall, data))
-        while not pair.session.paused:  # noqa: ASYNC110  (the loop has to take its next steps)
-            await asyncio.sleep(0)
-        assert isinstance(transport.get_protocol(), Bulk)
-        assert await asyncio.to_thread(receive, pair.client, len(data)) == data
-        await sending
-        for message in (b"a little", b"more"):
-            await asyncio.to_thread(pair.client.sendall, message)
-            assert await asyncio.to_thread(receive, pair.client, len(message)) == message
-            assert transport.get_protocol() is pair.session
-        await asyncio.to_thread(pair.client.sendall, data[:65536])
-        pair.client.shutdown(socket.SHUT_WR)
-        assert await asyncio.to_thread(read_to_the_end, pair.client) == data[:65536]
-        pair.client.close()
-        await pair.session.ended
-        total = len(data) + len(b"a littlemore") + 65536
-        assert pair.session.reason == "eof"
-        assert pair.session.delivery == Delivery(total, total, total, 0)
-
-    in_loop(scene, 16384)
-
-
-def test_much_meets_a_full_socket(in_loop: InLoop) -> None:
-    """What the kernel takes nothing of waits in the write buffer, and what comes next behind it."""
-
-    async def scene(pair: Pair) -> None:
-        pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        await pair.connect()
-        transport = pair.session.transport
-        assert transport is not None
-        bulk = Bulk(pair.session, transport)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                pair.sock.send(b"-" * 4096)
-        echo = b""
-        for part in (b"1" * 1000, b"2" * 1000):
-            bulk.get_buffer(-1)[: len(part)] = part
-            bulk.buffer_updated(len(part))
-            while kernel.unread(pair.client):  # now there is room, before the loop looks at the socket again
-                echo += pair.client.recv(1 << 20)
-        assert pair.session.unsent() == pair.session.received == 2000
-        pair.session.finish("cut")
-        echo += await asyncio.to_thread(read_to_the_end, pair.client)
-        assert echo.lstrip(b"-") == b"1" * 1000 + b"2" * 1000
-        pair.client.close()
-        await pair.session.ended
-
-    in_loop(scene, 4096)
-
-
-def test_much_meets_a_reset(in_loop: InLoop) -> None:
-    """The client's reset may come between the reading of what it sent and its echo."""
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-        transport = pair.session.transport
-        assert transport is not None
-        bulk = Bulk(pair.session, transport)
-        reset(pair.client)
-        bulk.buffer_updated(100_000)
-        await pair.session.ended
-        assert pair.session.reason == "reset"
-        assert pair.session.delivery == Delivery(100_000, 0, 0, 0)
-
-    in_loop(scene)
 
 
 def test_lost_for_another_reason(in_loop: InLoop) -> None:

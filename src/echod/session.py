@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import threading
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from echod import kernel
@@ -37,13 +36,6 @@ Stage = Literal["proxy_header", "handshake"]
 
 # Ends for which a client is not to blame.
 _NO_FAULTS = frozenset({"eof", "idle", "quiet", "cut"})
-
-# Reads larger than this are worth a buffer of their own, and so is what follows them until one is smaller than that.
-_BULK = 32768
-_NO_BULK = 4096
-
-# What one read of many bytes takes; more than is in a core's caches costs more than the system calls it saves.
-_BULK_BUFFER = 262144
 
 # The poll of a lingering connection: the kernel has no event for "all is acknowledged".
 _FIRST_POLL = 0.002
@@ -118,7 +110,7 @@ class EchoSession(asyncio.Protocol):
     def __init__(self, sock: socket.socket, settings: SessionSettings, ended: asyncio.Future[None]) -> None:
         self.sock = sock
         self.settings = settings
-        self._large = min(settings.write_buffer, _BULK)
+        self._large = settings.write_buffer
         self._fin_sent = False
         self._delivered = False
         self._dropped = 0
@@ -164,8 +156,6 @@ class EchoSession(asyncio.Protocol):
         self.transport.write(data)  # type: ignore[union-attr]  # set in connection_made
         if size > self._large:
             self._weigh()
-            if self.tls_layer is None and self.reason is None:
-                Bulk(self, self._connected)
 
     def pause_writing(self) -> None:
         """Stop reading from a client that does not read its echo."""
@@ -210,7 +200,7 @@ class EchoSession(asyncio.Protocol):
     def reconfigure(self, settings: SessionSettings) -> None:
         """Go by other settings from now on."""
         self.settings = settings
-        self._large = min(settings.write_buffer, _BULK)
+        self._large = settings.write_buffer
         if self.transport is not None and self.reason is None and not self.paused:
             self.transport.set_write_buffer_limits(high=settings.write_buffer)
 
@@ -306,7 +296,7 @@ class EchoSession(asyncio.Protocol):
         return self.transport
 
     def _weigh(self) -> None:
-        """Pause reading after a large read, if any of it is unsent.
+        """Pause reading after a read larger than the write buffer, if any of it is unsent.
 
         The transport keeps all of what it read in memory until the last byte is sent, and counts only what is unsent.
         """
@@ -352,80 +342,6 @@ class EchoSession(asyncio.Protocol):
             sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
             self.tls_layer = None  # which has the session, and would keep it until the garbage collector comes
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
-
-
-class _Buffers(threading.local):
-    """One buffer for all connections of a loop, and a thread has one loop: nothing stays in it between two events."""
-
-    def __init__(self) -> None:
-        self.bulk = memoryview(bytearray(_BULK_BUFFER))
-
-
-_buffers = _Buffers()
-
-
-class Bulk(asyncio.BufferedProtocol):
-    """Takes the session's place at the transport while much comes at a time, until it becomes little.
-
-    It sends out of the buffer that was read into. `data_received` gets a new object for each read instead, which costs
-    a copy of everything; for a message of some hundred bytes that is cheaper than the calls that this takes.
-    """
-
-    __slots__ = ("_buffer", "_session", "_transport")
-
-    def __init__(self, session: EchoSession, transport: asyncio.Transport) -> None:
-        self._session = session
-        self._transport = transport
-        self._buffer = _buffers.bulk
-        self._take_over(self)
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  (what is there is there)
-        """Return where to read to."""
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Echo: by the socket what it takes at once, by the transport what it does not."""
-        session, transport = self._session, self._transport
-        session.received += nbytes
-        data = self._buffer[:nbytes]
-        sent = 0
-        if not transport.get_write_buffer_size():  # or it would overtake what is in there
-            try:
-                sent = session.sock.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                session.abort("reset")
-                return
-        if sent < nbytes:
-            transport.write(bytes(data[sent:]))
-        elif nbytes < _NO_BULK:
-            self._take_over(session)
-
-    def pause_writing(self) -> None:
-        """As the session."""
-        self._session.pause_writing()
-
-    def resume_writing(self) -> None:
-        """As the session."""
-        self._session.resume_writing()
-
-    def eof_received(self) -> bool:
-        """As the session."""
-        return self._session.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """As the session."""
-        self._session.connection_lost(exc)
-
-    def _take_over(self, protocol: asyncio.BaseProtocol) -> None:
-        # uvloop chooses how to read when reading begins.
-        if self._session.paused:
-            self._transport.set_protocol(protocol)
-        else:
-            self._transport.pause_reading()
-            self._transport.set_protocol(protocol)
-            self._transport.resume_reading()
 
 
 class Linger(asyncio.Protocol):
