@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.logs import LogWriter
+from echod.logs import Log, LogWriter
+from echod.settings import LogSettings
 from harness import PATIENCE, clean_environment, receive, reset
 
 if TYPE_CHECKING:
@@ -319,7 +320,8 @@ def log_on_a_full_disk(path: Path, size: int, body: str) -> bytes:
     """Return what a writer leaves in a file that can grow to `size` bytes, and after `body` without a limit."""
     program = f"""
 import resource, signal, sys
-from echod.logs import LogWriter
+from echod.logs import Log, LogWriter
+from echod.settings import LogSettings
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
 out = open(sys.argv[1], "ab", buffering=0)
@@ -355,3 +357,20 @@ for number in range(1, 4):
         pass
 """
     assert log_on_a_full_disk(tmp_path / "log", 0, body) == b"next\ndropped 3\n"
+
+
+def test_the_time_of_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line has its own microsecond, in UTC, also where one second follows the other, or precedes it."""
+    file = tmp_path / "log"
+    log = Log(LogSettings(file=str(file), format="json"))
+    times = [1_795_800_001_999_999_999, 1_795_800_002_000_000_000, 1_795_800_001_000_042_000]
+    for moment in times:
+        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        log.logger.info("tick")
+    monkeypatch.undo()
+    log.close()
+    assert [json.loads(line)["timestamp"] for line in file.read_text().splitlines()] == [
+        "2026-11-27T17:20:01.999999Z",
+        "2026-11-27T17:20:02.000000Z",
+        "2026-11-27T17:20:01.000042Z",
+    ]

@@ -324,7 +324,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close now. Idempotent."""
-        if self._transport is not None:  # pragma: no branch  (it is None for an iteration of the loop)
+        if self._transport is not None:
             self._transport.abort()
 
     def _pass_on(self, head: bytes) -> None:
