@@ -15,6 +15,7 @@ import datetime as dt
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
@@ -222,7 +223,7 @@ class Bench:
             _stop(server)
 
     def measure(self, work: str, peers: list[Peer]) -> None:
-        """Do one work with each peer in turn, round after round."""
+        """Do one work with each peer in turn, round after round, each in an order of its own."""
         steps: dict[str, list[Callable[[Peer], Figures]]] = {
             "pingpong": [partial(self.loaded, "pingpong", clients=50, size=MESSAGE)],
             "stream": [partial(self.loaded, "stream", clients=8, size=STREAM_WRITE)],
@@ -241,7 +242,9 @@ class Bench:
         # A drain waits for the quiet period, so the quick plan has one.
         for turn in range(1 if self.plan.quick and work == "drain" else self.plan.rounds):
             print(f"{work}, round {turn + 1}:", end=" ", file=sys.stderr, flush=True)
-            for peer in peers:
+            # Nobody comes always behind the same one: a server that forks leaves caches and kernel otherwise than one that
+            # does not.
+            for peer in random.Random(turn).sample(peers, len(peers)):  # noqa: S311  (no secret)
                 for step in steps[work]:
                     try:
                         found = step(peer)
@@ -330,6 +333,11 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(STOP_TIMEOUT)
         os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while time.monotonic() < deadline:
+            os.killpg(server.pid, 0)  # fails when all that it forked are gone, too
+            time.sleep(0.01)
     server.wait()
 
 
@@ -338,31 +346,8 @@ def _cpu(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def main() -> None:
-    """Measure, and write the results."""
-    names = [work.name for work in WORKS]
-    parser = argparse.ArgumentParser(description="Measure echod and its peers side by side.")
-    parser.add_argument("--quick", action="store_true", help="in under 90 seconds, only who is in the targets")
-    parser.add_argument("--only", default=",".join(names), help=f"works, comma-separated: {', '.join(names)}")
-    parser.add_argument("--peers", help="names, separated by semicolons (default: all)")
-    parser.add_argument("--rounds", type=int, help="of each work (default: 5; with --quick: 3)")
-    parser.add_argument("--output", type=Path, default=Path("results.json"), help="(default: %(default)s)")
-    arguments = parser.parse_args()
-    works = [name for name in names if name in arguments.only.split(",")]
-    if unknown := set(arguments.only.split(",")) - set(names):
-        parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    wanted: Collection[str] = QUICK_PEERS if arguments.quick else {peer.name for peer in servers.PEERS}
-    if arguments.peers is not None:
-        wanted = set(arguments.peers.split(";"))
-    if unknown := set(wanted) - {peer.name for peer in servers.PEERS}:
-        parser.error(
-            f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}"
-        )
-    plan = Plan(3, 0.3, 0.1, quick=True) if arguments.quick else Plan(5, 1.0, 0.3, quick=False)
-    plan = plan._replace(rounds=arguments.rounds or plan.rounds)
-    if {"latency", "clients"} & set(works) and "pingpong" not in works:
-        works.insert(0, "pingpong")  # which gives their rate
-
+def _measured(works: list[str], wanted: Collection[str], plan: Plan) -> Figures:
+    """Do the works with the peers of these names, and return the results."""
     with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
         bench = Bench(Path(folder), plan)
         found: dict[str, Figures] = {}
@@ -376,17 +361,56 @@ def main() -> None:
             except Missing as error:
                 missing[peer.name] = str(error)
                 print(f"missing: {peer.name}: {error}", file=sys.stderr)
-        if plan.quick:
-            works = [work for work in works if not work.startswith("tls-")]
         for work in works:
             bench.measure(work, [peer for peer in servers.PEERS if peer.name in found and taking_part(work, peer)])
-    results = {
+    return {
         "machine": machine(),
         "settings": {"rounds": plan.rounds, "seconds": plan.seconds, "quick": plan.quick},
         "peers": found,
         "missing": missing,
         "runs": bench.runs,
     }
+
+
+def _joined(before: Figures, after: Figures, works: list[str]) -> Figures:
+    """Return the results of now, and of other works those from before."""
+    if any(before["machine"][key] != after["machine"][key] for key in ("cpu", "cores", "kernel", "python")):
+        sys.exit("the output comes from another machine or Python: nothing was written")
+    runs = [run for run in before["runs"] if run["work"] not in works] + after["runs"]
+    return after | {"runs": runs, "peers": before["peers"] | after["peers"]}
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    names = [work.name for work in WORKS]
+    parser = argparse.ArgumentParser(description="Measure echod and its peers side by side.")
+    parser.add_argument("--quick", action="store_true", help="in under 90 seconds, only who is in the targets")
+    parser.add_argument("--only", default=",".join(names), help=f"works, comma-separated: {', '.join(names)}")
+    parser.add_argument("--peers", help="names, separated by semicolons (default: all)")
+    parser.add_argument("--rounds", type=int, help="of each work (default: 5; with --quick: 3)")
+    parser.add_argument("--output", type=Path, default=Path("results.json"), help="(default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep what the output has of other works")
+    arguments = parser.parse_args()
+    works = [name for name in names if name in arguments.only.split(",")]
+    if unknown := set(arguments.only.split(",")) - set(names):
+        parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    wanted: Collection[str] = QUICK_PEERS if arguments.quick else {peer.name for peer in servers.PEERS}
+    if arguments.peers is not None:
+        wanted = set(arguments.peers.split(";"))
+    if unknown := set(wanted) - {peer.name for peer in servers.PEERS}:
+        parser.error(
+            f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}"
+        )
+    plan = Plan(3, 0.3, 0.1, quick=True) if arguments.quick else Plan(5, 1.0, 0.3, quick=False)
+    plan = plan._replace(rounds=arguments.rounds or plan.rounds)
+    if plan.quick:
+        works = [work for work in works if not work.startswith("tls-")]
+    if {"latency", "clients"} & set(works) and "pingpong" not in works:
+        works.insert(0, "pingpong")  # which gives their rate
+
+    results = _measured(works, wanted, plan)
+    if arguments.keep:
+        results = _joined(json.loads(arguments.output.read_text()), results, works)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {arguments.output}; python {HERE / 'report.py'} makes a page of it", file=sys.stderr)
