@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -54,6 +55,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     """Return a function that is the command within this process, for so many cases that a process for each takes long."""
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, and here for this test only
     handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +68,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
     yield command
+    gc.enable()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -364,6 +364,15 @@ def test_large_reads_that_pause_nothing(in_loop: InLoop) -> None:
     in_loop(scene, 4096)
 
 
+def test_figures_of_a_closed_socket() -> None:
+    """That a socket has no TCP_INFO is one thing, and that it is none any more another, which is a bug."""
+    with socket.socket() as sock, socket.socket(socket.AF_UNIX) as unix:
+        assert kernel.tcp_info(sock) is not None
+        assert kernel.tcp_info(unix) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        kernel.tcp_info(sock)
+
+
 def test_lost_for_another_reason(in_loop: InLoop) -> None:
     """What a transport reports that is no fault of the network's comes out where the end is waited for."""
 
