@@ -274,7 +274,9 @@ def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stag
         with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
             runner.run(main())
         assert tasks[0].cancelled()
-    assert [entry.reason for entry in entries] == ([] if stage == "joining" else ["aborted"])
+    # Whether a client that is just being joined has its transport by then is the loop's affair.
+    allowed = [["aborted"], []] if stage == "joining" else [["aborted"]]
+    assert [entry.reason for entry in entries] in allowed
     assert capfd.readouterr() == ("", "")
 
 
