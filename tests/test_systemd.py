@@ -563,6 +563,8 @@ def stuck(container: Container) -> None:
     drop_in(container, "[Service]\nWatchdogSec=1\n")
     pid = container.property("MainPID")
     echo(container.connect(), b"before")
+    # Until its line is written: a thread that writes in the moment of the abort spoils what that says.
+    wait(lambda: container.events("client_closed", f"_PID={pid}"))
     container.run("kill", "-STOP", pid)
     wait(lambda: container.property("NRestarts") == "1")
     wait(lambda: container.property("StatusText").startswith("Serving: "))
