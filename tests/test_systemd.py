@@ -545,6 +545,7 @@ def reloaded(container: Container) -> None:
     container.write(path, text + 'connections = "all"\n')
     container.run("systemctl", "reload", "echod")
     wait(lambda: container.property("StatusText").endswith("; settings reloaded"))
+    wait(lambda: container.events("reloaded"))
     assert container.events("reloaded")[-1]["changed"] == ["log.connections"]
     container.write(path, text + 'connections = "everything"\n')
     assert container.run("systemctl", "reload", "echod", check=False).returncode == 1

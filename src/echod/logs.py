@@ -31,7 +31,7 @@ STDERR = 2
 _QUEUE_BYTES = 1024 * 1024
 
 # Seconds waited before lines are taken from the queue: under load, one write and one wake-up then do for many.
-_GATHER = 0.02
+_GATHER = 0.005
 
 _CLOSE_TIMEOUT = 1.0
 
