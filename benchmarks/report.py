@@ -40,7 +40,7 @@ unit of work; the wall figures stand beside it.
 
 - Machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}, Python {python}, echod {echod}, {date}.
 - {rounds} rounds. In each, all servers take their turn at a work, then the next round begins: what else goes on in the machine
-  meets all of them. Each load runs for {seconds:g} s, into a fresh process.
+  meets all of them. Each load runs for {seconds:g} s, idle clients for twice as long, into a fresh process.
 - The server has one core and the load generator, a program in C, the other one. Each server serves on one thread; a tool that
   starts a process for each client has all of them on that core.
 - CPU time is the server's, user and system, of all its processes.

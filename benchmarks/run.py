@@ -1,6 +1,6 @@
 """Measure echod and its peers side by side, and write what was found as JSON.
 
-    python benchmarks/run.py [--quick] [--only WORK,...] [--peers NAME;...] [--output FILE]
+    python benchmarks/run.py [--quick] [--only WORK,...] [--peers NAME;...] [--rounds N] [--output FILE] [--keep]
 
 Everything is run by the interpreter that runs this, in which echod has to be installed. The servers take turns: in each
 round each of them has every work once, in a fresh process, and what disturbs the machine meanwhile meets them all.
@@ -338,7 +338,6 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         while time.monotonic() < deadline:
             os.killpg(server.pid, 0)  # fails when all that it forked are gone, too
             time.sleep(0.01)
-    server.wait()
 
 
 def _cpu(pid: int) -> float:
