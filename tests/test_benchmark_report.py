@@ -5,7 +5,6 @@ The page shows the figures of the runs, and it mentions every failed run and eve
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import runpy
@@ -19,6 +18,7 @@ import pytest
 
 import charts
 import report
+import servers
 from figures import ECHOD, EPOLL, GO, UNLOGGED, UVLOOP, WORKLOADS, Results, dump, number, summarize
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "full.json"
-PEERS = ROOT / "benchmarks" / "servers.py"
 # CPU per message in the three rounds, µs. In the second round, every server is slower.
 COSTS = {ECHOD: (8, 18, 9), EPOLL: (10, 20, 10), "socat": (40, 80, 40)}
 COUNTS = (1, 10, 10000)
@@ -316,13 +315,7 @@ def test_a_missing_peer_of_a_target(data: dict[str, Any]) -> None:
 
 def test_names_of_peers() -> None:
     """The names in figures.py are names of servers."""
-    # The tests have a module of the same name.
-    spec = importlib.util.spec_from_file_location("servers", PEERS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert {ECHOD, UNLOGGED, UVLOOP, EPOLL, GO} <= {peer.name for peer in module.PEERS}
+    assert {ECHOD, UNLOGGED, UVLOOP, EPOLL, GO} <= {peer.name for peer in servers.PEERS}
 
 
 # The page.
