@@ -83,7 +83,7 @@ def order(results: Results, columns: list[Workload]) -> list[str]:
 
 
 def lines(results: Results) -> str:
-    """Draw the CPU per message over the number of clients: a line for each server, with its name at the right end."""
+    """Draw the CPU per message over the number of clients. Each server has a line, with its name at the right."""
     left, right, top, bottom = 36, 560, 32, 330
     columns = results.columns(CLIENTS)
     curves: dict[str, list[tuple[int, float]]] = {}

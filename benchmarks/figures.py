@@ -154,7 +154,7 @@ WORKLOADS = (
         "latency",
         "Latency at half load",
         "{rate} messages per second, half the rate of the slowest serious peer. The schedule does not wait for replies "
-        "(open loop), and a latency counts from the time at which the message was due. Rows are sorted by p99.9, "
+        "(open loop). A latency counts from the time at which the message was due. Rows are sorted by p99.9, "
         "and the ratio compares p99.9.",
         LATENCY,
         main=2,

@@ -6,7 +6,7 @@
  *   stream    each client writes SIZE bytes at a time whenever it can, and reads the echo
  *   connect   each client connects, sends SIZE bytes, closes after the echo, and starts again
  *   rate      R messages per second over all clients, sent when they are due, whether or not earlier ones have been
- *             echoed. A latency counts from the time at which the message was due, so a stall of the server shows in
+ *             echoed. A latency counts from the time at which the message was due. So a stall of the server shows in
  *             the latencies of all messages that were due meanwhile.
  *   idle      each client has one message echoed, and then stays silent
  *   hold      like idle, but prints "ready", and then waits until the server has closed all clients
@@ -15,7 +15,7 @@
  * descendants.
  *
  * The data is one random pattern, repeated. Its length is prime, so a lost, repeated or moved byte causes a mismatch.
- * The buffer repeats the beginning of the pattern after its end, so any piece of the stream is contiguous in memory.
+ * The buffer repeats the beginning of the pattern after its end. So any piece of the stream is contiguous in memory.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>

@@ -40,8 +40,8 @@ CPU time per unit of work. The tables show wall-clock figures as well.
 - Machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}, Python {python}, echod {echod}, {date}.
 - There are {rounds} rounds. In each round, every server runs the workload once, so a disturbance affects all servers. A load
   runs for {seconds:g} s against a fresh process. The workload with idle clients runs for twice as long.
-- The server has one core. The load generator, a C program, has another. Each server runs on one thread; tools that start a
-  process for each client run all of them on the same core.
+- The server has one core. The load generator, a C program, has another. Each server runs on one thread. If a tool
+  starts a process for each client, all its processes share the server's core.
 - CPU time is user and system time, summed over all processes of the server.
 - A figure is the median of the rounds, with the lowest and the highest round in brackets. The ratio is echod's figure
   divided by the peer's. It is computed within each round and summarized in the same way. Below 1, echod needs less.
@@ -74,7 +74,7 @@ TAIL = """\
   So every server's CPU time includes some of the client's work.
 - The machine has {cores} cores for the server, the load generator and the rest of the system. Each server was limited to one,
   so the figures do not show how a server scales to more cores.
-- On a virtual machine, neighbours use CPU time and caches, and a system call may cost more than on real hardware. Ratios
+- On a virtual machine, neighbours use CPU time and caches. A system call may also cost more than on real hardware. Ratios
   carry over to other machines better than absolute figures, but neither replaces a measurement there.
 - The servers only echo. The bare loops have no limits, timeouts, log or graceful stop. These figures do not show the
   value of those features.

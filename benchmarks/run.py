@@ -183,7 +183,7 @@ class Bench:
         return float(round(slowest / 2, -2))
 
     def drain(self, peer: Peer) -> Figures:
-        """Stop echod while many clients are connected that close when the server does."""
+        """Measure a graceful stop of echod with many idle clients. Each client closes when echod half-closes."""
         with self.serving(peer) as (server, port):
             hold = [str(self._load), "hold", "--port", str(port), "--clients", str(self.crowd), "--size", str(SHORT)]
             with subprocess.Popen(hold, stdout=subprocess.PIPE, text=True) as crowd:

@@ -168,6 +168,12 @@ def test_every_work(data: dict[str, Any]) -> None:
     assert row(section(data, "Startup"), "**echod**") == ["250 (250 to 250)", "", "200 (200 to 200)"]
 
 
+def test_no_ratio_without_echod(data: dict[str, Any]) -> None:
+    """If echod was not measured, the column of ratios is empty."""
+    data["runs"] = [run for run in data["runs"] if run["peer"] != ECHOD]
+    assert row(section(data, "Streams"), EPOLL)[:2] == ["20.0 (20.0 to 40.0)", ""]
+
+
 def test_flatness_is_of_medians(data: dict[str, Any]) -> None:
     """A slow round in one column widens the range of the ratio, but does not change its value."""
     slow = next(run for run in of(data, "clients", ECHOD) if (run["round"], run["clients"]) == (0, 10))
@@ -415,6 +421,13 @@ def test_costs_chart_of_zero(data: dict[str, Any]) -> None:
         run["memory_after"] = run["memory_before"]
     assert drawn(data).keys() == {"costs"}
     assert bars(drawn(data)["costs"]) == {"c0": [0], "c2": [0]}
+
+
+def test_chart_without_costs(data: dict[str, Any]) -> None:
+    """A measurement of other workloads has no chart of costs, and its page does not show one."""
+    data["runs"] = [run for run in data["runs"] if run["workload"] == "clients"]
+    assert drawn(data).keys() == {"clients"}
+    assert "costs.svg" not in page(data)
 
 
 def test_clients_chart(data: dict[str, Any]) -> None:

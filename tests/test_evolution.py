@@ -205,7 +205,7 @@ def test_a_stop_of_echod_loses_nothing(start: Start) -> None:
 
 
 def test_the_drain_accepts() -> None:
-    """Step 6 serves a client that connects during the drain, and then cuts it off without two seconds of its own."""
+    """Step 6 serves a client that connects during the drain, but gives it no two seconds of its own."""
     with Step(SHUTDOWN) as server, connect(server) as silent:
         assert converse(silent) == b"hello\r\n"
         server.send_signal(signal.SIGTERM)

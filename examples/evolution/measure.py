@@ -4,7 +4,7 @@
 
 Each round measures all servers, and each scene gets a fresh process. The figures are the medians of all rounds.
 A scene with times is repeated if other processes used the CPU meanwhile. They change how much work a server finds at each
-wake-up, and that changes its CPU per message by half or more. If the machine is never idle, the program gives up. It then
+wake-up. That changes its CPU per message by half or more. If the machine is never idle, the program gives up. It then
 still writes the results of complete rounds, if there are at least three.
 """
 

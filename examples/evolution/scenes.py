@@ -156,7 +156,7 @@ class Cpu(NamedTuple):
 
 
 def idle(server: Subject, seconds: float) -> float:
-    """Return the CPU use of a server with one silent client, as a share of the CPU time available to it.
+    """Return the CPU use of a server with one silent client, as a share of the available CPU time.
 
     Time in the run queue does not count as available, so a busy machine does not change the figure.
     """

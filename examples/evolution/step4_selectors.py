@@ -3,8 +3,8 @@
 `select` sleeps until a socket has a connection or data. No client waits for another, and an idle server uses almost no
 CPU.
 
-The flaw: all clients share one loop, so the error of one client affects all. A client that resets ends the server, and so
-does a client that does not read until its buffer is full. The loop also has no place for state per client.
+The flaw: all clients share one loop, so the error of one client affects all. A client that resets ends the server. So does
+a client that does not read until its buffer is full. The loop also has no place for state per client.
 """
 
 from __future__ import annotations
