@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import echod
@@ -277,8 +278,8 @@ class _Daemon:
                 yield key
 
     def _warn(self) -> None:
-        for fields in self._found.warnings():
-            self._logger.warning("certificate_ends_soon", **fields)
+        for listener, warning in self._found.warnings(datetime.now(UTC)):
+            self._logger.warning(warning.event, listener=listener, **warning.fields)
 
     # Settings
 

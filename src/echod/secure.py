@@ -7,6 +7,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from echod import pem
 from echod.channel import TlsError
 
 if TYPE_CHECKING:
@@ -56,15 +57,18 @@ class Tls:
             self._context.check_hostname = False
             self._context.verify_mode = ssl.CERT_NONE
         elif ca is not None:
+            # An intermediate authority is enough.
+            self._context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             with _blame("--ca", ca):
                 self._context.load_verify_locations(ca)
         else:
             self._context.load_default_certs()
         if certificate is not None:
             with _blame("--cert", certificate):
-                certificate.read_bytes()  # OpenSSL's error would not say which of the two files it is
+                data = certificate.read_bytes()  # once: it may be a pipe
             with _blame("--key", private_key or certificate):
-                self._context.load_cert_chain(certificate, private_key, _no_password)
+                key = data if private_key is None else private_key.read_bytes()
+                pem.load_pair(self._context, data, key, _no_password)
 
     def handshake(self, sock: socket.socket) -> Secure:
         """Do the handshake on a blocking socket.
