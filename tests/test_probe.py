@@ -1296,7 +1296,7 @@ def test_tls_that_breaks_off(authority: Authority) -> None:
         line = check(peer.target, "--tls", "--insecure", code=1)
         assert line == "no echo: wrong version number"
         order = probe.parse([peer.target, "--tls", "--insecure"])
-        connection = order.route.connect(order.route.endpoints(), PATIENCE)
+        connection = order.route.connect(order.route.endpoints(PATIENCE), time.perf_counter() + PATIENCE)
         assert connection.channel.send(b"x") == 1
         with pytest.raises(TlsError, match="wrong version number"):
             connection.channel.recv(1)

@@ -155,7 +155,7 @@ def check(order: Order) -> Answer:
     message = b"echod probe %s\r\n" % os.urandom(_MESSAGE_SIZE).hex().encode()[: _MESSAGE_SIZE - 14]
     deadline = time.perf_counter() + order.timeout
     try:
-        connection = order.route.connect(order.route.endpoints(), order.timeout)
+        connection = order.route.connect(order.route.endpoints(order.timeout), deadline)
     except OSError as error:
         return _report(order, Ending.UNREACHABLE, f"no connection: {channel.reason(error)}", channel.kind(error))
     echo = b""
@@ -278,7 +278,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--ca", metavar="FILE", type=Path, help="authorities to trust, PEM (default: those that the system trusts)")
     add("--cert", metavar="FILE", type=Path, help="the client's certificate, PEM")
     add("--key", metavar="FILE", type=Path, help="its private key, PEM (default: in the file of --cert)")
-    add("--server-name", metavar="NAME", help="whom the certificate has to name (default: the target's host)")
+    add(
+        "--server-name",
+        metavar="NAME",
+        type=_server_name,
+        help="whom the certificate has to name (default: the target's host)",
+    )
     add("--insecure", action="store_true", help="take any certificate")
 
     add = parser.add_argument_group("measurement (any of these makes it one)").add_argument
@@ -408,8 +413,20 @@ def _target(text: str) -> TcpAddress | UnixAddress:
     return address
 
 
+def _server_name(text: str) -> str:
+    name = _unbracketed(text)
+    if _family(name) is None and not addresses.is_name(name):
+        msg = f"{text!r} is not a host name or an IP address"
+        raise argparse.ArgumentTypeError(msg)
+    return name
+
+
+def _unbracketed(text: str) -> str:
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def _ip(text: str) -> str:
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    host = _unbracketed(text)
     if _family(host) is None:
         msg = f"{text!r} is no IP address"
         raise argparse.ArgumentTypeError(msg)

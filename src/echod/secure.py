@@ -33,7 +33,8 @@ class Tls:
         ca: certificates of the authorities to trust, PEM; None: those that the system trusts.
         certificate: the client's own, PEM.
         private_key: the certificate's; None: it is in the same file.
-        server_name: whom the peer's certificate has to name, and what it is asked for (SNI).
+        server_name: the host name or IP address that the peer's certificate has to hold. A host name is sent to the
+            peer (SNI), without the trailing dot, which is part of DNS only (RFC 6066, section 3).
         insecure: whether any certificate does.
 
     Raises:
@@ -50,7 +51,8 @@ class Tls:
         server_name: str | None = None,
         insecure: bool = False,
     ) -> None:
-        self._server_name = server_name
+        # The zone of an IPv6 address is local to this machine.
+        self._server_name = None if server_name is None else server_name.removesuffix(".").partition("%")[0]
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if insecure:
             self._context.check_hostname = False
