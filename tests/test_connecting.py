@@ -127,7 +127,7 @@ def resolving(prefix: Sequence[str], *arguments: str) -> Iterator[subprocess.Pop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_start(tmp_path: Path, loop_name: str, number: signal.Signals) -> None:
     """While a name is resolved: the stop is a graceful one that has nothing to drain."""
-    arguments = ("--loop", loop_name, "--listen", "echo.example:7007")
+    arguments = ("--loop", loop_name, "--listen", "echo.example:7007", "--admin.address", "127.0.0.1:0")
     with resolving(without_name_server(tmp_path), *arguments) as process:
         process.send_signal(number)
         _, log = process.communicate(timeout=PATIENCE)
@@ -229,10 +229,10 @@ def test_a_thread_that_cannot_start(command: Command, monkeypatch: pytest.Monkey
     """As at a limit of processes: an error like any other, in the probe and at the daemon's start."""
     names(lambda: answer("192.0.2.1"))
     monkeypatch.setattr(threading.Thread, "start", lambda _: fail(RuntimeError("can't start new thread")))
-    message = "the thread that resolves the name cannot be started"
+    message = "the name cannot be resolved: no thread can be started (limit of processes: ulimit -u, pids.max)"
     result = command("probe", "name:7")
     assert (result.returncode, result.stderr) == (69, f"echod: name:7: no connection: {message}\n")
-    with pytest.raises(ListenError, match="cannot listen on name:7: Resource temporarily unavailable"):
+    with pytest.raises(ListenError, match=re.escape(f"cannot listen on name:7: {message}")):
         open_listeners([Wanted("x", TcpAddress("name", 7))], 1)
 
 

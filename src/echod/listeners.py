@@ -181,7 +181,7 @@ def inherit() -> dict[str, list[socket.socket]]:
 def _explain(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"the name cannot be resolved ({error.strerror})"
-    return os.strerror(error.errno) if error.errno else str(error)
+    return error.strerror or str(error)
 
 
 def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.socket]]) -> Iterator[ListeningSocket]:

@@ -29,23 +29,24 @@ class _TimeSpec(ctypes.Structure):
 
 
 class Pause:
-    """Waits until a selector has events, or a time is over.
+    """Waits until a selector has events, or until a time has passed.
 
     Args:
-        selector: epoll on Linux; elsewhere its own timeout is exact enough.
+        selector: of epoll on Linux. The timeout of kqueue is in nanoseconds itself.
 
     """
 
     def __init__(self, selector: DefaultSelector) -> None:
         self._selector = selector
-        if sys.platform == "linux":
-            self._ppoll = ctypes.CDLL(None).ppoll
-            self._ppoll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
-            self._descriptor = _PollDescriptor(selector.fileno(), select.POLLIN)
-            self._time = _TimeSpec()
+        if sys.platform != "linux":  # pragma: no cover (Linux only)
+            return
+        self._ppoll = ctypes.CDLL(None).ppoll
+        self._ppoll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
+        self._descriptor = _PollDescriptor(selector.fileno(), select.POLLIN)
+        self._time = _TimeSpec()
 
     def wait(self, nanoseconds: int) -> None:
-        """Wait; it may end early when a signal has come."""
+        """Wait. A signal may end it early."""
         if sys.platform != "linux":  # pragma: no cover (Linux only)
             self._selector.select(nanoseconds / _NANO)
             return

@@ -278,12 +278,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ca", metavar="FILE", type=Path, help="authorities to trust, PEM (default: those that the system trusts)")
     add("--cert", metavar="FILE", type=Path, help="the client's certificate, PEM")
     add("--key", metavar="FILE", type=Path, help="its private key, PEM (default: in the file of --cert)")
-    add(
-        "--server-name",
-        metavar="NAME",
-        type=_server_name,
-        help="whom the certificate has to name (default: the target's host)",
-    )
+    text = "host name or IP address that the certificate has to hold (default: the target's host)"
+    add("--server-name", metavar="NAME", type=_server_name, help=text)
     add("--insecure", action="store_true", help="take any certificate")
 
     add = parser.add_argument_group("measurement (any of these makes it one)").add_argument

@@ -77,7 +77,8 @@ def _in_thread(look_up: Callable[[], Found], deadline: float, stopped: Callable[
     try:
         thread.start()
     except RuntimeError as error:
-        raise OSError(errno.EAGAIN, "the thread that resolves the name cannot be started") from error
+        msg = "the name cannot be resolved: no thread can be started (limit of processes: ulimit -u, pids.max)"
+        raise OSError(errno.EAGAIN, msg) from error
     while thread.is_alive():
         if stopped():
             raise InterruptedError(errno.EINTR, "stopped while a name was resolved")
