@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import select
 import signal
@@ -491,6 +492,40 @@ def test_a_trailing_dot_of_the_target(
         result = command("probe", f"localhost.:{port}", "--tls", "--ca", ca)
     assert (result.returncode, result.stderr) == (0, "")
     assert asked == ["localhost"]
+
+
+# --- servers that send TLS byte by byte
+
+# The beginning of a handshake record and of one with data, each of 16 KiB.
+HANDSHAKE, DATA = b"\x16\x03\x03\x40\x00", b"\x17\x03\x03\x40\x00"
+
+
+def trickle(sock: socket.socket, header: bytes) -> None:
+    """Send a record that takes minutes to arrive, each byte long before any timeout."""
+    sock.sendall(header)
+    while not select.select([sock], [], [], 0.02)[0] or sock.recv(65536):
+        sock.sendall(b"x")
+
+
+@pytest.mark.parametrize("options", [(), ("--count", "1")])
+def test_a_handshake_that_trickles(options: tuple[str, ...]) -> None:
+    """The timeout is of all of it."""
+    with Peer(lambda sock: trickle(sock, HANDSHAKE)) as peer:
+        result = run("probe", peer.target, "--tls", "--insecure", "--timeout", "0.5", *options)
+    assert result.returncode == 69
+    assert "no connection: timed out" in result.stderr
+
+
+def test_an_echo_over_tls_that_trickles(authority: tuple[str, ssl.SSLContext, list[str | None]]) -> None:
+    """Of a record that is not complete, nothing is known."""
+
+    def handler(sock: socket.socket) -> None:
+        with socket.socket(fileno=os.dup(sock.fileno())) as plain:
+            trickle(plain, DATA)
+
+    with Peer(handler, tls=authority[1]) as peer:
+        result = run("probe", peer.target, "--tls", "--insecure", "--timeout", "0.5")
+    assert (result.returncode, result.stderr) == (1, f"echod: {peer.target}: no echo: timed out\n")
 
 
 # --- descriptors above those of select(2)

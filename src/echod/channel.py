@@ -116,7 +116,7 @@ class Route(NamedTuple):
             if self.header is not None:
                 host, port = sock.getpeername()[:2]
                 sock.sendall(self.header(TcpAddress(host.partition("%")[0], port)))
-            secure = self.tls.handshake(sock) if self.tls is not None else None
+            secure = self.tls.handshake(sock, deadline) if self.tls is not None else None
         except BaseException:
             sock.close()
             raise
@@ -129,7 +129,8 @@ class Route(NamedTuple):
             sock.settimeout(0)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.source is not None:
-                sock.bind(resolver.resolve(self.source, 0, family=endpoint.family)[0][4])
+                numeric = socket.AI_NUMERICHOST  # no name server is asked, whatever zone the address has
+                sock.bind(socket.getaddrinfo(self.source, 0, endpoint.family, flags=numeric)[0][4])
             with contextlib.suppress(BlockingIOError):  # EINPROGRESS
                 sock.connect(endpoint.sockaddr)
             opened.pop_all()
@@ -224,6 +225,19 @@ def limit_time(sock: socket.socket, deadline: float) -> None:
     if (left := deadline - time.perf_counter()) <= 0:
         raise TimeoutError(errno.ETIMEDOUT, "timed out")
     sock.settimeout(left)
+
+
+def wait_readable(sock: socket.socket, deadline: float) -> None:
+    """Wait until a socket can be read, or the deadline passes.
+
+    Raises:
+        TimeoutError: it has passed.
+
+    """
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if not poll.poll(max(0.0, deadline - time.perf_counter()) * 1000):
+        raise TimeoutError(errno.ETIMEDOUT, "timed out")
 
 
 def kind(error: OSError) -> str:

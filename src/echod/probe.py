@@ -160,13 +160,18 @@ def check(order: Order) -> Answer:
         return _report(order, Ending.UNREACHABLE, f"no connection: {channel.reason(error)}", channel.kind(error))
     echo = b""
     began = time.perf_counter()
+    connection.socket.settimeout(0)
     try:
         connection.channel.send(message)  # it is shorter than any send buffer
         if order.half_close:
             connection.channel.shutdown(socket.SHUT_WR)
         while len(echo) < len(message) or order.half_close:
-            channel.limit_time(connection.socket, deadline)
-            if not (data := connection.channel.recv(_RECEIVE)):
+            try:
+                data = connection.channel.recv(_RECEIVE)
+            except BlockingIOError:  # also when a part of a TLS record has come
+                channel.wait_readable(connection.socket, deadline)
+                continue
+            if not data:
                 break
             echo += data
             if not message.startswith(echo):
@@ -266,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", metavar="TARGET", type=_target, help="where the echo server listens")
     add = parser.add_argument
-    add("--timeout", metavar="S", type=_seconds, default=5.0, help="for connecting, and for any echo (default: 5)")
+    add("--timeout", metavar="S", type=_timeout, default=5.0, help="for connecting, and for any echo (default: 5)")
     add("--half-close", action="store_true", help="close the sending side at the end, and require all echo, then EOF")
     add("--json", action="store_true", help="print one JSON object")
     add("--source", metavar="ADDRESS", type=_ip, help="the local IP address to connect from")
@@ -467,6 +472,10 @@ def _size(text: str) -> int:
 
 def _seconds(text: str) -> float:
     return _positive(text, "no time in seconds, above 0 and at most a year", 366 * 86400)
+
+
+def _timeout(text: str) -> float:
+    return _positive(text, "no time in seconds, above 0 and at most a day", 86400)  # poll(2) takes 24 days at most
 
 
 def _rate(text: str) -> float:

@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.channel import TlsError
+from echod.channel import TlsError, limit_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,15 +68,15 @@ class Tls:
             with _blame("--key", private_key or certificate):
                 self._context.load_cert_chain(certificate, private_key, _no_password)
 
-    def handshake(self, sock: socket.socket) -> Secure:
-        """Do the handshake on a blocking socket.
+    def handshake(self, sock: socket.socket, deadline: float) -> Secure:
+        """Do the handshake on a blocking socket, until a deadline on the clock of `time.perf_counter`.
 
         Raises:
             TlsError: it failed.
-            OSError: so did the connection.
+            OSError: so did the connection, or the deadline has passed.
 
         """
-        return Secure(sock, self._context, self._server_name)
+        return Secure(sock, self._context, self._server_name, deadline)
 
 
 def _no_password() -> str:
@@ -113,7 +113,7 @@ class Secure:
     echo. Here close_notify is put out while the engine has nothing to read.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None) -> None:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: float) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -123,6 +123,7 @@ class Secure:
             try:
                 self._object.do_handshake()
             except ssl.SSLWantReadError:
+                limit_time(sock, deadline)  # again each time: the server may send byte by byte
                 self.flush()
                 self._fill()
             except ssl.SSLError as error:
