@@ -75,8 +75,11 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
         from echod.admin import Admin  # noqa: PLC0415  (an extra)
 
         wanted.append(Wanted("admin", addresses.parse(settings.admin.address)))
-    listeners = open_listeners(wanted, settings.limits.backlog, inherited)
-    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address else None
+    try:
+        listeners = open_listeners(wanted, settings.limits.backlog, inherited, signals.is_stopping)
+    except InterruptedError:
+        listeners = []  # the stop begins as soon as there is a loop, and has nothing to drain
+    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address and listeners else None
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
