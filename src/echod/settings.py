@@ -2,7 +2,6 @@
 
 # No annotations as text here: Pydantic would have to evaluate each again, at every start.
 
-import ipaddress
 import math
 import re
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def _split(value: object) -> object:
 
 def _network(text: str) -> str:
     try:
-        ipaddress.ip_network(text)
+        addresses.network(text)
     except ValueError:
         kind = "network"
         message = "Input should be a network such as '10.0.0.0/8' or '2001:db8::/32', or an address"
