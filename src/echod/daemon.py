@@ -145,7 +145,7 @@ class _Daemon:
         )
         addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
         if self._admin is not None:
-            self._admin.start(self._subject(addresses_in_use))
+            self._admin.start(self._subject(addresses_in_use), lambda: self._logger)
         for listener in listeners:
             self._servers[listener.name].start()
             for address in addresses_in_use[listener.name]:
