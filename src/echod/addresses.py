@@ -200,13 +200,17 @@ def _is_name(host: str) -> bool:
 
 def _ipv6(host: str, text: str) -> str:
     try:
-        address = str(ipaddress.IPv6Address(host))
+        address = ipaddress.IPv6Address(host)
     except ipaddress.AddressValueError:
-        address = ""
-    if not address or not address.isprintable():  # a zone may hold anything
+        address = None
+    if address is None or not host.isprintable():  # a zone may hold anything
         msg = f"{text!r}: {host!r} is no IPv6 address"
         raise AddressError(msg)
-    return address
+    if address.is_link_local and address.scope_id is None:
+        msg = f"{text!r}: a link-local address needs the name of its interface: write [{address}%eth0]:PORT"
+        raise AddressError(msg)
+    # A socket here has one family, so an IPv4-mapped address is the IPv4 address.
+    return str(address.ipv4_mapped or address)
 
 
 def _port(port: str, text: str) -> int:
