@@ -133,7 +133,7 @@ def _scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None
 
 
 def parse(text: str) -> Address:
-    """Read an address to listen on.
+    """Read an address.
 
     Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
 
@@ -146,6 +146,25 @@ def parse(text: str) -> Address:
     if text.startswith("systemd:"):
         return _inherited(text.removeprefix("systemd:"), text)
     return _tcp(text)
+
+
+def parse_bindable(text: str) -> Address:
+    """Read an address to listen on, as `parse` does.
+
+    Raises:
+        AddressError: the text is no address, or one that the kernel binds no socket of ours to.
+
+    """
+    address = parse(text)
+    if isinstance(address, TcpAddress) and ":" in address.host:
+        host = ipaddress.IPv6Address(address.host)
+        if host.ipv4_mapped:
+            msg = f"{text!r}: a socket for IPv6 takes no IPv4 clients: write {host.ipv4_mapped}:{address.port}"
+            raise AddressError(msg)
+        if host.is_link_local and host.scope_id is None:
+            msg = f"{text!r}: a link-local address needs its interface: write [{host}%eth0]:{address.port}"
+            raise AddressError(msg)
+    return address
 
 
 def _unix(path: str, text: str) -> UnixAddress:
@@ -206,11 +225,7 @@ def _ipv6(host: str, text: str) -> str:
     if address is None or not host.isprintable():  # a zone may hold anything
         msg = f"{text!r}: {host!r} is no IPv6 address"
         raise AddressError(msg)
-    if address.is_link_local and address.scope_id is None:
-        msg = f"{text!r}: a link-local address needs the name of its interface: write [{address}%eth0]:PORT"
-        raise AddressError(msg)
-    # A socket here has one family, so an IPv4-mapped address is the IPv4 address.
-    return str(address.ipv4_mapped or address)
+    return str(address)
 
 
 def _port(port: str, text: str) -> int:

@@ -65,7 +65,7 @@ def _file_name(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    addresses.parse(text)
+    addresses.parse_bindable(text)
     return text
 
 
@@ -73,7 +73,7 @@ def _admin_address(text: str) -> str:
     if not text:
         return text
     try:
-        address = addresses.parse(text)
+        address = addresses.parse_bindable(text)
     except addresses.AddressError as error:
         raise addresses.AddressError(str(error).replace(addresses.FORMS, _ADMIN_FORMS)) from None
     if isinstance(address, addresses.InheritedAddress):
