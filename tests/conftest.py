@@ -13,7 +13,7 @@ import pytest
 
 from certificates import Certificates
 from echod import cli
-from echod.signals import STOP_SIGNALS
+from echod.signals import HANDLED
 from harness import Daemon, clean_environment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
     monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, and here for this test only
-    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["echod", *arguments])

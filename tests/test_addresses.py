@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.addresses import AddressError, InheritedAddress, TcpAddress, UnixAddress, from_sockaddr, parse
+import echod
+from echod.addresses import (
+    AddressError,
+    InheritedAddress,
+    TcpAddress,
+    UnixAddress,
+    from_sockaddr,
+    is_within,
+    network,
+    parse,
+    parse_bindable,
+)
+from echod.client import Quota
+from echod.resources import loop_factory
+from harness import PATIENCE, receive
+from watching import WATCHED, status
+
+if TYPE_CHECKING:
+    from harness import Command, Start
+
+LOOPBACK = socket.if_nametoindex("lo")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +104,28 @@ def test_what_is_no_address(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[::ffff:192.0.2.1]:80", "a socket for IPv6 takes no IPv4 clients: write 192.0.2.1:80"),
+        ("[FE80::1]:80", "a link-local address needs its interface: write [fe80::1%eth0]:80"),
+        ("[febf::]:80", "a link-local address needs its interface: write [febf::%eth0]:80"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--listen", "--admin.address", "--listeners.a.address"])
+def test_addresses_to_connect_to_only(command: Command, option: str, text: str, message: str) -> None:
+    """The kernel binds no socket to these, so `check` refuses them, and says what to write. They name peers all the same."""
+    assert isinstance(parse(text), TcpAddress)
+    result = command("check", option, text)
+    assert (result.returncode, result.stdout) == (78, "")
+    assert result.stderr.endswith(f"{text!r}: {message}\n")
+
+
+@pytest.mark.parametrize("text", ["[fe80::1%eth0]:80", "[::1]:80", "192.0.2.1:80", ":80", "localhost:80", "unix:@x"])
+def test_addresses_to_listen_on(text: str) -> None:
+    assert parse_bindable(text) == parse(text)
+
+
+@pytest.mark.parametrize(
     ("text", "address", "sockaddr"),
     [
         ("unix:/run/echod.sock", UnixAddress("/run/echod.sock"), "/run/echod.sock"),
@@ -133,7 +179,9 @@ def test_what_is_no_socket(text: str, message: str) -> None:
         (("127.0.0.1", 80), TcpAddress("127.0.0.1", 80)),
         (("::1", 80, 0, 0), TcpAddress("::1", 80)),
         (("::ffff:192.0.2.1", 80, 0, 0), TcpAddress("192.0.2.1", 80)),
-        (("fe80::1%eth0", 80, 0, 2), TcpAddress("fe80::1%eth0", 80)),
+        (("fe80::1", 80, 0, LOOPBACK), TcpAddress("fe80::1%lo", 80)),
+        (("fe80::1%lo", 80, 0, LOOPBACK), TcpAddress("fe80::1%lo", 80)),
+        (("fe80::1", 80, 0, 2**31 - 1), TcpAddress("fe80::1%2147483647", 80)),  # an interface that has gone
         ("/run/x", UnixAddress("/run/x")),
         (b"\0x", UnixAddress("@x")),
         ("", None),
@@ -143,3 +191,108 @@ def test_what_is_no_socket(text: str, message: str) -> None:
 )
 def test_from_sockaddr(sockaddr: object, address: TcpAddress | UnixAddress | None) -> None:
     assert from_sockaddr(sockaddr) == address
+
+
+def link_local() -> str:
+    """Return a link-local address of this machine with its zone, or skip the test."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        digits, _, _, scope, flags, name = line.split()
+        if scope == "20" and not int(flags, 16) & 0x48:  # link; neither tentative nor a duplicate
+            return f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{name}"
+    pytest.skip("no interface has a link-local address")
+
+
+def test_zones_are_shown(start: Start) -> None:
+    """The log, the status and mode info show a link-local address with its zone, in the form that is read back."""
+    host = link_local()
+    daemon = start(
+        *(*WATCHED, "--listeners.zoned.address", f"[{host}]:0", "--listeners.zoned.mode", "info"), listen=None
+    )
+    address = daemon.wait_for("listening", listener="zoned")["address"]
+    assert parse(address) == TcpAddress(host, daemon.address[1])
+    assert status(daemon)["listeners"][0]["addresses"] == [address]
+    with socket.create_connection(daemon.address, PATIENCE) as client:
+        seen = json.loads(receive(client, 100_000))
+        peer = f"[{host}]:{client.getsockname()[1]}"
+    assert (seen["local"], seen["peer"]) == (address, peer)
+    assert daemon.stop() == 0
+    assert daemon.wait_for("client_closed")["peer"] == peer
+
+
+def test_zones_of_the_library(loop_name: str) -> None:
+    """A server in another program tells the address that a client can connect to."""
+    host = link_local()
+
+    async def serve() -> None:
+        async with echod.Server.listen(f"[{host}]:0") as server:
+            (address,) = server.addresses
+            assert isinstance(address, TcpAddress)
+            assert address.host == host
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            writer.close()
+            await writer.wait_closed()
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        runner.run(serve())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "one"),
+    [
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8::1", "2001:db8::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::1%eth0", True),
+        ("fe80::1%eth0", "fe80::2%eth0", False),
+        ("fe80::1%eth0", "fe80::1%eth1", False),
+        ("fe80::1", "fe80::2", False),
+        ("febf::1%eth0", "febf::2%eth0", False),
+        ("fec0::1", "fec0::2", True),
+    ],
+)
+def test_clients_that_share_a_quota(first: str, second: str, *, one: bool) -> None:
+    """An IPv6 network of 64 bits is one client; on a link, each host is one, per interface."""
+    quota = Quota(1)
+    assert quota.enter(TcpAddress(first, 1))
+    assert quota.enter(TcpAddress(second, 2)) is not one
+    quota.leave(TcpAddress(first, 1))
+    assert quota.enter(TcpAddress(first, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "within"),
+    [
+        ("10.0.0.0/8", "10.9.9.9", True),
+        ("10.0.0.0/8", "2001:db8::1", False),
+        ("::ffff:10.0.0.0/104", "10.9.9.9", True),
+        ("::ffff:10.0.0.0/104", "11.0.0.1", False),
+        ("::ffff:0:0/96", "192.0.2.1", True),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("::ffff:192.0.2.1", "192.0.2.2", False),
+        ("::/0", "192.0.2.1", False),
+        ("::/0", "2001:db8::1", True),
+        ("fe80::/10", "fe80::1%eth0", True),
+        ("fe80::%eth0/64", "fe80::1%eth0", True),
+        ("fe80::%eth0/64", "fe80::1%eth1", False),
+        ("fe80::1%eth0", "fe80::1", False),
+    ],
+)
+def test_networks(text: str, host: str, *, within: bool) -> None:
+    """A network in IPv4-mapped form has IPv4 hosts, and one with a zone has hosts of that zone only."""
+    assert is_within(host, [network("192.0.2.99/32"), network(text)]) is within
+
+
+def test_mapped_networks_are_trusted(start: Start) -> None:
+    """An IPv4 proxy may send its header if `proxy_trusted` names its network in IPv4-mapped form."""
+    daemon = start(
+        *("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol", "require"),
+        *("--listeners.p.proxy-trusted", "::ffff:127.0.0.0/104"),
+        listen=None,
+    )
+    with daemon.connect() as client:
+        client.sendall(b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 7\r\nx")
+        assert client.recv(1) == b"x"
+    assert daemon.wait_for("client_closed")["client"] == "192.0.2.7:4711"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -374,3 +375,44 @@ def test_the_time_of_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "2026-11-27T17:20:02.000000Z",
         "2026-11-27T17:20:01.000042Z",
     ]
+
+
+HOSTILE = 'CN=a\x00\x1b[2J\r\nb\x7f\x9b\u2028\u202e\udc80 \\ "='
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "\x1b", "a\x1bb"])
+@pytest.mark.parametrize("form", ["json", "logfmt", "console"])
+def test_control_characters_are_escaped(tmp_path: Path, form: Literal["json", "logfmt", "console"], text: str) -> None:
+    """Names, keys, values and tracebacks reach the log in printable characters, whatever a peer puts into them."""
+    log = Log(LogSettings(file=str(tmp_path / "log"), format=form))
+    log.logger.info(text, **{text: 1})
+    log.logger.info("closed", subject=text, parts=[text], logger=text)
+    log.logger.error("failed", detail=text, exc_info=ValueError(text))
+    log.close()
+    written = (tmp_path / "log").read_text()
+    # JSON leaves DEL as it is, and a terminal ignores it.
+    assert [char for char in written if not char.isprintable() and char not in "\n\x7f"] == []
+    first, closed, *failed = written.splitlines()
+    assert len(failed) == 1 or form == "console"
+    assert any("ValueError: " in line for line in failed)
+    match form:
+        case "json":
+            assert json.loads(first)[text] == 1
+            assert json.loads(closed)["subject"] == text
+        case "logfmt":
+            assert re.fullmatch(r"timestamp=\S+ level=info event=\".*\" \w+=1", first)
+            quoted = re.search(r' subject=("(?:[^"\\]|\\.)*") parts=', closed)
+            assert quoted is not None
+            assert json.loads(quoted[1]) == text
+        case _:
+            assert f" subject={text!r} " in f"{closed} "
+            assert len(failed) > 1
+
+
+def test_logfmt_values(tmp_path: Path) -> None:
+    """Values are quoted only if they have to be; a truth value and None have the words of logfmt."""
+    log = Log(LogSettings(file=str(tmp_path / "log"), format="logfmt"))
+    log.logger.info("event", a="b", number=1.5, yes=True, no=False, nothing=None, empty="", path="C:\\x", words="a b")
+    log.close()
+    line = (tmp_path / "log").read_text().partition(" event=")[2]
+    assert line == 'event a=b number=1.5 yes=true no=false nothing= empty= path=C:\\x words="a b"\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from echod import testing
 from echod.testing import ServerThread
-from harness import PATIENCE, receive, until
+from harness import PATIENCE, clean_environment, receive, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,6 +190,60 @@ def test_threads_side_by_side() -> None:
         assert entry.received == number
         thread.stop()
         assert not thread._thread.is_alive()
+
+
+FORKS = """
+import os, ssl, socket, sys
+from pathlib import Path
+from echod.testing import ServerThread
+
+server = ServerThread(loop=sys.argv[1], tls=True)
+
+def converse():
+    with socket.create_connection(server.address) as sock:
+        with server.ssl_context().wrap_socket(sock, server_hostname="localhost") as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+
+child = os.fork()
+if child == 0:
+    converse()
+    for ask in (server.stop, lambda: server.connections, lambda: server.clients, lambda: server.wait_for_connections(1)):
+        try:
+            ask()
+        except RuntimeError as error:
+            print(error)
+    sys.exit(7)  # not os._exit: what the interpreter does at its end is done too
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 7, status
+converse()
+server.wait_for_connections(2)
+folder = server.certificate_authority.parent
+assert folder.exists()
+print(os.getpid(), server.stop().clients)
+assert not folder.exists()
+abandoned = ServerThread(tls=True)
+print(abandoned.certificate_authority.parent)
+"""
+
+
+def test_forked_process(loop_name: str) -> None:
+    """A process forked from a test can use the server, and neither stop, hang on nor harm it."""
+    result = subprocess.run(
+        [sys.executable, "-Wignore", "-c", FORKS, loop_name],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    *errors, last, folder = result.stdout.splitlines()
+    process, clients = last.split()
+    message = f"the server runs in process {process}, from which this one was forked: ask or stop it there, and end a "
+    assert errors == [message + "forked client with os._exit"] * 4
+    assert clients == "0"
+    assert not Path(folder).exists()  # a server that is not stopped removes it at the end of the process
 
 
 def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_lingering_client_is_no_abort(start: Start) -> None:
 
 
 @pytest.mark.parametrize("phase", ["delay", "drain", "linger"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGQUIT, 131)])
 def test_second_signal(start: Start, phase: str, number: signal.Signals, code: int) -> None:
     """A second signal, in whatever phase, resets everyone at once; its number makes the exit code."""
     times = {"delay": "0", "drain-timeout": "0.05", "quiet-period": "30", "linger-timeout": "0.05"}

@@ -1,11 +1,15 @@
-"""Addresses to listen on: text to values and back. Nothing here touches a socket."""
+"""Addresses: text to values and back, and what the kernel says of a socket. No socket is opened here."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
 HIGHEST_PORT = 65535
@@ -16,6 +20,9 @@ _LONGEST_PATH = 107
 # Of a host name, in ASCII (RFC 1035, section 2.3.4).
 _LONGEST_LABEL = 63
 _LONGEST_NAME = 253
+
+# Bits in front of the IPv4 address in an IPv4-mapped one: RFC 4291, 2.5.5.2.
+_MAPPED_PREFIX = 96
 
 _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
@@ -74,13 +81,15 @@ def join_host_port(host: str, port: int) -> str:
 def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
     """Return what `getsockname`, `getpeername` or `accept` gives, for AF_INET, AF_INET6 and AF_UNIX.
 
-    An IPv4 address that a socket of both families shows as an IPv6 one is given as what it is. None is a unix socket
-    without a name, as clients have them, and a family of another kind.
+    An IPv4 address that a socket of both families shows as an IPv6 one is given as what it is. A link-local address
+    gets its zone, without which it cannot be connected to. None is a unix socket without a name, as clients have them,
+    and a family of another kind.
     """
     match sockaddr:
+        case (str(host), int(port), _, int(scope)) if scope:
+            return TcpAddress(f"{host.partition('%')[0]}%{_zone(scope)}", port)
         case (str(host), int(port), *_):
             if host.startswith("::ffff:"):
-                # A zone belongs to a link-local address only, which is never a mapped one.
                 host = str(ipaddress.IPv6Address(host).ipv4_mapped or host)
             return TcpAddress(host, port)
         case str(path) if path:
@@ -91,8 +100,42 @@ def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
             return None
 
 
+def _zone(scope: int) -> str:
+    try:
+        return socket.if_indextoname(scope)
+    except OSError:  # the interface is gone
+        return str(scope)
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def network(text: str) -> Network:
+    """Read a network of clients. A network of IPv4-mapped addresses is the IPv4 network that `from_sockaddr` shows.
+
+    Raises:
+        ValueError: the text is not a network, or has bits set beyond its prefix.
+
+    """
+    found = ipaddress.ip_network(text)
+    mapped = found.network_address.ipv4_mapped if isinstance(found, ipaddress.IPv6Network) else None
+    if mapped is None or found.prefixlen < _MAPPED_PREFIX:
+        return found
+    return ipaddress.IPv4Network((mapped, found.prefixlen - _MAPPED_PREFIX))
+
+
+def is_within(host: str, networks: Iterable[Network]) -> bool:
+    """Tell whether an IP address belongs to one of some networks. A network with a zone has addresses of that zone only."""
+    address = ipaddress.ip_address(host)
+    return any(address in each and _scope(each.network_address) in {None, _scope(address)} for each in networks)
+
+
+def _scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
+    return address.scope_id if isinstance(address, ipaddress.IPv6Address) else None
+
+
 def parse(text: str) -> Address:
-    """Read an address to listen on.
+    """Read an address.
 
     Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
 
@@ -105,6 +148,25 @@ def parse(text: str) -> Address:
     if text.startswith("systemd:"):
         return _inherited(text.removeprefix("systemd:"), text)
     return _tcp(text)
+
+
+def parse_bindable(text: str) -> Address:
+    """Read an address to listen on, as `parse` does.
+
+    Raises:
+        AddressError: the text is no address, or one that the kernel binds no socket of ours to.
+
+    """
+    address = parse(text)
+    if isinstance(address, TcpAddress) and ":" in address.host:
+        host = ipaddress.IPv6Address(address.host)
+        if host.ipv4_mapped:
+            msg = f"{text!r}: a socket for IPv6 takes no IPv4 clients: write {host.ipv4_mapped}:{address.port}"
+            raise AddressError(msg)
+        if host.is_link_local and host.scope_id is None:
+            msg = f"{text!r}: a link-local address needs its interface: write [{host}%eth0]:{address.port}"
+            raise AddressError(msg)
+    return address
 
 
 def _unix(path: str, text: str) -> UnixAddress:
@@ -162,13 +224,13 @@ def is_name(text: str) -> bool:
 
 def _ipv6(host: str, text: str) -> str:
     try:
-        address = str(ipaddress.IPv6Address(host))
+        address = ipaddress.IPv6Address(host)
     except ipaddress.AddressValueError:
-        address = ""
-    if not address or not address.isprintable():  # a zone may hold anything
+        address = None
+    if address is None or not host.isprintable():  # a zone may hold anything
         msg = f"{text!r}: {host!r} is no IPv6 address"
         raise AddressError(msg)
-    return address
+    return str(address)
 
 
 def _port(port: str, text: str) -> int:

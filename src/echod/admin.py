@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import ipaddress
@@ -25,8 +26,9 @@ from typing import TYPE_CHECKING, Final, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import GC_COLLECTOR, PROCESS_COLLECTOR
+from prometheus_client.core import CounterMetricFamily
 
-from echod import addresses
+from echod import addresses, kernel
 from echod.metrics import Families, Histograms, render
 from echod.status import Census, Reporter
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Mapping
 
-    from aiohttp.web_protocol import RequestHandler
+    from structlog.typing import FilteringBoundLogger
 
     from echod.addresses import Address
     from echod.ledger import Entry
@@ -46,11 +48,23 @@ _PATIENCE = 15.0
 
 # A request's head, and what may wait behind it, bytes.
 _LARGEST_HEAD = 16 * 1024
-_HEAD_END = b"\r\n\r\n"
+
+# The lines of a head: RFC 9112, 3 and 5. A line that is not complete can only become one of them if it begins so.
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(_TOKEN + rb" [^\x00-\x20\x7f]+ HTTP/\d\.\d")
+_FIELD_LINE = re.compile(_TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
+_BEGINNING = re.compile(rb"(?:" + _TOKEN + rb"(?:[ :][^\x00-\x08\x0a-\x1f\x7f]*)?)?\r?")
+
+# Passed on in place of bytes that cannot become a head, so that aiohttp answers 400 and closes.
+_MALFORMED = b"\x00\r\n\r\n"
 
 # Seconds from one accepted connection, and from one request, to the next.
 _ACCEPT_EVERY = 0.01
 _ANSWER_EVERY = 0.005
+
+# The pause after a failed accept or registration: doubling, seconds.
+_FIRST_PAUSE = 0.005
+_LAST_PAUSE = 1.0
 
 # A look at all clients is followed by so many times its duration without one, but for no longer than this many seconds.
 _REST = 9
@@ -61,6 +75,8 @@ _BACKLOG = 64
 
 # Seconds that answers under way get at the end.
 _FAREWELL = 0.5
+
+_ERRORS = {400: "this is not an HTTP request: use http://, without TLS\n"}
 
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -100,21 +116,31 @@ class Admin:
             "/metrics": self._get_metrics,
             "/status": self._get_status,
         }
-        self._connections: dict[RequestHandler, _Connection] = {}
+        self._connections: dict[web.RequestHandler, _Connection] = {}
         self._joining: set[asyncio.Task[None]] = set()
         self._all_lost = asyncio.Event()
         self._next_answer = 0.0
+        self._pause = _FIRST_PAUSE
+        self._paused_since: float | None = None
+        self._accept_pauses = 0
 
     def observer(self, name: str) -> Callable[[Entry], None]:
         """Return what a listener's ledger is to call for each connection."""
         self._histograms[name] = Histograms.empty()
         return self._histograms[name].observe
 
-    def start(self, subject: Subject) -> None:
-        """Begin to answer."""
+    def start(self, subject: Subject, log: Callable[[], FilteringBoundLogger]) -> None:
+        """Begin to answer.
+
+        Args:
+            subject: what is reported on.
+            log: returns the logger in force.
+
+        """
         self._loop = asyncio.get_running_loop()
         self._loop_name = type(self._loop).__module__.partition(".")[0]
         self._subject = subject
+        self._log = log
         self._census = Census(subject)
         self._reporter = Reporter(subject, self._census)
         self._metrics = _Shared(self._render_metrics)
@@ -123,7 +149,7 @@ class Admin:
         self._thread = ThreadPoolExecutor(
             1, "admin", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         )
-        self._http = web.Server(
+        self._http = _Http(
             self._answer,
             access_log=None,
             keepalive_timeout=_PATIENCE,
@@ -156,8 +182,34 @@ class Admin:
     # Connections
 
     def _listen(self) -> None:
-        for listening in self.listener.sockets:
-            self._loop.add_reader(listening.sock, self._accept, listening.sock)
+        try:
+            for listening in self.listener.sockets:
+                self._loop.add_reader(listening.sock, self._accept, listening.sock)
+        except OSError as error:
+            self._hold(error)
+        else:
+            self._unhold()
+
+    def _hold(self, error: OSError) -> None:
+        """Accept nothing for a while. Clients wait in the backlog."""
+        self._unlisten()
+        self._next_accept.cancel()
+        self._next_accept = self._loop.call_later(self._pause, self._listen)
+        self._pause = min(2 * self._pause, _LAST_PAUSE)
+        if self._paused_since is None:
+            self._paused_since = self._loop.time()
+            self._accept_pauses += 1
+            cause = errno.errorcode.get(error.errno or 0, str(error))
+            self._log().warning("accept_paused", listener="admin", cause=cause, clients=len(self._connections))
+
+    def _unhold(self) -> None:
+        """Note that accepting goes on, once no client waits any more."""
+        waiting = (kernel.waiting_connections(listening.sock) for listening in self.listener.sockets)
+        if self._paused_since is not None and not any(waiting):
+            seconds = round(self._loop.time() - self._paused_since, 3)
+            self._paused_since = None
+            self._pause = _FIRST_PAUSE
+            self._log().info("accept_resumed", listener="admin", seconds=seconds, clients=len(self._connections))
 
     def _unlisten(self) -> None:
         for listening in self.listener.sockets:
@@ -168,7 +220,10 @@ class Admin:
         self._next_accept = self._loop.call_later(_ACCEPT_EVERY, self._listen)
         try:
             connection, _ = sock.accept()
-        except OSError:  # gone again, or no descriptor for it: then it waits
+        except (BlockingIOError, ConnectionAbortedError):  # gone again
+            return
+        except OSError as error:  # no descriptor for it, or no memory
+            self._hold(error)
             return
         connection.setblocking(False)  # noqa: FBT003  (its only parameter)
         if len(self._connections) >= self.max_connections:
@@ -187,12 +242,12 @@ class Admin:
             sock.close()
             self._lost(http)
 
-    def _lost(self, http: RequestHandler) -> None:
+    def _lost(self, http: web.RequestHandler) -> None:
         del self._connections[http]
         if not self._connections:
             self._all_lost.set()
 
-    def _turn(self, http: RequestHandler) -> float:
+    def _turn(self, http: web.RequestHandler) -> float:
         """Return how many seconds a request that has come has to wait for its turn, and note that it came."""
         self._connections[http] = self._connections.pop(http)
         now = self._loop.time()
@@ -242,13 +297,43 @@ class Admin:
         process = await self._loop.run_in_executor(self._thread, lambda: list(PROCESS_COLLECTOR.collect()))
         families = Families(self._subject, await self._census.take(), self._histograms, self._loop_name)
         parts: list[bytes] = []
-        for family in itertools.chain(families, process, GC_COLLECTOR.collect()):
+        own = CounterMetricFamily(
+            "echod_admin_accept_pauses", "Times that the admin listener stopped accepting.", self._accept_pauses
+        )
+        for family in itertools.chain(families, (own,), process, GC_COLLECTOR.collect()):
             parts.append(render(family))
             await asyncio.sleep(0)
         return b"".join(parts)
 
     async def _render_status(self) -> bytes:
         return json.dumps(await self._reporter.report(), indent=1).encode() + b"\n"
+
+
+class _Http(web.Server):
+    """aiohttp's server, with a `_Handler` for each connection."""
+
+    def __call__(self) -> web.RequestHandler:
+        """Create the protocol of a connection."""
+        return _Handler(self, loop=self._loop, **self._kwargs)
+
+
+class _Handler(web.RequestHandler):
+    """aiohttp's protocol, whose answers to errors have the headers of all others."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Log an error and answer it."""
+        super().handle_error(request, status, exc, message)
+        response = _response(status, _ERRORS.get(status, "an unexpected failure: the log has it\n"))
+        response.force_close()
+        return response
 
 
 class _Connection(asyncio.Protocol):
@@ -263,8 +348,8 @@ class _Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        http: RequestHandler,
-        turn: Callable[[RequestHandler], float],
+        http: web.RequestHandler,
+        turn: Callable[[web.RequestHandler], float],
         lost: Callable[[], None],
     ) -> None:
         self._http = http
@@ -273,6 +358,8 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._input = bytearray()
+        self._head: list[bytes] = []
+        self._line = 0
         self._busy = False
         self._full = False
         self._eof = False
@@ -336,13 +423,10 @@ class _Connection(asyncio.Protocol):
         self._lost()
 
     def _go_on(self) -> None:
-        end = self._input.find(_HEAD_END)
         if self._busy or self._full:
             return
-        if end >= 0:
+        if (head := self._next_head()) is not None:
             self._busy = True
-            head = bytes(self._input[: end + len(_HEAD_END)])
-            del self._input[: len(head)]
             self._expiry.cancel()
             self._expiry = self._loop.call_later(_PATIENCE, self.abort)
             if delay := self._turn(self._http):
@@ -351,6 +435,26 @@ class _Connection(asyncio.Protocol):
                 self._pass_on(head)
         elif self._eof and self._transport is not None:
             self._transport.close()
+
+    def _next_head(self) -> bytes | None:
+        """Take the next head out of the input, or return None as long as more of it has to come.
+
+        As RFC 9112, 2.2 has it, a line may end in LF alone, and empty lines in front of a request are skipped.
+        """
+        while (end := self._input.find(b"\n", self._line)) >= 0:
+            line = bytes(self._input[self._line : end]).removesuffix(b"\r")
+            self._line = end + 1
+            if line:
+                if not (_FIELD_LINE if self._head else _REQUEST_LINE).fullmatch(line):
+                    return _MALFORMED
+                self._head.append(line)
+            elif self._head:
+                head = b"\r\n".join((*self._head, b"", b""))
+                del self._input[: self._line]
+                self._line = 0
+                self._head.clear()
+                return head
+        return None if _BEGINNING.fullmatch(self._input, self._line) else _MALFORMED
 
 
 class _Shared:

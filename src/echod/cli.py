@@ -7,9 +7,10 @@ import gc
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
 
 from echod.signals import Signals
+
+TYPE_CHECKING = False  # that of typing would have to be imported, and the signal handlers are to be installed first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -46,8 +46,8 @@ class Entrance(NamedTuple):
 class Quota:
     """How many clients there are of each address, and may be.
 
-    The address of a client of IPv6 stands for its network of 64 bits: a single host may take any of that. Clients of
-    a unix socket have none, and are not counted.
+    The address of a client of IPv6 stands for its network of 64 bits: a single host may take any of that. A link-local
+    address stands for itself, with its zone. Clients of a unix socket have no address, and are not counted.
     """
 
     def __init__(self, limit: int) -> None:
@@ -79,6 +79,8 @@ def _network(client: TcpAddress | UnixAddress | None) -> object:
     if ":" not in client.host:
         return client.host
     address = ipaddress.IPv6Address(client.host)
+    if address.is_link_local:  # all hosts of an interface share one network of 64 bits
+        return str(address)
     # HAProxy names an IPv4 client so that has come to a socket of both families.
     return str(address.ipv4_mapped) if address.ipv4_mapped else int(address) >> 64
 
@@ -195,8 +197,7 @@ class Client:
         # Who may connect to a unix socket is for its file's permissions to say.
         if not isinstance(self._address, TcpAddress):
             return True
-        address = ipaddress.ip_address(self._address.host)
-        return any(address in network for network in networks)
+        return addresses.is_within(self._address.host, networks)
 
     def describe(self) -> dict[str, object]:
         """Return what the server sees of this connection, ready for JSON."""

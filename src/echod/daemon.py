@@ -56,7 +56,7 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
         load: finds the settings anew, for a reload; it may take its time.
 
     Returns:
-        The exit code: 0, or 128 + N after a second signal N.
+        The exit code: 0, or 128 + N if signal N forced the stop.
 
     Raises:
         ListenError: some address cannot be opened; then none is.
@@ -123,6 +123,7 @@ class _Daemon:
         self._servers: dict[str, Server] = {}
         self._stop = asyncio.Event()
         self._signals: list[int] = []
+        self._code = 0
         self._reloading = False
         self._reload_again = False
         self._reloads = Counter[str]()
@@ -148,7 +149,7 @@ class _Daemon:
         )
         addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
         if self._admin is not None:
-            self._admin.start(self._subject(addresses_in_use))
+            self._admin.start(self._subject(addresses_in_use), lambda: self._logger)
         for listener in listeners:
             self._servers[listener.name].start()
             for address in addresses_in_use[listener.name]:
@@ -174,7 +175,7 @@ class _Daemon:
             await self._admin.close()
         self._logger.info("stopped", **self._totals())
         signals.detach(loop)
-        return 128 + self._signals[1] if len(self._signals) > 1 else 0
+        return self._code
 
     @property
     def _logger(self) -> FilteringBoundLogger:
@@ -185,7 +186,8 @@ class _Daemon:
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
         self._stop.set()
-        if len(self._signals) == 2:
+        if not self._code and (number == signal.SIGQUIT or len(self._signals) > 1):
+            self._code = 128 + number
             for server in self._servers.values():
                 server.abort()
 

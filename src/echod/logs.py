@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -18,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from echod.render import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
-    from structlog.typing import EventDict, FilteringBoundLogger, Processor
+    from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor
 
     from echod.settings import LogSettings
 
@@ -34,6 +39,9 @@ _QUEUE_BYTES = 1024 * 1024
 _GATHER = 0.005
 
 _CLOSE_TIMEOUT = 1.0
+
+# Values with one of these are quoted in logfmt.
+_LOGFMT_QUOTED = frozenset(' ="')
 
 # What sd-daemon(3) and syslog(3) have for the levels.
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
@@ -290,12 +298,57 @@ class _Bridge(logging.Handler):
 
 def _renderers(form: str, *, colors: bool) -> list[Processor]:
     if form == "console":
-        # Not its default formatter: that may show local variables, and they can hold payload.
-        plain = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain, sort_keys=False)]
+        # The default formatter may show local variables, and these can hold payload.
+        console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_plain_traceback, sort_keys=False)
+        return [_escape, console]
     if form == "json":
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json)]
-    return [structlog.processors.format_exc_info, structlog.processors.LogfmtRenderer()]
+    return [structlog.processors.format_exc_info, _logfmt]
+
+
+class _Escaped:
+    """A text with control characters, which the console renderer shows by `repr`."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return repr(self._text)
+
+
+def _escape(_: object, __: str, event: EventDict) -> EventDict:
+    """Escape control characters, as a terminal would act on them, and a line break would forge a line."""
+    name = printable(event.pop("event"))
+    values = (_Escaped(item) if isinstance(item, str) and not item.isprintable() else item for item in event.values())
+    return {"event": name, **dict(zip(map(printable, event), values, strict=True))}
+
+
+def _plain_traceback(output: TextIO, exc_info: ExcInfo) -> None:
+    """Write a traceback with its line breaks, and with all other control characters escaped."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    output.write("\n".join(map(printable, text.getvalue().split("\n"))))
+
+
+def _logfmt(_: object, __: str, event: EventDict) -> str:
+    """Render one line of logfmt, in printable characters only."""
+    return " ".join(f"{_logfmt_key(key)}={_logfmt_value(value)}" for key, value in event.items())
+
+
+def _logfmt_key(key: str) -> str:
+    # A key has no escapes.
+    return key if key.isidentifier() else re.sub(r"\W", "_", key)
+
+
+def _logfmt_value(value: object) -> str:
+    if value is None:
+        return ""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if text.isprintable() and _LOGFMT_QUOTED.isdisjoint(text):
+        return text
+    # JSON escapes only the ASCII control characters.
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in quoted)
 
 
 def _json(event: EventDict, default: Callable[[object], object]) -> str:

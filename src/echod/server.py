@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import sys
 from datetime import UTC, datetime
@@ -100,7 +99,7 @@ class ServerSettings(NamedTuple):
         fault = settings.faults.get(table.fault)
         trusted = None
         if table.proxy_protocol == "require":
-            trusted = [ipaddress.ip_network(network) for network in table.proxy_trusted]
+            trusted = [addresses.network(network) for network in table.proxy_trusted]
         return cls(
             max_connections=max_connections,
             max_connections_per_client=limits.max_connections_per_client,

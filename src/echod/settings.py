@@ -2,7 +2,6 @@
 
 # No annotations as text here: Pydantic would have to evaluate each again, at every start.
 
-import ipaddress
 import math
 import re
 from collections.abc import Iterator
@@ -66,7 +65,7 @@ def _file_name(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    addresses.parse(text)
+    addresses.parse_bindable(text)
     return text
 
 
@@ -74,7 +73,7 @@ def _admin_address(text: str) -> str:
     if not text:
         return text
     try:
-        address = addresses.parse(text)
+        address = addresses.parse_bindable(text)
     except addresses.AddressError as error:
         raise addresses.AddressError(str(error).replace(addresses.FORMS, _ADMIN_FORMS)) from None
     if isinstance(address, addresses.InheritedAddress):
@@ -89,7 +88,7 @@ def _split(value: object) -> object:
 
 def _network(text: str) -> str:
     try:
-        ipaddress.ip_network(text)
+        addresses.network(text)
     except ValueError:
         kind = "network"
         message = "Input should be a network such as '10.0.0.0/8' or '2001:db8::/32', or an address"

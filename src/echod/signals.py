@@ -1,74 +1,93 @@
-"""SIGTERM, SIGINT and SIGHUP, from the first moment of the process on."""
+"""Handle the signals that stop and reload the daemon, from the start of the process to its end."""
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # that of typing would have to be imported
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+HANDLED = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 class Signals:
-    """Collects signals until there is a loop to act on them: those that stop the process, and SIGHUP.
+    """Record signals, and pass them on once there is a loop to act on them.
 
-    To be made before anything is imported that takes time: until then a signal kills the process.
+    Create this before any import that takes time: until then, each of these signals ends the process.
+
+    The record is the only thing that a handler writes. The loop reads it whenever the wake-up pipe is readable. A full pipe is
+    readable too, so a burst of signals cannot hide one of them.
     """
 
     def __init__(self) -> None:
-        self._early: list[signal.Signals] = []
+        self._stops: list[signal.Signals] = []
         self._hung_up = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-        self._hangup_before = signal.signal(signal.SIGHUP, self._note_hangup)
+        self._attached = False
+        self._before = {number: signal.signal(number, self._note_stop) for number in STOP_SIGNALS}
+        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note_hangup)
+        # The parent may have blocked them. Such a mask is inherited, and a blocked signal is never delivered.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def is_stopping(self) -> bool:
-        """Tell whether a signal that stops the process has come before there was a loop."""
-        return bool(self._early)
+        """Tell whether a signal that stops the process has arrived."""
+        return bool(self._stops)
 
-    def _note(self, number: int, _: object) -> None:
-        if self._early:  # the second one: stop at once; nothing is served yet
+    def _note_stop(self, number: int, _: object) -> None:
+        if self._stops and not self._attached:  # a second one, and there is no client to reset
             os._exit(128 + number)
-        self._early.append(signal.Signals(number))
+        self._stops.append(signal.Signals(number))
 
     def _note_hangup(self, *_: object) -> None:
         self._hung_up = True
 
     def attach(self, loop: asyncio.AbstractEventLoop, stop: Callable[[int], None], reload: Callable[[], None]) -> None:
-        """From now on call `stop` and `reload` in the loop for each signal; at once for one that has come already."""
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, stop, number)
-        loop.add_signal_handler(signal.SIGHUP, reload)
-        for number in self._early:
-            loop.call_soon(stop, number)
+        """Call `stop` and `reload` in the running loop for each signal, including those already recorded."""
+        self._stop, self._reload = stop, reload
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        loop.add_reader(self._reader, self._wake)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._attached = True
+        loop.call_soon(self._act)
+
+    def _wake(self) -> None:
+        os.read(self._reader, 4096)
+        self._act()
+
+    def _act(self) -> None:
+        # A handler may run between any two lines here.
+        while self._stops:
+            self._stop(self._stops.pop(0))
         if self._hung_up:
-            loop.call_soon(reload)
+            self._hung_up = False
+            self._reload()
 
     def detach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take the signals back for the process's last moments: the log is still to be written."""
-        self._early.clear()
-        numbers = (*STOP_SIGNALS, signal.SIGHUP)
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            signal.signal(number, self._note_hangup if number == signal.SIGHUP else self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        """Act on no more signals. The log is still to be written; a second stop signal ends the process meanwhile."""
+        self._attached = False
+        self._stops.clear()
+        signal.set_wakeup_fd(self._wakeup_before)
+        loop.remove_reader(self._reader)
+        os.close(self._reader)
+        os.close(self._writer)
 
     def ignore(self) -> None:
-        """Take no more signals: all is done but for the interpreter's own end, which would restore the defaults."""
-        for number in (*STOP_SIGNALS, signal.SIGHUP):
+        """Ignore signals from now on, as the interpreter restores the defaults when it ends."""
+        for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)
 
     def release(self) -> None:
-        """Let signals do what they do by default, those that came meanwhile too."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        signal.signal(signal.SIGHUP, self._hangup_before)
-        for number in self._early:
-            signal.raise_signal(number)
+        """Restore the default actions, and raise again each signal that has been recorded."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        # A shell starts a command in the background with SIGINT ignored; `probe` and `check` end by it all the same.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stop in self._stops:
+            signal.raise_signal(stop)
         if self._hung_up:
             signal.raise_signal(signal.SIGHUP)

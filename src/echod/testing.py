@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import ssl
 import tempfile
 import threading
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +46,9 @@ class ServerThread:
     Of `shutdown`, what is not given is shorter than it is for the daemon: a quiet period of 0.05 s, a drain of 1 s and
     a linger of 0.2 s.
 
+    In a process that is forked from this one there is no such thread. Clients there may use `address` and
+    `ssl_context`; what tells of the server, or stops it, raises RuntimeError.
+
     Args:
         options: those of `ThreadOptions`; docs/testing.md explains them.
 
@@ -56,6 +62,7 @@ class ServerThread:
         library.check_names(options, ThreadOptions.__optional_keys__)
         loop = options.get("loop", "auto")
         library.check_loop(loop)
+        self._process = os.getpid()
         self._news = threading.Condition()
         self._entries: list[Entry] = []
         self._authority: Path | None = None
@@ -67,7 +74,8 @@ class ServerThread:
                 given["shutdown"] = SHUTDOWN | shutdown
             tls = options.get("tls", False)
             if tls is True or (isinstance(tls, dict) and not tls.keys() & {"certificate", "private_key"}):
-                folder = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="echod-")))
+                folder = Path(tempfile.mkdtemp(prefix="echod-"))
+                resources.callback(weakref.finalize(self, _remove, folder, self._process))
                 self._authority = folder / "authority.pem"
                 given["tls"] = _certify(folder, self._authority) | ({} if tls is True else tls)
             elif tls is not False:
@@ -91,11 +99,13 @@ class ServerThread:
     @property
     def clients(self) -> int:
         """The number of clients that are connected now."""
+        self._check_process()
         return self._server.clients
 
     @property
     def connections(self) -> list[Entry]:
         """The ledger so far: an entry for each connection that has been closed, in the order of their ends."""
+        self._check_process()
         with self._news:
             return self._entries.copy()
 
@@ -110,6 +120,7 @@ class ServerThread:
             TimeoutError: there were not so many in time; it tells which there were.
 
         """
+        self._check_process()
         with self._news:
             if self._news.wait_for(lambda: len(self._entries) >= count, timeout):
                 return self._entries.copy()
@@ -140,12 +151,27 @@ class ServerThread:
         return ssl.create_default_context(cafile=self.certificate_authority)
 
     def stop(self) -> Receipt:
-        """Stop gracefully, wait for the end, and tell what became of the clients. Idempotent."""
+        """Stop gracefully, wait for the end, and tell what became of the clients. Idempotent.
+
+        Raises:
+            RuntimeError: this is a forked process. The server runs on in the other one.
+
+        """
+        self._check_process()
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._resources.close()
         return self._ended.result()
+
+    def _check_process(self) -> None:
+        # A lock that the thread held at the fork is never released in the child, and the thread never ends there.
+        if os.getpid() != self._process:
+            msg = (
+                f"the server runs in process {self._process}, from which this one was forked: ask or stop it there, and "
+                "end a forked client with os._exit"
+            )
+            raise RuntimeError(msg)
 
     # The thread
 
@@ -170,6 +196,12 @@ class ServerThread:
         with self._news:
             self._entries.append(entry)
             self._news.notify_all()
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Remove a folder at the latest when the process ends, but not when one that was forked from it does."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _certify(folder: Path, authority: Path) -> dict[str, Any]:
