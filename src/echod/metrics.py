@@ -140,6 +140,11 @@ class Families:
             "Times that accepting stopped while clients waited.",
             lambda count: count.account.accept_pauses,
         )
+        yield self._counter(
+            "accept_failures",
+            "Connections accepted and closed at once by a failure.",
+            lambda count: count.account.accept_failures,
+        )
         yield expiry
 
     def _of_the_connections(self) -> Iterator[Metric]:
