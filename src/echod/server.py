@@ -147,6 +147,7 @@ class Server:
         self._aborted = asyncio.Event()
         self._pause = _FIRST_PAUSE
         self._paused_since: float | None = None
+        self._causes = set[str]()
         # Accepted, and not yet watched by the loop: the kernel had no memory for that.
         self._unwatched: tuple[socket.socket, Any] | None = None
         self._started_stop: tuple[float, int, Account] | None = None
@@ -403,6 +404,9 @@ class Server:
             return
         if self._paused_since is None:
             self._paused_since = self._loop.time()
+            self._causes.clear()
+        if cause not in self._causes:
+            self._causes.add(cause)
             self.ledger.account.accept_pauses += 1
             self.ledger.log.warning("accept_paused", cause=cause, clients=self.clients)
         # Here and not where it is waited for: a client may leave in between.
