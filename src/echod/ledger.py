@@ -67,7 +67,7 @@ class Receipt:
     """What a drain did. Each client is in one of `completed`, `quiet`, `cut`, `aborted` and `failed`."""
 
     clients: int
-    """Clients connected when the drain began, or accepted since."""
+    """Clients connected when the stop began, or accepted since."""
     completed: int
     """Closed, or reset, by themselves."""
     quiet: int
