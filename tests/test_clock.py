@@ -231,6 +231,13 @@ def test_paused_before_the_proxy_header(start: Start) -> None:
     assert daemon.stop() == 0
 
 
+def received(sock: socket.socket) -> bytes:
+    """Return what has come, which is not the end of the connection."""
+    data = sock.recv(65536)
+    assert data
+    return data
+
+
 def test_paused_in_the_tls_handshake(start: Start, certificates: Certificates) -> None:
     """A client's first flight arrives while the daemon is paused for longer than `handshake_timeout`: it is served."""
     daemon = start(*certificates.options(), "--limits.handshake-timeout", "3", *UNHURRIED, listen=None)
@@ -248,12 +255,12 @@ def test_paused_in_the_tls_handshake(start: Start, certificates: Certificates) -
                 first.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                incoming.write(sock.recv(65536))
+                incoming.write(received(sock))
         first.write(b"data")
         sock.sendall(outgoing.read())
         echo = b""
         while not echo:
-            incoming.write(sock.recv(65536))
+            incoming.write(received(sock))
             with contextlib.suppress(ssl.SSLWantReadError):
                 echo = first.read(10)
         assert echo == b"data"

@@ -76,6 +76,13 @@ def test_proxy_header(start: Start) -> None:
     assert daemon.wait_for("client_closed")["client"] == "192.0.2.1:1000"
 
 
+def received(sock: socket.socket) -> bytes:
+    """Return what has come, which is not the end of the connection."""
+    data = sock.recv(65536)
+    assert data
+    return data
+
+
 def test_tls(start: Start, certificates: Certificates) -> None:
     """A byte of a TLS record may be urgent; without it, the record would be a bad one."""
     daemon = start(*certificates.options(), listen=None)
@@ -88,12 +95,12 @@ def test_tls(start: Start, certificates: Certificates) -> None:
                 break
             except ssl.SSLWantReadError:
                 sock.send(outgoing.read(), socket.MSG_OOB)
-                incoming.write(sock.recv(65536))
+                incoming.write(received(sock))
         client.write(b"data")
         sock.send(outgoing.read(), socket.MSG_OOB)
         echo = b""
         while not echo:
-            incoming.write(sock.recv(65536))
+            incoming.write(received(sock))
             try:
                 echo = client.read(10)
             except ssl.SSLWantReadError:  # the session tickets
