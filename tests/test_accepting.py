@@ -156,6 +156,34 @@ def test_pauses_double(serve: Callable[..., None], monkeypatch: pytest.MonkeyPat
     assert pauses == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0]
 
 
+def test_descriptors_run_out_in_the_middle_of_a_wake_up(
+    serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accept(2) fails for the second of two clients: whether one has to wait shows at the next wake-up, and none has."""
+    accept = ListeningSocket.accept
+    calls = []
+
+    def second_fails(self: ListeningSocket) -> tuple[socket.socket, Any]:
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.EMFILE, "full")
+        return accept(self)
+
+    monkeypatch.setattr(ListeningSocket, "accept", second_fails)
+
+    async def scene(serving: Serving) -> None:
+        clients = [socket.create_connection(serving.address, PATIENCE) for _ in range(2)]
+        serving.server.start()
+        for client in clients:
+            assert await asyncio.to_thread(echo, client) == b"x"
+            client.close()
+        assert serving.server.ledger.account.accept_pauses == 0
+        await serving.server.shutdown()
+
+    serve(scene)
+    assert len(calls) > 3
+
+
 def watches_clients() -> bool:
     """Return whether the running loop registers clients where a failure can be met."""
     return isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop)
