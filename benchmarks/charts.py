@@ -1,207 +1,162 @@
-"""The benchmark's charts: SVG that suits light and dark pages, the same bytes for the same results."""
+"""Draw the charts of the benchmark page as small SVG files that suit light and dark pages.
+
+The same results give the same bytes.
+"""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-from figures import ECHOD, WORKS, number
+from figures import ECHOD, WORKLOADS, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from matplotlib.axes import Axes
+    from figures import Results, Workload
 
-    from figures import Results, Work
-
-# Each colour of a light page, and the one that a dark page has in its place.
-PAPER, INK, GRID, GREEN, TEAL, BLUE, PALE = "#ffffff", "#1f2328", "#d1d9e0", "#1a7f37", "#58a76c", "#5b7ea6", "#b4c1cf"
-LINES = ("#0969da", "#8250df", "#bc4c00", "#9a6700", "#bf3989")
-LIGHT = (PAPER, INK, GRID, GREEN, TEAL, BLUE, PALE, *LINES)
-DARK = (
-    *("#0d1117", "#e6edf3", "#30363d", "#3fb950", "#35914a", "#6f93bd", "#4a5663"),
-    *("#58a6ff", "#bc8cff", "#f0883e", "#d29922", "#f778ba"),
-)
-# matplotlib writes a colour into each element's own style, which only `!important` outdoes.
-STYLE = (
-    "text { font-family: system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif !important }\n"
-    "@media (prefers-color-scheme: dark) {\n"
-    + "".join(
-        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}\n'
-        for light, dark in zip(LIGHT, DARK, strict=True)
-        for what in ("fill", "stroke")
-    )
-    + "}\n"
-)
-SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "echod",
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": GRID,
-    "legend.frameon": False,
+STYLE = """\
+text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
+.echod { font-weight: 600 } .end { text-anchor: end } .mid { text-anchor: middle }
+path, polyline { fill: none; stroke-width: 1.5 } .bars { stroke-width: 12 } .own { stroke-width: 3 } .leader { stroke-width: 0.5 }
+.card { fill: #ffffff } .grid { stroke: #d1d9e0; stroke-width: 1 } .range { stroke: #1f2328; stroke-width: 1 }
+.c0 { stroke: #1a7f37 } .c1 { stroke: #58a76c } .c2 { stroke: #5b7ea6 } .c3 { stroke: #bc4c00 } .c4 { stroke: #8250df }
+.c5 { stroke: #9a6700 } .c6 { stroke: #bf3989 }
+@media (prefers-color-scheme: dark) {
+text { fill: #e6edf3 } .card { fill: #0d1117 } .grid { stroke: #30363d } .range { stroke: #e6edf3 }
+.c0 { stroke: #3fb950 } .c1 { stroke: #35914a } .c2 { stroke: #6f93bd } .c3 { stroke: #f0883e } .c4 { stroke: #bc8cff }
+.c5 { stroke: #d29922 } .c6 { stroke: #f778ba }
 }
-# Inches.
-WIDTH, ROW = 8.5, 0.28
+"""
+# Colours: echod, its variants, other servers. In the chart of lines, each other server has one of its own.
+OWN, VARIANT, OTHER, LINES = 0, 1, 2, range(2, 7)
+COSTS = tuple(workload for workload in WORKLOADS if workload.name in {"pingpong", "stream", "connect", "idle"})
+CLIENTS = next(workload for workload in WORKLOADS if workload.name == "clients")
 
 
 def draw(results: Results) -> Iterator[tuple[str, str]]:
-    """Yield a name and an SVG for each work that has figures."""
-    kinds = {"latency": dots, "clients": lines}
-    with mpl.rc_context(SETTINGS):
-        for work in WORKS:
-            if results.good(work):
-                figure, target = kinds.get(work.name, bars)(results, work), io.StringIO()
-                metadata = {"Title": work.title, "Date": None, "Creator": None}
-                figure.savefig(target, format="svg", metadata=metadata, bbox_inches="tight")
-                yield work.name, target.getvalue().replace("</style>", STYLE + "</style>", 1)
+    """Yield the name and the SVG text of each chart that has figures."""
+    if columns := [workload for workload in COSTS if results.measured(workload)]:
+        yield "costs", costs(results, columns)
+    if results.measured(CLIENTS):
+        yield CLIENTS.name, lines(results)
 
 
-def rows(peers: list[str], label: str) -> tuple[Figure, Axes]:
-    """Return a chart with a row for each peer, the first at the top."""
-    figure = Figure((WIDTH, ROW * len(peers) + 0.9))
-    axes = figure.subplots()
-    axes.set_yticks(range(len(peers)), peers)
-    axes.set_ylim(len(peers) - 0.4, -0.6)
-    axes.tick_params(length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel(label)
-    return figure, axes
+def costs(results: Results, columns: list[Workload]) -> str:
+    """Draw a bar for each serious server and workload, and a thin line for the range of its rounds."""
+    left, top, height, width, longest = 124, 44, 22, 196, 118
+    # The tools that start a process per client need up to a hundred times as much. They would flatten all other bars.
+    peers = [peer for peer in order(results, columns) if results.serious(peer)]
+    parts = [text(12, top + height * row + 4, peer, style(peer)) for row, peer in enumerate(peers)]
+    for column, workload in enumerate(columns):
+        x, metric = left + width * column, workload.metrics[workload.main]
+        parts.append(text(x, 20, f"{metric.title}, {metric.unit}", "echod"))
+        rows = results.rows(workload)
+        figures = {peer: rows[peer].figures.get(metric.key) for peer in peers if peer in rows}
+        scale = longest / (max((figure.highest for figure in figures.values() if figure), default=0) or 1)
+        bars: dict[int, str] = {}
+        ranges = ""
+        for peer, figure in figures.items():
+            y = top + height * peers.index(peer)
+            if figure is None:
+                parts.append(text(x, y + 4, "failed"))
+                continue
+            low, middle, high = (x + scale * value for value in (figure.lowest, figure.median, figure.highest))
+            bars[colour(peer)] = bars.get(colour(peer), "") + f"M{x} {y}H{middle:.1f}"
+            ranges += f"M{low:.1f} {y}H{high:.1f}"
+            parts.append(text(high + 6, y + 4, number(figure.median), style(peer)))
+        parts += [f'<path class="bars c{shade}" d="{bar}"/>' for shade, bar in bars.items()]
+        parts.append(f'<path class="range" d="{ranges}"/>')
+    return svg(
+        "Cost per message, GB, connection and idle client",
+        left + width * len(columns),
+        top + height * len(peers),
+        parts,
+    )
 
 
-def colour(results: Results, peer: str) -> str:
-    """Return the colour of a peer's bar."""
-    if peer.startswith(ECHOD):
-        return GREEN if peer == ECHOD else TEAL
-    return BLUE if results.serious(peer) else PALE
+def order(results: Results, columns: list[Workload]) -> list[str]:
+    """Return the servers in the order of the first workload, then those that only others have."""
+    return list(dict.fromkeys(peer for workload in columns for peer in results.rows(workload)))
 
 
-def failed(axes: Axes, place: int) -> None:
-    """Say in a row that it has no figures."""
-    axes.text(0.005, place, "failed", va="center", style="italic", transform=axes.get_yaxis_transform())
-
-
-def bars(results: Results, work: Work) -> Figure:
-    """Draw the key metric, each with a line from the lowest to the highest round."""
-    metric, peers = work.metrics[work.key], results.peers(work)
-    figure, axes = rows(peers, f"{metric.title}, {metric.unit}")
-    found = {peer: [*results.rounds(work, metric, peer).values()] for peer in peers}
-    highest = {peer: max(values) for peer, values in found.items() if values}
-    # One tool that takes a hundred times as much would leave nothing to see of the others.
-    edge = 1.15 * max([high for peer, high in highest.items() if results.serious(peer)] or highest.values()) or 1
-    axes.set_xlim(0, edge)
-    middles = {peer: median(values) for peer, values in found.items() if values}
-    places = [peers.index(peer) for peer in middles]
-    below = [middle - min(found[peer]) for peer, middle in middles.items()]
-    above = [highest[peer] - middle for peer, middle in middles.items()]
-    axes.barh(places, [*middles.values()], 0.66, color=[colour(results, peer) for peer in middles])
-    axes.errorbar([*middles.values()], places, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-    for place, peer in enumerate(peers):
-        if peer not in middles:
-            failed(axes, place)
-            continue
-        end = (min(highest[peer], edge), place)
-        axes.annotate(
-            number(middles[peer]), end, (5, 0), textcoords="offset points", va="center", annotation_clip=False
-        )
-    return figure
-
-
-def dots(results: Results, work: Work) -> Figure:
-    """Draw all percentiles of a peer in its row."""
-    peers = results.peers(work)
-    figure, axes = rows(peers, "latency, µs")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    shades = [colour(results, peer) for peer in peers]
-    middles = []
-    for metric, marker in zip(work.metrics, "os^D", strict=True):
-        found = [[*results.rounds(work, metric, peer).values()] for peer in peers]
-        middles.append([median(values) if values else math.nan for values in found])
-        axes.plot([], [], marker, color=INK, label=metric.title)
-        # One call for each colour: a file has the marker's shape once for each call.
-        for shade in dict.fromkeys(shades):
-            own = [place for place, of in enumerate(shades) if of == shade]
-            axes.plot([middles[-1][place] for place in own], own, marker, color=shade)
-    lowest, highest = middles[0], middles[-1]
-    axes.hlines(range(len(peers)), lowest, highest, color=GRID, linewidth=2, zorder=1)
-    for place, middle in enumerate(lowest):
-        if math.isnan(middle):
-            failed(axes, place)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(work.metrics))
-    return figure
-
-
-def lines(results: Results, work: Work) -> Figure:
-    """Draw a line for each peer over the number of clients, with its name at the right."""
-    figure = Figure((WIDTH, 5.5))
-    axes = figure.subplots()
-    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="CPU a message, µs")
-    counts, metrics = results.counts(work), results.metrics(work)
+def lines(results: Results) -> str:
+    """Draw the CPU per message over the number of clients. Each server has a line, with its name at the right."""
+    left, right, top, bottom = 36, 560, 32, 330
+    columns = results.columns(CLIENTS)
     curves: dict[str, list[tuple[int, float]]] = {}
-    for peer in results.peers(work):
-        found = [[*results.rounds(work, metric, peer).values()] for metric in metrics]
-        points = [(clients, median(values)) for clients, values in zip(counts, found, strict=True) if values]
-        if points:
-            curves[peer] = points
-    # By where they end: neighbours have different colours.
-    names = sorted(curves, key=lambda peer: curves[peer][-1][1])
-    own = [peer for peer in names if peer.startswith(ECHOD)]
-    shades = dict(zip((peer for peer in names if peer not in own), itertools.cycle(LINES), strict=False))
-    shades |= {peer: colour(results, peer) for peer in own}
-    for peer, points in curves.items():
-        axes.plot(
-            *zip(*points, strict=True),
-            ".-",
-            color=shades[peer],
-            **({"lw": 2.5, "zorder": 3} if peer in own else {"lw": 1}),
-        )
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xticks(counts, [metric.title for metric in metrics])
-    axes.xaxis.set_minor_locator(NullLocator())
-    low, high = axes.get_ylim()
-    heights = apart([math.log(curves[peer][-1][1] / low) / math.log(high / low) for peer in names])
-    for peer, height in zip(names, heights, strict=True):
-        leader = {"arrowstyle": "-", "color": shades[peer], "linewidth": 0.5, "relpos": (0, 0.5)}
-        axes.annotate(
-            peer,
-            curves[peer][-1],
-            (1.04, height),
-            textcoords="axes fraction",
-            color=shades[peer],
-            va="center",
-            weight="bold" if peer == ECHOD else "normal",
-            arrowprops=leader,
-        )
-    return figure
+    for peer, row in results.rows(CLIENTS).items():
+        found = [(place, row.figures.get(metric.key)) for place, metric in enumerate(columns)]
+        curves[peer] = [(place, figure.median) for place, figure in found if figure]
+    names = sorted((peer for peer, curve in curves.items() if curve), key=lambda peer: curves[peer][-1][1])
+    step, ceiling = ticks(max(value for curve in curves.values() for _, value in curve))
+
+    def across(place: int) -> float:
+        return left + 12 + (right - left - 24) * place / max(len(columns) - 1, 1)
+
+    def down(value: float) -> float:
+        return bottom - (bottom - top) * value / ceiling
+
+    parts = [text(left - 24, 16, "CPU per message, µs"), text((left + right) / 2, bottom + 36, "clients", "mid")]
+    marks = [step * count for count in range(round(ceiling / step) + 1)]
+    parts += [text(left - 6, down(mark) + 4, f"{mark:g}", "end") for mark in marks]
+    parts.append(f'<path class="grid" d="{"".join(f"M{left} {down(mark):.1f}H{right}" for mark in marks)}"/>')
+    parts += [text(across(place), bottom + 18, metric.title, "mid") for place, metric in enumerate(columns)]
+    shades = itertools.cycle(LINES)
+    heights = apart([down(curves[peer][-1][1]) for peer in reversed(names)], 15, bottom)
+    for peer, height in zip(reversed(names), heights, strict=True):
+        shade = colour(peer) if peer.startswith(ECHOD) else next(shades)
+        points = " ".join(f"{across(place):.1f},{down(value):.1f}" for place, value in curves[peer])
+        width = " own" if peer == ECHOD else ""
+        parts.append(f'<polyline class="c{shade}{width}" points="{points}"/>')
+        parts.append(f'<path class="leader c{shade}" d="M{points.split()[-1]}L{right + 14},{height:.1f}"/>')
+        parts.append(text(right + 18, height + 4, peer, style(peer)))
+    return svg("CPU per message by number of clients", right + 150, bottom + 48, parts)
 
 
-def apart(heights: list[float], gap: float = 0.042) -> list[float]:
-    """Return heights, from low to high, moved so far that no two labels cover each other."""
+def ticks(highest: float) -> tuple[float, float]:
+    """Return the step of an axis from 0, and a multiple of it that is not below the highest value."""
+    power = 10.0 ** math.floor(math.log10(highest))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power) if highest / step <= 6)
+    return step, step * math.ceil(highest / step)
+
+
+def apart(heights: list[float], gap: float, bottom: float) -> list[float]:
+    """Return heights, from top to bottom, moved so that no two labels overlap and none is below the bottom."""
     moved: list[float] = []
     for height in heights:
         moved.append(max([height, *(before + gap for before in moved[-1:])]))
-    top = 1.0
     for place in reversed(range(len(moved))):
-        moved[place] = min(moved[place], top)
-        top = moved[place] - gap
+        moved[place] = min(moved[place], bottom)
+        bottom = moved[place] - gap
     return moved
+
+
+def colour(peer: str) -> int:
+    """Return the number of a server's colour."""
+    if peer == ECHOD:
+        return OWN
+    return VARIANT if peer.startswith(ECHOD) else OTHER
+
+
+def style(peer: str) -> str:
+    """Return the class of a server's texts."""
+    return "echod" if peer == ECHOD else ""
+
+
+def text(x: float, y: float, words: str, kind: str = "") -> str:
+    """Return a text element."""
+    attribute = f' class="{kind}"' if kind else ""
+    return f'<text{attribute} x="{x:.0f}" y="{y:.0f}">{escape(words)}</text>'
+
+
+def svg(title: str, width: float, height: float, parts: list[str]) -> str:
+    """Return the text of an SVG file."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'role="img">\n<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n'
+        f'<rect class="card" width="{width}" height="{height}" rx="8"/>\n'
+    )
+    return head + "\n".join(parts) + "\n</svg>\n"

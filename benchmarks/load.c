@@ -1,21 +1,21 @@
-/* The load of the benchmarks: clients on one thread, which check every byte that comes back.
+/* The load generator of the benchmarks. Its clients share one thread and check every byte of the echo.
  *
  * load MODE --port PORT [--clients N] [--size BYTES] [--seconds S] [--warmup S] [--rate R] [--pid PID] [--tls CA]
  *
- *   pingpong  each client sends a message of SIZE bytes when the one before it has come back
- *   stream    each client writes SIZE bytes at a time whenever it can, and reads what comes
- *   connect   each client connects, sends SIZE bytes, closes when they have come back, and begins anew
- *   rate      RATE messages a second over all clients, sent when they are due and not when the last has come back;
- *             a latency counts from the moment at which its message was due, so a server that stalls is charged
- *             for all who would have come meanwhile
- *   idle      each client has one message echoed; then nobody does anything
- *   hold      as idle, but the clients stay, each until the server closes it: after "ready" on standard output
+ *   pingpong  each client sends a message of SIZE bytes once the previous one has been echoed
+ *   stream    each client writes SIZE bytes at a time whenever it can, and reads the echo
+ *   connect   each client connects, sends SIZE bytes, closes after the echo, and starts again
+ *   rate      R messages per second over all clients, sent when they are due, whether or not earlier ones have been
+ *             echoed. A latency counts from the time at which the message was due. So a stall of the server shows in
+ *             the latencies of all messages that were due meanwhile.
+ *   idle      each client has one message echoed, and then stays silent
+ *   hold      like idle, but prints "ready", and then waits until the server has closed all clients
  *
- * The result is one line of JSON on standard output. CPU time and memory are those of the process PID and of all its
+ * The result is one line of JSON on standard output. CPU time and memory are sums over the process PID and all its
  * descendants.
  *
- * The bytes are one random pattern over and over. Its length is a prime, so a byte that is lost, doubled or moved does
- * not fit. A copy of its beginning behind its end makes each piece of the stream one piece of memory.
+ * The data is one random pattern, repeated. Its length is prime, so a lost, repeated or moved byte causes a mismatch.
+ * The buffer repeats the beginning of the pattern after its end. So any piece of the stream is contiguous in memory.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -48,9 +48,8 @@ static const char *const mode_names[MODES] = {"pingpong", "stream", "connect", "
 struct client {
     int fd;
     SSL *ssl;
-    uint64_t wanted, sent, received; /* bytes of its stream: to be sent by now, sent, come back */
-    uint64_t since;                  /* when the message on its way was begun */
-    uint64_t *due;                   /* rate: when each message on its way was due, a ring */
+    uint64_t wanted, sent, received; /* bytes of its stream: due, sent, echoed */
+    uint64_t *due;                   /* rate: the due time of each outstanding message, a ring */
     uint64_t first_due, last_due;
     bool polls_out;
 };
@@ -68,8 +67,8 @@ static char pattern[PERIOD + CHUNK], input[CHUNK];
 static struct client *clients;
 static int poller;
 static SSL_CTX *tls;
-static uint64_t ring;              /* the length of `due`, a power of two */
-static uint64_t window_start;      /* 0 before it */
+static uint64_t ring;              /* the length of each ring `due`, a power of two */
+static uint64_t window_start;      /* 0 during connecting and warm-up */
 static uint64_t units, bytes, errors;
 static int open_clients;
 static char first_error[256];
@@ -103,7 +102,7 @@ static void wrong(struct client *c, const char *format, ...)
     open_clients--;
 }
 
-/* Latencies: 128 buckets for each power of two, so a figure is exact to 1%. */
+/* Latencies. With 128 buckets per power of two, a figure is accurate to 1%. */
 
 enum { STEPS = 128, BUCKETS = 58 * STEPS };
 static uint64_t histogram[BUCKETS], measured, largest;
@@ -132,7 +131,7 @@ static double percentile(double share)
     return (double)largest / 1e9;
 }
 
-/* What a process and its descendants have used. */
+/* The resource usage of a process and its descendants. */
 
 struct usage {
     double cpu;
@@ -143,7 +142,7 @@ static struct usage usage(int pid, bool memory)
 {
     struct usage sum = {0};
     struct timespec t;
-    /* The CPU clock of a process, as clock_getcpuclockid(3) makes it; it counts threads that have ended too. */
+    /* The CPU clock of a process, as in clock_getcpuclockid(3). It includes threads that have ended. */
     if (clock_gettime((clockid_t)(~(unsigned)pid << 3 | 2), &t) == 0)
         sum.cpu = (double)t.tv_sec + (double)t.tv_nsec / 1e9;
     char path[300], line[4096];
@@ -152,7 +151,7 @@ static struct usage usage(int pid, bool memory)
     if (!file)
         return sum;
     if (fgets(line, sizeof line, file)) {
-        long user = 0, kernel = 0; /* of children that were waited for, in ticks */
+        long user = 0, kernel = 0; /* of reaped children, in ticks */
         char *fields = strrchr(line, ')');
         if (fields && sscanf(fields + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %ld %ld", &user, &kernel) == 2)
             sum.cpu += (double)(user + kernel) / (double)sysconf(_SC_CLK_TCK);
@@ -213,7 +212,7 @@ static void poll_for(struct client *c, bool out, int operation)
     epoll_ctl(poller, operation, c->fd, &event);
 }
 
-/* As send(2) and recv(2), over TLS too. */
+/* Like send(2) and recv(2), in clear or over TLS. */
 
 static ssize_t tls_result(struct client *c, int result)
 {
@@ -271,7 +270,7 @@ static bool dial(struct client *c, bool wait)
     if ((c->fd = socket(AF_INET, SOCK_STREAM | (wait ? 0 : SOCK_NONBLOCK) | SOCK_CLOEXEC, 0)) < 0)
         die("socket");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    /* From several addresses, as one has no more than 28,000 ports. */
+    /* One source address has only about 28,000 ephemeral ports. */
     setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
     from.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 1 + source++ % SOURCES);
     to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
@@ -298,33 +297,29 @@ static bool dial(struct client *c, bool wait)
     return true;
 }
 
-static void begin(struct client *c, uint64_t time)
+static void begin(struct client *c)
 {
-    c->since = time;
     c->wanted += options.size;
     pump(c);
 }
 
-static void message_back(struct client *c, uint64_t time)
+static void message_back(struct client *c)
 {
     bool counts = window_start != 0;
     if (counts && options.mode != IDLE && options.mode != HOLD)
         units++;
     switch (options.mode) {
     case PINGPONG:
-        if (counts)
-            record(time - c->since);
-        begin(c, time);
+        begin(c);
         break;
     case CONNECT:
-        if (counts)
-            record(time - c->since);
         close(c->fd);
         open_clients--;
         if (dial(c, false))
-            begin(c, time);
+            begin(c);
         break;
     case RATE: {
+        uint64_t time = now();
         uint64_t due = c->due[c->first_due++ & (ring - 1)];
         if (counts && due >= window_start)
             record(time > due ? time - due : 0);
@@ -337,7 +332,7 @@ static void message_back(struct client *c, uint64_t time)
 
 static void receive(struct client *c)
 {
-    /* Over TLS a record may have been read that the socket does not tell of any more. */
+    /* OpenSSL may hold a record that it has already read from the socket, so epoll would not report it. */
     do {
         ssize_t count = take(c);
         if (count < 0 && errno == EAGAIN)
@@ -365,11 +360,10 @@ static void receive(struct client *c)
         if (options.mode == STREAM) {
             units += window_start ? whole : 0;
         } else if (whole) {
-            uint64_t time = now();
             while (whole--)
-                message_back(c, time);
+                message_back(c);
             if (options.mode == CONNECT)
-                return; /* it is another connection now */
+                return; /* the client has a new connection */
         }
     } while (c->ssl && c->fd >= 0 && SSL_pending(c->ssl));
 }
@@ -392,7 +386,7 @@ static void turn(int timeout)
     }
 }
 
-/* The exponentially distributed gaps of a Poisson process, always the same ones. */
+/* Return the next gap of a Poisson process: exponentially distributed, and the same sequence in every run. */
 
 static double gap(void)
 {
@@ -401,7 +395,7 @@ static double gap(void)
     state ^= state >> 7;
     state ^= state << 17;
     double share = (double)(state >> 11) / 9007199254740992.0, log = 0, x;
-    /* -ln(1 - share), by halving until the series is short: no need of libm */
+    /* -ln(1 - share) without libm: scale by powers of two until a short series converges */
     for (x = 1 - share; x < 0.5; x *= 2)
         log += 0.6931471805599453;
     double y = (1 - x) / (1 + x), power = y;
@@ -419,16 +413,16 @@ static void run_until(uint64_t end)
         return;
     }
     static uint64_t next;
-    static int who;
+    static int target;
     if (!next)
         next = now();
     for (uint64_t time; (time = now()) < end && open_clients;) {
         while (next <= time) {
-            struct client *c = &clients[who];
-            who = (who + 1) % options.clients;
+            struct client *c = &clients[target];
+            target = (target + 1) % options.clients;
             if (c->fd >= 0) {
                 if (c->last_due - c->first_due == ring) {
-                    wrong(c, "the server does not keep up: %llu messages of one client on their way", (unsigned long long)ring);
+                    wrong(c, "the server does not keep up: one client has %llu outstanding messages", (unsigned long long)ring);
                 } else {
                     c->due[c->last_due++ & (ring - 1)] = next;
                     c->wanted += options.size;
@@ -437,7 +431,7 @@ static void run_until(uint64_t end)
             }
             next += (uint64_t)(gap() / options.rate * (double)SECOND);
         }
-        turn(0); /* never asleep: waking up takes longer than an echo */
+        turn(0); /* busy polling: a wake-up takes longer than an echo */
     }
 }
 
@@ -464,7 +458,7 @@ static void parse(int argc, char **argv)
             options.mode = (enum mode)i;
     if (options.mode == MODES || options.port <= 0 || options.clients <= 0 || options.size == 0 || options.size > CHUNK ||
         (options.mode == RATE) != (options.rate > 0)) {
-        fprintf(stderr, "usage: load pingpong|stream|connect|rate|idle|hold --port PORT ...; see the head of load.c\n");
+        fprintf(stderr, "usage: load pingpong|stream|connect|rate|idle|hold --port PORT ...; see the comment at the top of load.c\n");
         exit(2);
     }
 }
@@ -506,7 +500,6 @@ int main(int argc, char **argv)
     parse(argc, argv);
     prepare();
     struct usage before = server(true);
-    double connected_at = 0;
     uint64_t start = now();
     for (int i = 0; i < options.clients; i++) {
         struct client *c = &clients[i];
@@ -517,20 +510,17 @@ int main(int argc, char **argv)
         if (options.mode == STREAM)
             poll_for(c, true, EPOLL_CTL_MOD);
         else if (options.mode != RATE)
-            begin(c, now());
-        /* Those at rest are echoed one by one, so that no backlog is too short for them. */
+            begin(c);
+        /* Idle clients connect one after the other, so that a short backlog is enough. */
         if (options.mode == IDLE || options.mode == HOLD)
             while (units + errors <= (uint64_t)i && now() - start < GIVE_UP * SECOND)
                 turn(1000);
     }
-    connected_at = (double)(now() - start) / 1e9;
     if (options.mode == HOLD) {
         puts("ready");
         fflush(stdout);
         while (open_clients)
             turn(-1);
-        printf("{\"units\": %llu, \"errors\": %llu, \"first_error\": \"%s\"}\n", (unsigned long long)units,
-               (unsigned long long)errors, first_error);
         return 0;
     }
     run_until(now() + (uint64_t)(options.warmup * (double)SECOND));
@@ -543,7 +533,7 @@ int main(int argc, char **argv)
     double seconds = (double)(now() - window_start) / 1e9;
     uint64_t units_then = units, bytes_then = bytes;
     load = own_cpu() - load;
-    /* The latencies of what is still on its way count too. */
+    /* The latencies of outstanding messages count as well. */
     if (options.mode == RATE)
         for (uint64_t deadline = now() + 2 * SECOND; now() < deadline;) {
             bool all = true;
@@ -553,10 +543,10 @@ int main(int argc, char **argv)
                 break;
             turn(1);
         }
-    printf("{\"mode\": \"%s\", \"clients\": %d, \"size\": %zu, \"units\": %llu, \"bytes\": %llu, \"seconds\": %.9f, "
-           "\"cpu\": %.9f, \"load_cpu\": %.9f, \"connecting\": %.6f, \"errors\": %llu, \"first_error\": \"%s\"",
-           mode_names[options.mode], options.clients, options.size, (unsigned long long)units_then,
-           (unsigned long long)bytes_then, seconds, ended.cpu - begun.cpu, load, connected_at, (unsigned long long)errors,
+    printf("{\"clients\": %d, \"size\": %zu, \"units\": %llu, \"bytes\": %llu, \"seconds\": %.9f, "
+           "\"cpu\": %.9f, \"load_cpu\": %.9f, \"errors\": %llu, \"first_error\": \"%s\"",
+           options.clients, options.size, (unsigned long long)units_then,
+           (unsigned long long)bytes_then, seconds, ended.cpu - begun.cpu, load, (unsigned long long)errors,
            first_error);
     if (options.mode == IDLE)
         printf(", \"memory_before\": %llu, \"memory_after\": %llu", (unsigned long long)before.memory,

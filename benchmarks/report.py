@@ -1,8 +1,8 @@
-"""Write docs/benchmarks.md and its charts from what benchmarks/run.py has measured.
+"""Write docs/benchmarks.md and its charts from a summary that benchmarks/run.py wrote.
 
     python benchmarks/report.py benchmarks/results/full.json [DOCS]
 
-The same results give the same bytes. The charts need matplotlib, the page does not.
+The same summary gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from figures import ECHOD, EPOLL, GO, LOAD, UNLOGGED, UVLOOP, WORKS, Metric, Results, Work, number
+from charts import CLIENTS, COSTS, draw
+from figures import ECHOD, EPOLL, GO, LOAD, UNLOGGED, UVLOOP, WORKLOADS, Metric, Results, Row, Spread, Workload, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,221 +26,225 @@ CHANGES = HERE / "changes.md"
 HEAD = """\
 # Benchmarks
 
-<!-- Written by benchmarks/report.py from benchmarks/results/full.json and benchmarks/changes.md: change those. -->
+<!-- Written by benchmarks/report.py from benchmarks/results/full.json and benchmarks/changes.md. Edit those. -->
 
-echod beside other echo servers, on one machine and under the same load. What counts first is the server's CPU time for a
-unit of work; the wall figures stand beside it.
+This page compares echod with other echo servers, on one machine and under the same load. The main figure is the server's
+CPU time per unit of work. The tables show wall-clock figures as well.
 
-    make bench          # builds and runs all that is available; minutes, on a machine that has nothing else to do
-    make bench-quick    # fewer and shorter rounds, under 90 s: enough to see a large change
-    python benchmarks/report.py benchmarks/results/full.json    # this page and its charts, from the results
+    make bench          # build and measure every available server; about half an hour on an otherwise idle machine
+    make bench-quick    # fewer and shorter rounds, under 90 s; enough to see a large change
+    python benchmarks/report.py benchmarks/results/full.json    # write this page and its charts from the summary
 
-## How it is measured
+## Method
 
 - Machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}, Python {python}, echod {echod}, {date}.
-- {rounds} rounds. In each, all servers take their turn at a work, then the next round begins: what else goes on in the machine
-  meets all of them. Each load runs for {seconds:g} s, idle clients for twice as long, into a fresh process.
-- The server has one core and the load generator, a program in C, the other one. Each server serves on one thread; a tool that
-  starts a process for each client has all of them on that core.
-- CPU time is the server's, user and system, of all its processes.
-- A figure is the median of the rounds, with the lowest and the highest round in brackets. A ratio is taken within each round,
-  echod's figure divided by the peer's, and then it is the median of these, with their lowest and highest. Below 1, echod
-  needs less.
-- "The limit" marks the rows where the load generator had no time left while the server had some: the wall figure is then the load
-  generator's, and only the CPU time tells the servers apart.
-- echod is at its defaults, its log in a file. "{unlogged}" has `log.connections = "none"`.
-- In the charts, echod is green, and the line at a bar's end spans lowest to highest round. The paler bars are tools that nobody
-  would put a serious load on; a bar may leave the chart, and then has its figure at the edge.
+- There are {rounds} rounds. In each round, every server runs the workload once, so a disturbance affects all servers. A load
+  runs for {seconds:g} s against a fresh process. The workload with idle clients runs for twice as long.
+- The server has one core. The load generator, a C program, has another. Each server runs on one thread. If a tool
+  starts a process for each client, all its processes share the server's core.
+- CPU time is user and system time, summed over all processes of the server.
+- A figure is the median of the rounds, with the lowest and the highest round in brackets. The ratio is echod's figure
+  divided by the peer's. It is computed within each round and summarized in the same way. Below 1, echod needs less.
+- "The limit" marks rows in which the load generator was saturated and the server was not. In these rows the wall-clock
+  figures describe the load generator, and only the CPU time describes the server.
+- echod runs with its default settings and logs to a file. "{unlogged}" sets `log.connections = "none"`.
+- `benchmarks/results` keeps these medians and ranges. A measurement writes the figures of every run to `build/bench`.
 """
 
 GOALS = """\
-## The targets
+## Targets
 
-What echod sets out to reach on one core, with everything at its default. The median decides; where the bound lies within the
-brackets, single rounds say otherwise.
+The targets of echod on one core with default settings. The median decides. If the bound is within the brackets, single
+rounds disagree with the median.
+"""
+
+OVERVIEW = """\
+## Overview
+
+![CPU time per message, GB and connection, and memory per idle client](benchmarks/costs.svg)
+
+echod is green. A thin line spans the lowest to the highest round. The chart leaves out tools that are not meant for
+serious load; the tables below include them.
 """
 
 TAIL = """\
-## What the figures do not say
+## Limits of these figures
 
-- Loopback is no network: no card, no driver, no loss, no distance. A send on loopback does the receiver's part of TCP as well,
-  so some of the client's work is in the server's CPU time, with every server alike.
-- There are {cores} cores, for server, load generator, and whatever else the system does. Each server was held to one, so nothing
-  here tells how it grows with more.
-- In a virtual machine, neighbours take time and caches, and a system call may cost more than it does elsewhere. Ratios
-  carry over to another machine better than figures; neither spares measuring there.
-- It is all echo. The bare loops have no limits, no timeouts, no log and no graceful stop, and no figure here shows what it is to
-  be without.
+- Loopback has no network card, driver, packet loss or distance. A send on loopback also does the receiver's part of TCP.
+  So every server's CPU time includes some of the client's work.
+- The machine has {cores} cores for the server, the load generator and the rest of the system. Each server was limited to one,
+  so the figures do not show how a server scales to more cores.
+- On a virtual machine, neighbours use CPU time and caches. A system call may also cost more than on real hardware. Ratios
+  carry over to other machines better than absolute figures, but neither replaces a measurement there.
+- The servers only echo. The bare loops have no limits, timeouts, log or graceful stop. These figures do not show the
+  value of those features.
 """
 
 
 class Target(NamedTuple):
-    """A row of the design's table: echod's figure is at most the bound, times the peer's where one is named."""
+    """An upper bound for a figure of echod, or for the ratio to a peer."""
 
-    work: str
+    workload: str
     metric: str
+    """The key of the metric, or the empty string for the ratio in `clients`."""
     peer: str
     bound: float
 
 
-FLATNESS = Metric("most / least CPU a message", "", lambda _: math.nan)
+FLATNESS = Metric("", "highest / lowest CPU per message", "", lambda _: math.nan)
 TARGETS = (
-    Target("pingpong", "CPU a message", UVLOOP, 1.05),
-    Target("pingpong", "CPU a message", EPOLL, 1.1),
-    Target("pingpong", "CPU a message", GO, 1.0),
-    Target("stream", "CPU a GB", EPOLL, 1.0),
-    Target("stream", "CPU a GB", GO, 0.7),
-    Target("connect", "CPU a connection", GO, 1.0),
-    Target("idle", "memory a client", "", 3.0),
-    Target("idle", "CPU", "", 0.2),
-    Target("clients", FLATNESS.title, "", 1.15),
-    Target("latency", "p99.9", EPOLL, 1.2),
+    Target("pingpong", "cpu", UVLOOP, 1.05),
+    Target("pingpong", "cpu", EPOLL, 1.1),
+    Target("pingpong", "cpu", GO, 1.0),
+    Target("stream", "cpu", EPOLL, 1.0),
+    Target("stream", "cpu", GO, 0.7),
+    Target("connect", "cpu", GO, 1.0),
+    Target("idle", "memory", "", 3.0),
+    Target("idle", "cpu", "", 0.2),
+    Target("clients", "", "", 1.15),
+    Target("latency", "p999", EPOLL, 1.2),
 )
 
 
-def spread(middle: float, values: list[float]) -> str:
-    """Return a figure with its lowest and highest round."""
-    return f"{number(middle)} ({number(min(values))} to {number(max(values))})"
+def spread(found: Spread) -> str:
+    """Return a median with its range."""
+    return f"{number(found.median)} ({number(found.lowest)} to {number(found.highest)})"
 
 
 def plain(text: str) -> str:
-    """Return foreign words so that they can stand in a line or a cell."""
+    """Return foreign text escaped for a line or a table cell."""
     return re.sub(r"([|<*`\[])", r"\\\1", " ".join(text.split()))
 
 
 def called(peer: str) -> str:
-    """Return a peer's name for a table, echod's so that it stands out."""
+    """Return a server's name for a table. echod is bold."""
     return f"**{peer}**" if peer == ECHOD else plain(peer)
 
 
 def size(count: int) -> str:
-    """Return a size as the works name it."""
+    """Return a size in KiB if it is a multiple, or else in bytes."""
     kibibyte = 1024
     return f"{count // kibibyte} KiB" if count >= kibibyte and count % kibibyte == 0 else f"{count} B"
 
 
 def table(head: list[str], rows: list[list[str]], words: int) -> str:
-    """Return a table: so many columns of words, the others hold figures."""
+    """Return a table. The first columns, as many as `words`, are text; the others are figures."""
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
 
 
 def targets(results: Results) -> str:
     """Return the table of the targets."""
-    head = ["work", "figure", "at most", "measured", "echod's", "the peer's", "reached"]
+    head = ["workload", "figure", "at most", "measured", "echod's", "the peer's", "reached"]
     return table(head, [verdict(results, target) for target in TARGETS], 2)
 
 
 def verdict(results: Results, target: Target) -> list[str]:
-    """Return a target's row."""
-    work = next(work for work in WORKS if work.name == target.work)
-    metric = next((metric for metric in work.metrics if metric.title == target.metric), FLATNESS)
+    """Return the row of a target."""
+    workload = next(workload for workload in WORKLOADS if workload.name == target.workload)
+    metric = next((metric for metric in workload.metrics if metric.key == target.metric), FLATNESS)
     unit = f" {metric.unit}" if metric.unit else ""
-    own, other = ([*results.rounds(work, metric, peer).values()] for peer in (ECHOD, target.peer))
-    found: tuple[float, list[float]] | None
-    if metric is FLATNESS:
-        found = results.flatness(work, ECHOD)
-    else:
-        values = results.ratios(work, metric, target.peer) if target.peer else own
-        found = (median(values), values) if values else None
-    row = [work.title, target.metric, f"{target.bound:.2f}" + (f" times {target.peer}" if target.peer else unit)]
-    if found is None:
-        reasons = [reason for peer in (ECHOD, target.peer) if peer for reason in why(results, work, peer)]
-        return [*row, "", "", "", f"not measured: {'; '.join(reasons)}"]
-    reached = "yes" if found[0] <= target.bound else "**no**"
-    if len(found[1]) < results.settings["rounds"]:
-        reached += f", measured in {len(found[1])} of {results.settings['rounds']} rounds"
-    both = [f"{number(median(values))}{unit}" if target.peer else "" for values in (own, other)]
-    return [*row, spread(*found) + ("" if target.peer else unit), *both, reached]
+    bound = f"{target.bound:.2f}" + (f" times {target.peer}" if target.peer else unit)
+    rows = results.rows(workload)
+    row = rows.get(target.peer or ECHOD)
+    compared = target.peer or metric is FLATNESS
+    found = row and (row.ratio if compared else row.figures.get(metric.key))
+    if not found:
+        reasons = [reason for peer in (ECHOD, target.peer) if peer for reason in why(results, workload, peer)]
+        return [workload.title, metric.title, bound, "", "", "", f"not measured: {'; '.join(reasons)}"]
+    reached = "yes" if found.median <= target.bound else "**no**"
+    if found.rounds < results.settings["rounds"]:
+        reached += f", measured in {found.rounds} of {results.settings['rounds']} rounds"
+    if not target.peer:
+        return [workload.title, metric.title, bound, spread(found) + unit, "", "", reached]
+    both = [rows[peer].figures[metric.key] for peer in (ECHOD, target.peer)]
+    medians = [f"{number(figure.median)}{unit}" for figure in both if figure]
+    return [workload.title, metric.title, bound, spread(found), *medians, reached]
 
 
-def why(results: Results, work: Work, peer: str) -> list[str]:
-    """Return why a peer has no figures, or not all."""
-    reasons = [*dict.fromkeys(results.failures(work, peer))]
-    if not results.runs(work, peer):
-        reasons = [results.missing.get(peer, "not run")]
+def why(results: Results, workload: Workload, peer: str) -> list[str]:
+    """Return why a server has no figures, or not all of them."""
+    row = results.rows(workload).get(peer)
+    reasons = [results.missing.get(peer, "not run")] if row is None else [*row.failures]
     return [plain(f"{peer}: {reason}") for reason in reasons]
 
 
-def section(results: Results, work: Work) -> Iterator[str]:
-    """Yield what there is to say of a work."""
-    yield f"## {work.title}\n"
-    good = results.good(work)
-    if good:
-        clients, rate = (f"{good[0].get(key, 0):,.0f}" for key in ("clients", "rate"))
-        yield work.about.format(clients=clients, rate=rate, size=size(good[0].get("size", 0))) + "\n"
-        yield f"![{work.title}: the figures of the table below](benchmarks/{work.name}.svg)\n"
-    peers, metrics = results.peers(work), results.metrics(work)
-    head = [f"{metric.title}, {metric.unit}" if metric.unit else metric.title for metric in metrics]
-    head.insert(work.key + 1 if work.metrics else len(head), "echod / peer" if work.metrics else "most / least")
-    if peers:
-        yield table(["peer", *head], [[called(peer), *cells(results, work, peer)] for peer in peers], 1)
-    notes = [note for peer in peers for note in remarks(results, work, peer)]
-    if absent := results.absent(work):
+def section(results: Results, workload: Workload) -> Iterator[str]:
+    """Yield the parts of a workload's section."""
+    yield f"## {workload.title}\n"
+    rows, load, columns = results.rows(workload), results.load(workload), results.columns(workload)
+    if results.measured(workload):
+        clients, rate = (f"{value:,.0f}" for value in (max(load["clients"], default=0), load.get("rate", 0)))
+        yield workload.about.format(clients=clients, rate=rate, size=size(load.get("size", 0))) + "\n"
+        if workload is CLIENTS:
+            yield f"![{workload.title}: the medians of the table](benchmarks/{workload.name}.svg)\n"
+    head = [f"{metric.title}, {metric.unit}" if metric.unit else metric.title for metric in columns]
+    if workload.metrics:
+        head.insert(workload.main + 1, "echod / peer")
+    else:
+        head.append("highest / lowest")
+    if rows:
+        yield table(["peer", *head], [[called(peer), *cells(results, workload, row)] for peer, row in rows.items()], 1)
+    notes = [note for peer, row in rows.items() for note in remarks(peer, row)]
+    if absent := results.absent(workload):
         named = (f"{peer} ({results.missing[peer]})" if peer in results.missing else peer for peer in absent)
         notes.append("not run: " + plain("; ".join(named)))
     if notes:
         yield "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def cells(results: Results, work: Work, peer: str) -> list[str]:
-    """Return a peer's row in the table of a work."""
+def cells(results: Results, workload: Workload, row: Row) -> list[str]:
+    """Return a server's row in the table of a workload."""
     found = []
-    for metric in results.metrics(work):
-        values = [*results.rounds(work, metric, peer).values()]
-        if values:
-            cell = spread(median(values), values) if metric.spread else number(median(values))
+    for metric in results.columns(workload):
+        figure = row.figures.get(metric.key)
+        if figure:
+            cell = spread(figure) if metric.spread else number(figure.median)
         else:
-            cell = "failed" if results.failures(work, peer, metric) else "not run"
-        found.append(cell + (", the limit" if metric is LOAD and results.limited(work, peer) else ""))
-    if not work.metrics:
-        flat = results.flatness(work, peer)
-        return [*found, spread(*flat) if flat else ""]
-    ratios = [] if peer == ECHOD else results.ratios(work, work.metrics[work.key], peer)
-    found.insert(work.key + 1, spread(median(ratios), ratios) if ratios else "")
+            cell = "failed" if metric.key in row.figures else "not run"
+        found.append(cell + (", the limit" if metric.key == LOAD.key and row.limited else ""))
+    found.insert(workload.main + 1 if workload.metrics else len(found), spread(row.ratio) if row.ratio else "")
     return found
 
 
-def remarks(results: Results, work: Work, peer: str) -> Iterator[str]:
-    """Yield what a peer's row does not say."""
-    runs, failures = results.runs(work, peer), results.failures(work, peer)
-    for reason, count in Counter(failures).items():
-        yield f"{plain(peer)}: {count} of {len(runs)} runs failed: {plain(reason)}"
-    if errors := sum(run.get("errors", 0) for run in results.good(work, peer)):
-        yield f"{plain(peer)}: {errors:,} errors in the runs that the figures are of"
-    receipts = [run["receipt"] for run in results.good(work, peer) if "receipt" in run]
-    counts = (
-        ", ".join(f"{value:,} {key}" for key, value in receipt.items() if key != "seconds") for receipt in receipts
-    )
-    for receipt, count in Counter(counts).items():
-        yield f"{plain(peer)}, the receipt of {count} of {len(receipts)} rounds: {receipt}"
+def remarks(peer: str, row: Row) -> Iterator[str]:
+    """Yield notes on a server's row."""
+    for reason, count in row.failures.items():
+        yield f"{plain(peer)}: {count} of {row.runs} runs failed: {plain(reason)}"
+    rounds = sum(count for count, _ in row.receipts)
+    for count, receipt in row.receipts:
+        counts = ", ".join(f"{value:,} {key}" for key, value in receipt.items())
+        yield f"{plain(peer)}, the receipt of {count} of {rounds} rounds: {counts}"
 
 
 def page(results: Results, changes: str) -> str:
     """Return docs/benchmarks.md.
 
     Args:
-        results: what was measured.
-        changes: Markdown on what each change of the daemon has brought.
+        results: The summary of the measurement.
+        changes: Markdown about the effect of each change of the daemon.
 
     """
     facts = {**results.machine, **results.settings, "unlogged": UNLOGGED}
     parts = [HEAD.format_map(facts)]
     if results.settings["quick"]:
-        parts.append("**These are the figures of a quick run: too short and too few to compare by.**\n")
-    parts += [GOALS, targets(results), "## Who takes part\n"]
-    present = [peer for peer in results.about if peer not in results.missing]
+        parts.append("**These figures are from a quick run: too few and too short rounds to compare servers.**\n")
+    parts += [GOALS, targets(results)]
+    if any(results.measured(workload) for workload in COSTS):
+        parts.append(OVERVIEW)
     about = [
-        [called(peer), plain(results.about[peer]["about"]), plain(results.about[peer]["version"])] for peer in present
+        [called(peer), plain(facts["about"]), plain(facts["version"])]
+        for peer, facts in results.about.items()
+        if peer not in results.missing
     ]
-    parts.append(table(["peer", "what it is", "measured"], about, 3))
+    parts += ["## Servers\n", table(["peer", "approach", "version"], about, 3)]
     if results.missing:
         lines = [f"- {plain(peer)}: {plain(reason)}" for peer, reason in results.missing.items()]
-        parts.append("Missing, because it could not be built or started here:\n\n" + "\n".join(lines) + "\n")
-    for work in WORKS:
-        parts += section(results, work)
+        parts.append("Missing, because they could not be built or started here:\n\n" + "\n".join(lines) + "\n")
+    for workload in WORKLOADS:
+        parts += section(results, workload)
     if changes:
-        parts += ["## What each change has brought\n", changes.strip() + "\n"]
+        parts += ["## Effect of each change\n", changes.strip() + "\n"]
     return "\n".join([*parts, TAIL.format_map(facts)])
 
 
@@ -249,14 +252,10 @@ def main(file: str, docs: str = str(HERE.parent / "docs")) -> None:
     """Write the page, and the charts beside it.
 
     Args:
-        file: the results.
-        docs: the folder of the page.
+        file: The summary.
+        docs: The folder of the page.
 
     """
-    try:
-        from charts import draw  # noqa: PLC0415  (the page alone can do without matplotlib)
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}: see benchmarks/requirements.txt")
     results = Results(json.loads(Path(file).read_text()))
     folder = Path(docs, "benchmarks")
     folder.mkdir(parents=True, exist_ok=True)

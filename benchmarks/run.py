@@ -1,10 +1,10 @@
-"""Measure echod and its peers side by side, and write what was found as JSON.
+"""Measure echod and its peers side by side, and write the results as JSON.
 
-    python benchmarks/run.py [--quick] [--only WORK,...] [--peers NAME;...] [--rounds N] [--output FILE] [--keep]
+    python benchmarks/run.py [--quick] [--only WORKLOAD,...] [--peers NAME;...] [--rounds N] [--output FILE] [--keep]
 
-Everything is run by the interpreter that runs this, in which echod has to be installed. The servers take turns: in each
-round each of them has every work once, in a fresh process, and what disturbs the machine meanwhile meets them all.
-The server has one core, and the load generator, this program with it, another one.
+Install echod for the interpreter that runs this program. The servers written in Python run on the same interpreter.
+In each round, every server runs the workload once in a fresh process, so a disturbance affects all servers.
+The server has one core. The load generator and this program share another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import servers
-from figures import ECHOD, EPOLL, GO, UVLOOP, WORKS
+from figures import ECHOD, EPOLL, GO, UVLOOP, WORKLOADS, dump, summarize
 from servers import Missing, Peer
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ CONNECTORS = 50
 # The default of shutdown.quiet_period, seconds.
 QUIET_PERIOD = 2.0
 
-# Seconds: until a server listens, until it has ended, until a load that should long be done has.
+# Upper bounds in seconds: until a server listens, until it has ended, and until a load is done.
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 5.0
 LOAD_TIMEOUT = 120.0
@@ -61,12 +61,12 @@ DRAINED = frozenset({ECHOD, "echod, asyncio"})
 Figures = dict[str, Any]
 
 
-class Failed(Exception):  # noqa: N818  (an outcome, which is written down)
-    """A run has no figures; the text says why."""
+class Failed(Exception):  # noqa: N818  (an outcome that is recorded)
+    """A run has no figures. The text gives the reason."""
 
 
 class Plan(NamedTuple):
-    """How much is measured."""
+    """The extent of a measurement."""
 
     rounds: int
     seconds: float
@@ -75,18 +75,18 @@ class Plan(NamedTuple):
 
 
 class Bench:
-    """One measurement: its folder, its cores, and what it has found so far.
+    """One measurement: its folder, its cores and its runs so far.
 
     Args:
-        folder: for what is built, configuration, logs.
-        plan: how much is measured.
+        folder: Folder for built programs, configuration and logs.
+        plan: The extent of the measurement.
 
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2:
-            sys.exit("two cores are needed: one for the server, one for the load")
+            sys.exit("a benchmark needs two cores: one for the server, one for the load generator")
         self._server_core, self._load_core = cores[:2]
         os.sched_setaffinity(0, {self._load_core})
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -101,17 +101,17 @@ class Bench:
         target = self._folder / "load"
         command = ["gcc", "-O2", "-Wall", "-Wextra", "-o", str(target), str(HERE / "load.c"), "-lssl", "-lcrypto"]
         if shutil.which("gcc") is None:
-            sys.exit("the load generator needs gcc, and the headers of OpenSSL (libssl-dev)")
+            sys.exit("gcc is not installed: the load generator needs it, and OpenSSL's headers (libssl-dev)")
         subprocess.run(command, check=True)
         return target
 
     def command(self, peer: Peer, port: int, *, tls: bool = False) -> list[str]:
-        """Return what starts a server, built."""
+        """Build a server, and return the command that starts it."""
         return servers.command(peer, self._folder / "build", port, self._certificate if tls else None)
 
     @contextlib.contextmanager
     def serving(self, peer: Peer, *, tls: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-        """Have a server run on its core, with its port; end it and all its children."""
+        """Run a server on its core, and yield its process and port. At the end, stop it with all its children."""
         port = _free_port()
         server = self._start(self.command(peer, port, tls=tls))
         try:
@@ -127,14 +127,14 @@ class Bench:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=partial(os.sched_setaffinity, 0, {self._server_core}),  # noqa: PLW1509  (there are no threads)
+            preexec_fn=partial(os.sched_setaffinity, 0, {self._server_core}),  # noqa: PLW1509  (this process is single-threaded)
         )
 
     def load(self, mode: str, port: int, pid: int, **options: float | Path) -> Figures:
-        """Run the load generator, and return what it says.
+        """Run the load generator, and return its figures.
 
         Raises:
-            Failed: it had errors.
+            Failed: The load generator reported errors or did not end.
 
         """
         arguments = [str(self._load), mode, "--port", str(port), "--pid", str(pid), "--warmup", str(self.plan.warmup)]
@@ -154,42 +154,42 @@ class Bench:
             raise Failed(figures["first_error"])
         return figures
 
-    # The works
+    # Workloads.
 
     def loaded(self, mode: str, peer: Peer, *, tls: bool = False, **options: float) -> Figures:
-        """Have a server serve a load."""
+        """Measure a server under a load."""
         with self.serving(peer, tls=tls) as (server, port):
             trust = {"tls": self._ca} if tls else {}
             return self.load(mode, port, server.pid, **options, **trust)
 
     def idle(self, peer: Peer) -> Figures:
-        """Have a server hold a crowd that says nothing."""
+        """Measure a server with many silent clients."""
         if not peer.serious:
             raise Failed(f"it would need a process for each of {self.crowd:,} clients")
         return self.loaded("idle", peer, clients=self.crowd, size=SHORT, seconds=2 * self.plan.seconds)
 
     def paced(self, peer: Peer, clients: int) -> Figures:
-        """Have a server answer messages at half of the rate that the slowest serious one can."""
+        """Measure a server at half the rate of the slowest serious server."""
         return self.loaded("rate", peer, clients=clients, size=MESSAGE, rate=self.half_rate) | {"rate": self.half_rate}
 
     @property
     def half_rate(self) -> float:
-        """Half of the messages a second of the serious peer that answers fewest."""
+        """Half the message rate of the slowest serious server, in messages per second."""
         rates: dict[str, list[float]] = {}
         for run in self.runs:
-            if run["work"] == "pingpong" and "error" not in run:
+            if run["workload"] == "pingpong" and "error" not in run:
                 rates.setdefault(run["peer"], []).append(run["units"] / run["seconds"])
         slowest = min(median(rates[peer.name]) for peer in servers.PEERS if peer.serious and peer.name in rates)
         return float(round(slowest / 2, -2))
 
     def drain(self, peer: Peer) -> Figures:
-        """Stop echod while a crowd is connected that closes when it is asked to."""
+        """Measure a graceful stop of echod with many idle clients. Each client closes when echod half-closes."""
         with self.serving(peer) as (server, port):
             hold = [str(self._load), "hold", "--port", str(port), "--clients", str(self.crowd), "--size", str(SHORT)]
             with subprocess.Popen(hold, stdout=subprocess.PIPE, text=True) as crowd:
                 assert crowd.stdout is not None
                 if crowd.stdout.readline() != "ready\n":
-                    raise Failed("the crowd could not connect")
+                    raise Failed("not all clients could connect")
                 before, begun = _cpu(server.pid), time.monotonic()
                 server.terminate()
                 _, status, usage = os.wait4(server.pid, 0)
@@ -197,11 +197,11 @@ class Bench:
                 server.returncode = os.waitstatus_to_exitcode(status)
                 crowd.communicate(timeout=LOAD_TIMEOUT)
             if server.returncode:
-                raise Failed(f"it ended with {server.returncode}")
+                raise Failed(f"the server ended with {server.returncode}")
             lines = (self._folder / "build" / f"echod-{port}.log").read_text().splitlines()
         receipt = next(line for line in map(json.loads, lines) if line["event"] == "drained")
         if receipt["clients"] != self.crowd:
-            raise Failed(f"its receipt has {receipt['clients']} clients")
+            raise Failed(f"the receipt counts {receipt['clients']} clients instead of {self.crowd}")
         return {
             "clients": self.crowd,
             "seconds": seconds,
@@ -211,7 +211,7 @@ class Bench:
         }
 
     def start(self, peer: Peer) -> Figures:
-        """Time a server from its start to its first echo."""
+        """Measure the time from the start of a server to its first echo."""
         port = _free_port()
         command = self.command(peer, port)
         begun = time.monotonic()
@@ -222,8 +222,8 @@ class Bench:
         finally:
             _stop(server)
 
-    def measure(self, work: str, peers: list[Peer]) -> None:
-        """Do one work with each peer in turn, round after round, each in an order of its own."""
+    def measure(self, workload: str, peers: list[Peer]) -> None:
+        """Run one workload with all servers, in a different order in each round."""
         steps: dict[str, list[Callable[[Peer], Figures]]] = {
             "pingpong": [partial(self.loaded, "pingpong", clients=50, size=MESSAGE)],
             "stream": [partial(self.loaded, "stream", clients=8, size=STREAM_WRITE)],
@@ -239,26 +239,25 @@ class Bench:
             "drain": [self.drain],
             "start": [self.start],
         }
-        # With thousands of clients a round takes its time, so the quick plan has one.
-        for turn in range(1 if self.plan.quick and work in {"idle", "drain"} else self.plan.rounds):
-            print(f"{work}, round {turn + 1}:", end=" ", file=sys.stderr, flush=True)
-            # Nobody comes always behind the same one: a server that forks leaves caches and kernel otherwise than one that
-            # does not.
-            for peer in random.Random(turn).sample(peers, len(peers)):  # noqa: S311  (no secret)
-                for step in steps[work]:
+        # A round with thousands of clients is slow, so the quick plan has only one.
+        for turn in range(1 if self.plan.quick and workload in {"idle", "drain"} else self.plan.rounds):
+            print(f"{workload}, round {turn + 1}:", end=" ", file=sys.stderr, flush=True)
+            # A server inherits the state of caches and kernel from the one before it, so the order must vary.
+            for peer in random.Random(turn).sample(peers, len(peers)):  # noqa: S311  (not a secret)
+                for step in steps[workload]:
                     try:
                         found = step(peer)
                     except Failed as error:
                         found = {"error": str(error)}
                         print(f"\n{peer.name}: {error}", file=sys.stderr)
-                    self.runs.append({"work": work, "peer": peer.name, "round": turn} | found)
+                    self.runs.append({"workload": workload, "peer": peer.name, "round": turn} | found)
                 print(peer.name, end="; ", file=sys.stderr, flush=True)
             print(file=sys.stderr)
 
 
-def taking_part(work: str, peer: Peer) -> bool:
-    """Tell whether a peer is measured at a work."""
-    match work:
+def applies(workload: str, peer: Peer) -> bool:
+    """Return whether a server is measured with a workload."""
+    match workload:
         case "latency":
             return peer.serious
         case "clients":
@@ -271,7 +270,7 @@ def taking_part(work: str, peer: Peer) -> bool:
 
 
 def machine() -> Figures:
-    """Describe where it was measured."""
+    """Describe the machine and the software."""
     cpu = next(
         (line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
@@ -291,8 +290,8 @@ def machine() -> Figures:
 
 
 def _certificates(folder: Path) -> tuple[Path, Path]:
-    """Return the file of an authority, and one with the key and the chain of `localhost`."""
-    import trustme  # noqa: PLC0415  (for the works over TLS only)
+    """Return the certificate file of a CA, and a file with the key and certificate chain of `localhost`."""
+    import trustme  # noqa: PLC0415  (only a measurement needs it)
 
     authority, pem = folder / "ca.pem", folder / "server.pem"
     ca = trustme.CA()
@@ -308,7 +307,7 @@ def _free_port() -> int:
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    """Return when the server has accepted a connection and, without TLS, could have echoed."""
+    """Wait until the server accepts a connection and, without TLS, echoes a byte."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -316,17 +315,17 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT) as client:
                 client.sendall(b"?")
-                client.settimeout(0.5)  # a handshake over TLS has more to say first
+                client.settimeout(0.5)  # over TLS, the byte is not a ClientHello, so no echo comes
                 with contextlib.suppress(TimeoutError, ConnectionError):
                     client.recv(1)
                 return
         except ConnectionRefusedError:
-            time.sleep(0.0005)  # nothing tells when another process listens
-    raise Failed("the server does not listen")
+            time.sleep(0.0005)  # the kernel does not notify when another process listens
+    raise Failed(f"the server does not listen after {START_TIMEOUT:g} s")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End a server and what it has forked."""
+    """Stop a server and all the processes it forked."""
     with contextlib.suppress(ProcessLookupError):
         if server.returncode is None:
             server.terminate()
@@ -336,17 +335,17 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
         server.wait()
         deadline = time.monotonic() + STOP_TIMEOUT
         while time.monotonic() < deadline:
-            os.killpg(server.pid, 0)  # fails when all that it forked are gone, too
+            os.killpg(server.pid, 0)  # raises once the whole group is gone
             time.sleep(0.01)
 
 
 def _cpu(pid: int) -> float:
-    """Return a process's CPU time in seconds, by the clock that clock_getcpuclockid(3) gives."""
+    """Return the CPU time of a process in seconds, from the clock of clock_getcpuclockid(3)."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def _measured(works: list[str], wanted: Collection[str], plan: Plan) -> Figures:
-    """Do the works with the peers of these names, and return the results."""
+def _measured(workloads: list[str], wanted: Collection[str], plan: Plan) -> Figures:
+    """Run the workloads with the servers of these names, and return all runs."""
     with tempfile.TemporaryDirectory(prefix="echod-bench-") as folder:
         bench = Bench(Path(folder), plan)
         found: dict[str, Figures] = {}
@@ -360,8 +359,8 @@ def _measured(works: list[str], wanted: Collection[str], plan: Plan) -> Figures:
             except Missing as error:
                 missing[peer.name] = str(error)
                 print(f"missing: {peer.name}: {error}", file=sys.stderr)
-        for work in works:
-            bench.measure(work, [peer for peer in servers.PEERS if peer.name in found and taking_part(work, peer)])
+        for workload in workloads:
+            bench.measure(workload, [peer for peer in servers.PEERS if peer.name in found and applies(workload, peer)])
     return {
         "machine": machine(),
         "settings": {"rounds": plan.rounds, "seconds": plan.seconds, "quick": plan.quick},
@@ -371,48 +370,53 @@ def _measured(works: list[str], wanted: Collection[str], plan: Plan) -> Figures:
     }
 
 
-def _joined(before: Figures, after: Figures, works: list[str]) -> Figures:
-    """Return the results of now, and of other works those from before."""
+def _joined(before: Figures, after: Figures) -> Figures:
+    """Return the new summary, with the workloads that only the old one has."""
     if any(before["machine"][key] != after["machine"][key] for key in ("cpu", "cores", "kernel", "python")):
         sys.exit("the output comes from another machine or Python: nothing was written")
-    runs = [run for run in before["runs"] if run["work"] not in works] + after["runs"]
-    return after | {"runs": runs, "peers": before["peers"] | after["peers"]}
+    return after | {key: before[key] | after[key] for key in ("peers", "workloads")}
 
 
 def main() -> None:
-    """Measure, and write the results."""
-    names = [work.name for work in WORKS]
+    """Measure, and write the runs and their summary."""
+    names = [workload.name for workload in WORKLOADS]
     parser = argparse.ArgumentParser(description="Measure echod and its peers side by side.")
-    parser.add_argument("--quick", action="store_true", help="in under 90 seconds, only who is in the targets")
-    parser.add_argument("--only", default=",".join(names), help=f"works, comma-separated: {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="under 90 seconds, only the servers of the targets")
+    parser.add_argument("--only", default=",".join(names), help=f"workloads, comma-separated: {', '.join(names)}")
     parser.add_argument("--peers", help="names, separated by semicolons (default: all)")
-    parser.add_argument("--rounds", type=int, help="of each work (default: 5; with --quick: 3)")
-    parser.add_argument("--output", type=Path, default=Path("results.json"), help="(default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="keep what the output has of other works")
+    parser.add_argument("--rounds", type=int, help="of each workload (default: 5; with --quick: 3)")
+    parser.add_argument("--output", type=Path, default=Path("results.json"), help="summary (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("build/bench/runs.json"), help="runs (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the output's other workloads")
     arguments = parser.parse_args()
-    works = [name for name in names if name in arguments.only.split(",")]
+    workloads = [name for name in names if name in arguments.only.split(",")]
     if unknown := set(arguments.only.split(",")) - set(names):
-        parser.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"unknown workload {', '.join(sorted(unknown))}: use {', '.join(names)}")
     wanted: Collection[str] = QUICK_PEERS if arguments.quick else {peer.name for peer in servers.PEERS}
     if arguments.peers is not None:
         wanted = set(arguments.peers.split(";"))
     if unknown := set(wanted) - {peer.name for peer in servers.PEERS}:
-        parser.error(
-            f"no such peer: {'; '.join(sorted(unknown))}; there are {'; '.join(p.name for p in servers.PEERS)}"
-        )
+        parser.error(f"unknown peer {'; '.join(sorted(unknown))}: use {'; '.join(p.name for p in servers.PEERS)}")
     plan = Plan(3, 0.3, 0.1, quick=True) if arguments.quick else Plan(5, 1.0, 0.3, quick=False)
     plan = plan._replace(rounds=arguments.rounds or plan.rounds)
     if plan.quick:
-        works = [work for work in works if not work.startswith("tls-")]
-    if {"latency", "clients"} & set(works) and "pingpong" not in works:
-        works.insert(0, "pingpong")  # which gives their rate
+        workloads = [workload for workload in workloads if not workload.startswith("tls-")]
+    if {"latency", "clients"} & set(workloads) and "pingpong" not in workloads:
+        workloads.insert(0, "pingpong")  # their rate is half of its slowest
 
-    results = _measured(works, wanted, plan)
+    measured = _measured(workloads, wanted, plan)
+    _write(arguments.runs, json.dumps(measured, indent=1))
+    summary = summarize(measured)
     if arguments.keep:
-        results = _joined(json.loads(arguments.output.read_text()), results, works)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {arguments.output}; python {HERE / 'report.py'} makes a page of it", file=sys.stderr)
+        summary = _joined(json.loads(arguments.output.read_text()), summary)
+    _write(arguments.output, dump(summary))
+    print(f"next: python {HERE / 'report.py'} {arguments.output}", file=sys.stderr)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+    print(f"written: {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The servers that echod is measured against: which there are, how each is built, how each is started.
+"""List the servers of the benchmark, with the commands that build and start them.
 
-Each serves on 127.0.0.1 on one thread. Where it can be set, TCP_NODELAY is on, the backlog is 4096, and a read takes
-64 KiB or more. The sources are in peers/.
+Each server listens on 127.0.0.1 and runs on one thread. If it has the options, TCP_NODELAY is on, the backlog is
+4096, and a read takes 64 KiB or more. The sources are in peers/.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from typing import Any, NamedTuple
 SOURCES = Path(__file__).parent / "peers"
 
 CRATES = Path("/usr/share/cargo/registry")
-"""Where Debian's packages of Rust libraries are."""
+"""The folder of Debian's packages of Rust libraries."""
 
 Serve = Callable[[Path, int, Path | None], list[str]]
 
 
-class Missing(Exception):  # noqa: N818  (a state, not a mistake)
-    """A server cannot be built or started here; the text says why."""
+class Missing(Exception):  # noqa: N818  (a state, not an error)
+    """A server cannot be built or started here. The text gives the reason."""
 
 
 class Peer(NamedTuple):
-    """A server."""
+    """A server to measure."""
 
     name: str
     about: str
-    """Language, library and approach, in a line."""
+    """Language, library and approach in one line."""
     serious: bool
-    """Whether somebody would build a service on it."""
+    """Whether it is meant for services with many clients."""
     tls: bool
-    """Whether it serves over TLS 1.3 too."""
+    """Whether it supports TLS 1.3."""
     serve: Serve
-    """Takes `build`, `port` and `certificate` as `command` does, and returns that."""
+    """Implements `command`: takes `build`, `port` and `certificate`."""
     versions: Callable[[], str]
-    """Returns what `version` returns."""
+    """Implements `version`."""
 
 
 def command(peer: Peer, build: Path, port: int, certificate: Path | None) -> list[str]:
-    """Return the command that serves until SIGTERM; what is not built yet is built.
+    """Build a server if necessary, and return the command that runs it until SIGTERM.
 
-    Some fork for each client, and leave it to the caller to end those processes.
+    Some servers fork for each client. The caller must kill those processes.
 
     Args:
-        peer: the server.
-        build: folder for what is built, and for configuration.
-        port: where it serves, on 127.0.0.1.
-        certificate: file with a key, its certificate and the ones between that and its authority, PEM. None: no TLS.
+        peer: The server.
+        build: Folder for built programs and configuration.
+        port: Port on 127.0.0.1.
+        certificate: PEM file with a key and its certificate chain, or None for no TLS.
 
     Raises:
-        Missing: something that it needs is not here.
-        ValueError: it has no TLS.
+        Missing: A tool, library or header is not installed.
+        ValueError: The server has no TLS.
 
     """
     if certificate is not None and not peer.tls:
@@ -70,10 +70,10 @@ def command(peer: Peer, build: Path, port: int, certificate: Path | None) -> lis
 
 
 def version(peer: Peer) -> str:
-    """Return the versions of what `command` starts.
+    """Return the versions of the server and its libraries.
 
     Raises:
-        Missing: it is not here.
+        Missing: The server or a tool is not installed.
 
     """
     return peer.versions()
@@ -93,17 +93,17 @@ def _tool(name: str) -> str:
 
 @cache
 def _number(*arguments: str) -> str:
-    """Return the first version in what a command writes, wherever it writes it to."""
+    """Return the first version number in the output of a command."""
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     found = re.search(r"\d+(\.\d+)+", done.stdout)
-    return found[0] if found else "of unknown version"
+    return found[0] if found else "(unknown version)"
 
 
 def _make(target: Path, sources: list[Path], arguments: list[str], **options: Any) -> None:
     """Run a compiler, unless the target is newer than its sources.
 
     Raises:
-        Missing: it failed, with the header that is not there, or the last line it wrote.
+        Missing: The compiler failed. The text names the missing header, or repeats the last line of output.
 
     """
     if target.exists() and all(source.stat().st_mtime < target.stat().st_mtime for source in sources):
@@ -205,7 +205,7 @@ def _go_versions() -> str:
 
 
 def _rust() -> tuple[str, str]:
-    """Return the first cargo that runs, and its rustc; rustup's do not run where it has no toolchain."""
+    """Return the first cargo that runs, and its rustc. rustup's proxies fail if no toolchain is installed."""
     for folder in os.get_exec_path():
         cargo, rustc = (shutil.which(name, path=folder) for name in ("cargo", "rustc"))
         if cargo is not None and rustc is not None and _runs(cargo) and _runs(rustc):
@@ -222,7 +222,7 @@ def _runs(tool: str) -> bool:
 def _crate() -> Path:
     found = max(CRATES.glob("tokio-[0-9]*"), default=None)
     if found is None:
-        message = f"tokio is not found in {CRATES}, where Debian's librust-tokio-dev has it"
+        message = f"tokio is not found in {CRATES}: install Debian's librust-tokio-dev"
         raise Missing(message)
     return found
 
@@ -236,7 +236,7 @@ def _serve_tokio(build: Path, port: int, _: Path | None) -> list[str]:
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(SOURCES / "tokio" / file, folder / file)
-    (folder / "Cargo.lock").unlink(missing_ok=True)  # another version's may be unreadable
+    (folder / "Cargo.lock").unlink(missing_ok=True)  # cargo may not read the lock file of another version
     (folder / ".cargo").mkdir(exist_ok=True)
     (folder / ".cargo" / "config.toml").write_text(
         f'[source.crates-io]\nreplace-with = "debian"\n[source.debian]\ndirectory = "{CRATES}"\n'
@@ -271,7 +271,7 @@ def _serve_uring(build: Path, port: int, certificate: Path | None) -> list[str]:
     arguments = _serve_c("uring", ("uring",), build, port, certificate)
     tried = subprocess.run(arguments[:1], stderr=subprocess.PIPE, text=True, check=False)
     if tried.returncode:
-        message = f"the kernel does not do it: {tried.stderr.strip()}"
+        message = f"the kernel does not support it: {tried.stderr.strip()}"
         raise Missing(message)
     return arguments
 
@@ -283,7 +283,7 @@ def _c_versions(*libraries: str) -> str:
     return ", ".join(parts)
 
 
-# Commands that serve a shell.
+# Command-line tools.
 
 
 def _serve_socat(_: Path, port: int, certificate: Path | None) -> list[str]:
@@ -291,8 +291,8 @@ def _serve_socat(_: Path, port: int, certificate: Path | None) -> list[str]:
     address = f"{kind}:{port},bind=127.0.0.1,fork,reuseaddr,backlog=4096,nodelay"
     if certificate is not None:
         address += f",cert={certificate},key={certificate},verify=0,openssl-min-proto-version=TLS1.3"
-    # EXEC, as PIPE is never read again once a client that reads late has filled it; -t, as what is not through half a
-    # second after the client's EOF is dropped otherwise.
+    # socat never reads from PIPE again once a slow client has filled it, so use EXEC. Without -t, socat drops the rest of
+    # the echo half a second after the client's EOF.
     return _arguments(_tool("socat"), "-b", 65536, "-t", 60, address, "EXEC:cat")
 
 
@@ -332,21 +332,21 @@ def _tool_versions(name: str, *options: str) -> str:
 
 _WAYS = {
     "protocol": "a protocol, data_received and transport.write",
-    "sock_*": "a task for each client, loop.sock_recv and loop.sock_sendall",
-    "streams": "a task for each client, StreamReader and StreamWriter",
+    "sock_*": "a task per client, loop.sock_recv and loop.sock_sendall",
+    "streams": "a task per client, StreamReader and StreamWriter",
 }
 
 PEERS = (
-    _echod("echod", "uvloop; all defaults, a line for each connection in a file", "[log]\n", "uvloop"),
+    _echod("echod", "uvloop; default settings, a log line per connection in a file", "[log]\n", "uvloop"),
     _echod("echod, no ledger", 'uvloop; log.connections = "none"', '[log]\nconnections = "none"\n', "uvloop"),
-    _echod("echod, asyncio", 'asyncio; loop = "asyncio", else as echod', 'loop = "asyncio"\n[log]\n'),
+    _echod("echod, asyncio", 'asyncio; loop = "asyncio", otherwise as echod', 'loop = "asyncio"\n[log]\n'),
     *(_loop(loop, way, about) for loop in ("uvloop", "asyncio") for way, about in _WAYS.items()),
     _framework("Twisted", "a protocol, dataReceived and transport.write"),
-    _framework("Trio", "a task for each client, receive_some and send_all"),
-    _framework("gevent", "a greenlet for each client, recv and sendall"),
+    _framework("Trio", "a task per client, receive_some and send_all"),
+    _framework("gevent", "a greenlet per client, recv and sendall"),
     Peer(
         "Go",
-        "Go, net; a goroutine for each client, Read and Write",
+        "Go, net; a goroutine per client, Read and Write",
         serious=True,
         tls=True,
         serve=partial(_serve_go, "loop"),
@@ -354,7 +354,7 @@ PEERS = (
     ),
     Peer(
         "Go, io.Copy",
-        "Go, net; a goroutine for each client, io.Copy, which splices",
+        "Go, net; a goroutine per client, io.Copy, which uses splice(2)",
         serious=True,
         tls=False,
         serve=partial(_serve_go, "copy"),
@@ -362,7 +362,7 @@ PEERS = (
     ),
     Peer(
         "tokio",
-        "Rust, tokio on one thread; a task for each client, read and write_all",
+        "Rust, tokio on one thread; a task per client, read and write_all",
         serious=True,
         tls=False,
         serve=_serve_tokio,
@@ -378,7 +378,7 @@ PEERS = (
     ),
     Peer(
         "epoll",
-        "C, no library; epoll_wait, a recv and a send for each client that is ready",
+        "C, no library; epoll_wait, one recv and one send per ready client",
         serious=True,
         tls=False,
         serve=partial(_serve_c, "epoll", ()),
@@ -394,7 +394,7 @@ PEERS = (
     ),
     Peer(
         "socat",
-        "a process and a cat for each client",
+        "a process and a cat per client",
         serious=False,
         tls=True,
         serve=_serve_socat,
@@ -402,7 +402,7 @@ PEERS = (
     ),
     Peer(
         "ncat",
-        "a process and a cat for each client",
+        "a process and a cat per client",
         serious=False,
         tls=True,
         serve=_serve_ncat,
@@ -410,11 +410,11 @@ PEERS = (
     ),
     Peer(
         "xinetd",
-        "its internal echo, a process for each client",
+        "its internal echo, a process per client",
         serious=False,
         tls=False,
         serve=_serve_xinetd,
         versions=partial(_tool_versions, "xinetd", "-version"),
     ),
 )
-"""All of them, in the order in which they are told of."""
+"""All servers, in the order of the page."""

@@ -1,4 +1,6 @@
-"""A server inside another program: a client in the same loop, the ledger's entry of it, and the receipt.
+"""Run a server inside another program, with a client in the same loop.
+
+The program prints the echo, the ledger entry of the connection, and the receipt of the stop.
 
 Run it: python examples/embedded.py
 """
@@ -11,7 +13,7 @@ import echod
 
 
 async def greet(host: str, port: int) -> bytes:
-    """Be the client: send a line and a half, and return the echo of both."""
+    """Connect as a client, send a complete line and an incomplete one, and return the echo."""
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(b"hello, echo\r\nunfinished")
     writer.write_eof()
@@ -22,7 +24,7 @@ async def greet(host: str, port: int) -> bytes:
 
 
 async def main() -> None:
-    """Serve, be the client, and tell what happened."""
+    """Serve one client, and print the results."""
     closed: asyncio.Queue[echod.Entry] = asyncio.Queue()
     async with echod.Server.listen(
         "127.0.0.1:0",

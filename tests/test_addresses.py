@@ -68,6 +68,7 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
         # The resolver would fail on these with an error that is no OSError.
         ("a" * 64 + ":80", "is no host name"),
         ("a..b:80", "'a..b' is no host name"),
+        ("a." * 126 + "aa:80", "is no host name"),
         (".:80", "'.' is no host name"),
         ("ü" * 64 + ":80", "is no host name"),
         ("\udcff:80", "is no host name"),

@@ -72,7 +72,7 @@ def test_form(exposition: str) -> None:
     assert len(families) == len(typed)
     for family in families:
         assert family.documentation.endswith(".") or not family.name.startswith("echod_")
-        assert family.samples or family.name == "echod_tls_certificate_expiry_timestamp_seconds"
+        assert family.samples or family.name.startswith("echod_tls_certificate_")
         assert not WRONG_UNITS.search(family.name)
         for sample in family.samples:
             assert re.fullmatch(r"[a-z][a-z0-9_]*", sample.name)
@@ -89,7 +89,7 @@ def test_values(exposition: str, tmp_path: Path) -> None:
     """Labels hold any name; the certificate's end, the reasons and the histograms are right."""
     families = {family.name: family for family in text_string_to_metric_families(exposition)}
     (expiry,) = families["echod_tls_certificate_expiry_timestamp_seconds"].samples
-    assert expiry.labels == {"listener": NAME}
+    assert expiry.labels == {"listener": NAME, "certificate": "server"}
     import ssl  # noqa: PLC0415  (for its reading of dates)
 
     assert expiry.value == ssl.cert_time_to_seconds((tmp_path / "ends").read_text().strip().removeprefix("notAfter="))

@@ -24,7 +24,6 @@ BOUND = {"accept_failed", "accept_paused", "accept_resumed", "backlog_abandoned"
 UNPACKED = {
     "client_closed": set(Entry._fields),
     "drained": set(Receipt.__slots__),
-    "certificate_ends_soon": {"listener", "file", "days"},
     "stopped": {
         "connections",
         "empty",
@@ -37,6 +36,13 @@ UNPACKED = {
     },
 }
 
+# Warnings whose names are not literals where they are logged.
+CERTIFICATES: dict[str, set[str]] = {
+    "certificate_ends_soon": {"listener", "file", "subject", "not_after", "days"},
+    "certificate_expired": {"listener", "file", "subject", "not_after"},
+    "certificate_not_yet_valid": {"listener", "file", "subject", "not_before"},
+}
+
 
 class Logged(NamedTuple):
     """An event as the source has it."""
@@ -47,7 +53,10 @@ class Logged(NamedTuple):
 
 def logged() -> dict[str, Logged]:
     """Return every event by its name."""
-    found = {"log_lines_dropped": Logged("warning", frozenset({"lines"}))}  # the log's writer makes it itself
+    found = {
+        "log_lines_dropped": Logged("warning", frozenset({"lines"})),  # the log's writer makes it itself
+        **{event: Logged("warning", frozenset(fields)) for event, fields in CERTIFICATES.items()},
+    }
     for module in Path(echod.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
             match node:

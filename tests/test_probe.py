@@ -312,6 +312,7 @@ def test_help() -> None:
         (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is no size: write bytes, or such as 64KiB"),
         (["h:1", "--size", "0.5"], "argument --size: '0.5' is no size from 1 byte to 1TiB"),
         (["h:1", "--timeout", "0"], "argument --timeout: '0' is no time in seconds"),
+        (["h:1", "--timeout", "86401"], "argument --timeout: '86401' is no time in seconds, above 0 and at most a day"),
         (["h:1", "--duration", "nan"], "argument --duration: 'nan' is no time in seconds"),
         (["h:1", "--rate", "fast"], "argument --rate: 'fast' is no rate of messages a second"),
         (["h:1", "--source", "h"], "argument --source: 'h' is no IP address"),
@@ -1296,7 +1297,7 @@ def test_tls_that_breaks_off(authority: Authority) -> None:
         line = check(peer.target, "--tls", "--insecure", code=1)
         assert line == "no echo: wrong version number"
         order = probe.parse([peer.target, "--tls", "--insecure"])
-        connection = order.route.connect(order.route.endpoints(), PATIENCE)
+        connection = order.route.connect(order.route.endpoints(PATIENCE), time.perf_counter() + PATIENCE)
         assert connection.channel.send(b"x") == 1
         with pytest.raises(TlsError, match="wrong version number"):
             connection.channel.recv(1)

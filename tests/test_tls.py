@@ -18,7 +18,7 @@ from crowd import Crowd, Pace, Stuck
 from echod import kernel
 from echod.session import EchoSession, SessionSettings
 from echod.tls import load
-from echod.tls_layer import TlsBuffers, TlsEnd, TlsLayer, subject
+from echod.tls_layer import TlsBuffers, TlsEnd, TlsLayer
 from harness import PATIENCE, receive, reset, until
 
 if TYPE_CHECKING:
@@ -464,8 +464,6 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
     empty = tmp_path / "empty"
     empty.touch()
     _, other_key = certificates.issue("other", "localhost")
-    expired, expired_key = certificates.issue("expired", "localhost", days=-1, since=-2)
-    early, early_key = certificates.issue("early", "localhost", since=1)
     encrypted = tmp_path / "encrypted.key"
     subprocess.run(
         ["openssl", "pkey", "-aes256", "-passout", "pass:x", "-in", certificates.key, "-out", encrypted], check=True
@@ -514,16 +512,6 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
             f"'{encrypted}' is encrypted: a daemon has nobody to ask, so store it without a passphrase",
         ),
         (
-            {"certificate": expired, "private_key": expired_key},
-            "certificate",
-            f"'{expired}': the certificate has expired",
-        ),
-        (
-            {"certificate": early, "private_key": early_key},
-            "certificate",
-            f"'{early}': the certificate would be refused: certificate is not yet valid",
-        ),
-        (
             {"certificate": weak, "private_key": weak_key},
             "certificate",
             f"'{weak}': ee key too small, for OpenSSL's security level",
@@ -539,29 +527,6 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
     for files, setting, message in cases:
         option = f"--listeners.tls.tls.{setting}"
         assert problems(command, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
-
-
-def test_certificate_that_ends_soon(start: Start, command: Command, certificates: Certificates) -> None:
-    """Within 14 days of its end, a certificate is warned of, on `check` and at the start."""
-    certificate, key = certificates.issue("soon", "localhost", days=13.5)
-    assert problems(command, certificates, certificate=certificate, private_key=key) == [
-        f"warning: {certificate}: the certificate ends in 13 days"
-    ]
-    assert problems(command, certificates) == []
-    daemon = start(
-        *("--listeners.tls.address", "127.0.0.1:0", "--listeners.tls.tls.certificate", str(certificate)),
-        *("--listeners.tls.tls.private-key", str(key)),
-        listen=None,
-    )
-    warning = daemon.wait_for("certificate_ends_soon")
-    assert (warning["listener"], warning["file"], warning["days"]) == ("tls", str(certificate), 13)
-
-
-def test_subject() -> None:
-    """Special characters are escaped as RFC 4514 has it."""
-    names = ((("commonName", " a,b#"),), (("organizationName", "#c"), ("emailAddress", "d ")), (("countryName", "é "),))
-    assert subject({"subject": names}) == "C=é\\ ,O=\\#c+emailAddress=d\\ ,CN=\\ a\\,b#"
-    assert subject({}) == ""
 
 
 def begun(session: EchoSession) -> bool:

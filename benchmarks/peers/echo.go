@@ -1,4 +1,4 @@
-// An echo server on Go's net, one goroutine for each client.
+// An echo server on Go's net package, with one goroutine per client.
 //
 // Usage: echo PORT (loop | copy) [CERTIFICATE]
 package main
@@ -30,8 +30,8 @@ func loop(conn net.Conn) {
 	}
 }
 
-// From one TCP connection to another, io.Copy splices: the bytes stay in the kernel, in a pipe that takes two more
-// descriptors for each client.
+// Between TCP connections, io.Copy uses splice(2). The bytes stay in the kernel, in a pipe that needs two more
+// descriptors per client.
 func copyAll(conn net.Conn) {
 	defer conn.Close()
 	io.Copy(conn, conn)
@@ -43,7 +43,7 @@ func main() {
 	if os.Args[2] == "copy" {
 		echo = copyAll
 	}
-	// The backlog is net.core.somaxconn, the limit of open files is the hard one and TCP_NODELAY is set: by Go itself.
+	// Go itself sets the backlog to net.core.somaxconn, raises the limit of open files, and sets TCP_NODELAY.
 	listener, err := net.Listen("tcp", "127.0.0.1:"+os.Args[1])
 	if err != nil {
 		log.Fatal(err)

@@ -1,8 +1,8 @@
-/* An echo server on epoll: epoll_wait for many, then a recv and a send for each that is ready.
+/* An echo server on epoll: one epoll_wait, then one recv and one send for each ready client.
  *
- * All clients share one buffer. A client that fills it has more turns at once, which is cheaper than a turn for each of
- * the others in between. Only what a send leaves over is kept, and then the client's reading waits for it:
- * EPOLLOUT in place of EPOLLIN. So at EOF there is never anything left to send.
+ * All clients share one buffer. A client that fills the buffer is served again at once, which is cheaper than another
+ * epoll_wait. Only data that send(2) does not take is copied. The server then waits for EPOLLOUT instead of EPOLLIN,
+ * so nothing is left to send at EOF.
  *
  * Usage: epoll PORT */
 
@@ -19,12 +19,12 @@
 enum { EVENTS = 512, SIZE = 262144, TURNS = 32 };
 
 struct rest {
-    char *data; /* what is unsent; NULL if nothing is */
+    char *data; /* unsent bytes, or NULL */
     size_t begin, end;
 };
 
 static int poller, listener;
-static struct rest rests[FILES]; /* by descriptor */
+static struct rest rests[FILES]; /* indexed by descriptor */
 static char buffer[SIZE];
 
 static void watch(int operation, int fd, unsigned events)
@@ -60,7 +60,7 @@ static void keep(int fd, size_t begin, size_t end)
     watch(EPOLL_CTL_MOD, fd, EPOLLOUT);
 }
 
-/* Return whether there may be more to do at once. */
+/* Echo once; return whether the client may have more data. */
 static bool echo(int fd)
 {
     ssize_t got = recv(fd, buffer, SIZE, 0);

@@ -1,4 +1,4 @@
-"""An echo server on gevent, one greenlet for each client.
+"""Run an echo server on gevent with one greenlet per client.
 
 Usage: gevent_echo.py PORT
 """
@@ -16,7 +16,7 @@ SIZE = 65536
 
 
 def echo(client: socket.socket, _: tuple[str, int]) -> None:
-    """Serve a client; the server closes."""
+    """Echo until EOF. gevent closes the connection afterwards."""
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.suppress(ConnectionError):
         while data := client.recv(SIZE):
@@ -24,7 +24,7 @@ def echo(client: socket.socket, _: tuple[str, int]) -> None:
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     StreamServer(("127.0.0.1", int(sys.argv[1])), echo, backlog=4096).serve_forever()

@@ -1,7 +1,7 @@
-/* An echo server on libuv: uv_try_write at once, and uv_write for what is left.
+/* An echo server on libuv: uv_try_write first, then uv_write for the rest.
  *
- * All clients share one buffer. What is left is copied, and then the client's reading waits for it. So at EOF there is
- * never anything left to send.
+ * All clients share one buffer. The rest is copied, and reading stops until it is written. So nothing is left to send at
+ * EOF.
  *
  * Usage: libuv PORT */
 

@@ -1,4 +1,4 @@
-/* What the servers in C that have no library for it begin with. */
+/* The setup that the servers in C share. */
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -15,7 +15,7 @@ static inline void die(const char *what)
     exit(1);
 }
 
-/* Allow as many descriptors as may be, up to FILES. */
+/* Raise the limit of descriptors as far as allowed, up to FILES. */
 static inline void raise_limit(void)
 {
     struct rlimit limit;
@@ -26,7 +26,7 @@ static inline void raise_limit(void)
         die("setrlimit");
 }
 
-/* Listen on loopback, on a socket of SOCK_STREAM and these flags; what is accepted inherits TCP_NODELAY. */
+/* Return a TCP socket that listens on loopback, with extra socket(2) flags. Accepted sockets inherit TCP_NODELAY. */
 static inline int listen_at(int port, int flags)
 {
     int fd = socket(AF_INET, SOCK_STREAM | flags, 0);

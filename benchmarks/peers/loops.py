@@ -1,4 +1,4 @@
-"""An echo server on asyncio or uvloop, in each of the three ways a loop has to serve: protocol, sock, streams.
+"""Run an echo server on asyncio or uvloop, with one of their three APIs: protocol, sock or streams.
 
 Usage: loops.py PORT (asyncio | uvloop) (protocol | sock | streams) [CERTIFICATE]
 """
@@ -20,22 +20,22 @@ SIZE = 65536
 
 
 class Echo(asyncio.Protocol):
-    """Reading pauses while the write buffer is above its high-water mark; EOF closes once all is written."""
+    """Echo. Reading pauses above the high-water mark. At EOF, the transport writes the rest and closes."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Send it back."""
+        """Echo the data."""
         self.transport.write(data)
 
     def pause_writing(self) -> None:
-        """Let the client's window fill up."""
+        """Stop reading, so that the client's window fills up."""
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Read again."""
         self.transport.resume_reading()
 
 
@@ -47,7 +47,7 @@ async def serve_protocol(port: int, context: ssl.SSLContext | None) -> None:
 
 
 async def serve_streams(port: int, context: ssl.SSLContext | None) -> None:
-    """Serve with a pair of streams for each client."""
+    """Serve each client with a pair of streams."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -64,7 +64,7 @@ async def serve_streams(port: int, context: ssl.SSLContext | None) -> None:
 
 
 async def serve_sock(port: int, _: ssl.SSLContext | None) -> None:
-    """Serve with the loop's methods for sockets."""
+    """Serve with the socket methods of the loop."""
     loop = asyncio.get_running_loop()
 
     async def echo(client: socket.socket) -> None:
@@ -77,7 +77,7 @@ async def serve_sock(port: int, _: ssl.SSLContext | None) -> None:
 
     tasks = set()
     with socket.create_server((HOST, port), backlog=BACKLOG) as listener:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
         listener.setblocking(False)
         while True:
             client, _address = await loop.sock_accept(listener)
@@ -87,7 +87,7 @@ async def serve_sock(port: int, _: ssl.SSLContext | None) -> None:
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     port, loop, way = sys.argv[1:4]
     context = None
     if len(sys.argv) > 4:

@@ -1,4 +1,4 @@
-"""An echo server on Trio, one task for each client.
+"""Run an echo server on Trio with one task per client.
 
 Usage: trio_echo.py PORT
 """
@@ -15,14 +15,14 @@ SIZE = 65536
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    """Serve a client; Trio has set TCP_NODELAY, and closes."""
+    """Echo until EOF. Trio sets TCP_NODELAY and closes the connection."""
     with contextlib.suppress(trio.BrokenResourceError):
         while data := await stream.receive_some(SIZE):
             await stream.send_all(data)
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

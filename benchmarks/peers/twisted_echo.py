@@ -1,4 +1,4 @@
-"""An echo server on Twisted, its default reactor.
+"""Run an echo server on Twisted with its default reactor.
 
 Usage: twisted_echo.py PORT
 """
@@ -15,28 +15,28 @@ from zope.interface import implementer
 
 @implementer(IHalfCloseableProtocol)
 class Echo(protocol.Protocol):
-    """The transport is its own producer: when its buffer is full, it stops reading."""
+    """Echo. The transport is registered as its own producer, so it stops reading while its write buffer is full."""
 
     def connectionMade(self) -> None:
-        """Begin."""
+        """Set TCP_NODELAY and register the producer."""
         self.transport.setTcpNoDelay(True)
         self.transport.registerProducer(self.transport, streaming=True)
 
     def dataReceived(self, data: bytes) -> None:
-        """Send it back."""
+        """Echo the data."""
         self.transport.write(data)
 
     def readConnectionLost(self) -> None:
-        """Close once all is written; a producer would keep it open."""
+        """Close after the last write. A registered producer would keep the connection open."""
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     def writeConnectionLost(self) -> None:
-        """Leave the end to the reading side."""
+        """Ignore it: the reading side closes the connection."""
 
 
 def main() -> None:
-    """Serve until a signal."""
+    """Serve until a signal arrives."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     reactor.listenTCP(int(sys.argv[1]), protocol.Factory.forProtocol(Echo), backlog=4096, interface="127.0.0.1")

@@ -1,9 +1,11 @@
-/* An echo server on io_uring: multishot accept, multishot recv into provided buffers, one send at a time for each client.
+/* An echo server on io_uring: multishot accept, multishot recv into provided buffers, and one send at a time per client.
  *
- * A send goes straight from the provided buffer, and does not wait. If it falls short, what is left is copied, so that a
- * client that does not read holds none of the buffers; then its recv is cancelled until all is sent.
+ * A send uses the provided buffer directly and does not block. After a short send, the rest is copied, so a client that
+ * does not read occupies none of the buffers. Its recv is then cancelled until everything is sent.
  *
- * Usage: uring [PORT]; without a port it only finds out whether the kernel does all this. */
+ * Usage: uring [PORT]
+ *
+ * Without a port, it only checks whether the kernel supports these operations. */
 
 #include <errno.h>
 #include <liburing.h>
@@ -20,11 +22,11 @@ struct piece {
     struct piece *next;
     char *data;
     size_t begin, end;
-    char copy[]; /* where data points to, if not into buffers */
+    char copy[]; /* the memory of data, unless that is one of the buffers */
 };
 
 struct client {
-    struct piece *first, *last; /* what is unsent; the first is being sent */
+    struct piece *first, *last; /* unsent pieces; the first is being sent */
     bool slow, receiving, ended;
 };
 
@@ -32,7 +34,7 @@ static struct io_uring ring;
 static struct io_uring_buf_ring *provided;
 static char buffers[BUFFERS][SIZE];
 static struct piece pieces[BUFFERS];
-static struct client clients[FILES]; /* by descriptor */
+static struct client clients[FILES]; /* indexed by descriptor */
 static int listener;
 
 static __u64 tag(enum operation operation, int fd)
@@ -115,7 +117,7 @@ static void submit_close(int fd)
     clients[fd] = (struct client){0};
 }
 
-/* All is sent: go on with the next thing. */
+/* Continue after the last send: receive again, or close. */
 static void idle(int fd)
 {
     struct client *client = &clients[fd];
@@ -198,7 +200,7 @@ static void set_up(void)
     errno = -io_uring_queue_init_params(ENTRIES, &ring, &params);
     if (errno != 0)
         die("io_uring_setup");
-    long page = sysconf(_SC_PAGESIZE); /* more than the ring needs */
+    long page = sysconf(_SC_PAGESIZE); /* larger than the ring */
     provided = aligned_alloc(page, page);
     if (provided == NULL)
         die("aligned_alloc");

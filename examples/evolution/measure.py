@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests python examples/evolution/measure.py [ROUNDS]
 
-Each round goes through all of them in turn, each scene with a fresh process; the figures are the medians of all rounds.
-A scene of times is played again where other processes took part of the CPU meanwhile: they change how much a server finds
-to do at each wake-up, and with that its CPU a message by half and more. On a machine that is never quiet this gives up;
-with three rounds and more it writes what it has.
+Each round measures all servers, and each scene gets a fresh process. The figures are the medians of all rounds.
+A scene with times is repeated if other processes used the CPU meanwhile. They change how much work a server finds at each
+wake-up. That changes its CPU per message by half or more. If the machine is never idle, the program gives up. It then
+still writes the results of complete rounds, if there are at least three.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ DOCS = HERE.parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evolution.md", DOCS / "evolution.svg"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "echod")
-COLUMNS = ("CPU, one silent client", "second client's wait", "CPU a message", "a stop under load loses")
-# How many clients and messages a step can take, where it is not 50 and 20,000: the first serves one, and the second
-# asks each of 50 once for every `accept` that follows, which makes 1 + 2 + … + 50.
+COLUMNS = ("CPU, one silent client", "second client's wait", "CPU per message", "lost at a stop under load")
+# Clients and messages of the steps that cannot serve 50 clients and 20,000 messages. Step 1 serves one client. Step 2
+# reads one line from each of its clients after every `accept`, which makes 1 + 2 + … + 50 lines.
 LOADS = {STEPS[0]: (1, 3000, " (1 client)"), STEPS[1]: (50, 1275, " (in turn)")}
 SILENCE = 1.0
 CLIENTS = 50
-# What others may take while a scene of times is played, as a share of a core, and how often it is tried.
+# The share of a core that other processes may use during a scene with times, and the number of tries.
 OTHERS, TRIES = 0.1, 120
 ENOUGH = 3
 
 
 def others() -> float:
-    """Return the CPU time of all processes but this one and those it has waited for, seconds; what was stolen too."""
+    """Return the CPU time of all processes except this one and its reaped children, with stolen time, in seconds."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[:8])
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return busy - sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
@@ -59,15 +59,15 @@ class Figure(NamedTuple):
 
     text: str
     bar: float
-    """From 0 to 1; beyond: no end."""
+    """Length from 0 to 1. Longer bars are cut off at 1."""
 
 
 class TooBusyError(Exception):
-    """Other processes took part of the CPU in every try."""
+    """Other processes used the CPU during every try."""
 
 
 class Samples:
-    """What the rounds found of one server."""
+    """The results of one server, by round."""
 
     def __init__(self, name: str, make: Callable[[], Daemon | Step]) -> None:
         self.name = name
@@ -79,27 +79,26 @@ class Samples:
         self.loss: list[Loss] = []
 
     def measure(self) -> None:
-        """Play each scene once."""
+        """Measure each scene once."""
         with self._make() as server:
             self.idle.append(idle(server, 1))
-        wait = self._undisturbed(lambda server: second_client(server, SILENCE))
-        self.wait.append(float("inf") if wait is None else wait)
+        self.wait.append(self._undisturbed(lambda server: second_client(server, SILENCE)).seconds)
         self.cost.append(self._undisturbed(lambda server: cost(server, self._clients, self._messages)))
         with self._make() as server:
             self.loss.append(stop(server, CLIENTS, 0.5, 3))
 
     def last(self) -> str:
-        """Return what the last round found, in words."""
+        """Return the results of the last round as text."""
         times = f"wait {self.wait[-1] * 1e3:.2f} ms  message {self.cost[-1] * 1e6:.1f} µs"
         return f"{self.name:16} idle {self.idle[-1]:.4f}  {times}  {self.loss[-1]}"
 
     def cut(self, rounds: int) -> None:
-        """Forget what came after so many rounds."""
+        """Drop all results after the first rounds."""
         for values in (self.idle, self.wait, self.cost, self.loss):
             del values[rounds:]
 
     def _undisturbed(self, scene: Callable[[Subject], T]) -> T:
-        """Play a scene until no other process has had a part in it."""
+        """Measure a scene until no other process has disturbed it."""
         for _ in range(TRIES):
             began, before = time.monotonic(), others()
             with self._make() as server:
@@ -125,25 +124,25 @@ class Samples:
 
 
 def table(rows: dict[str, list[Figure]], servers: list[Samples]) -> str:
-    """Return the table, and under what conditions it came to be."""
+    """Return the table, and a sentence about its conditions."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     lines += [f"| {name} | " + " | ".join(figure.text for figure in figures) + " |" for name, figures in rows.items()]
     python, cores = platform.python_version(), os.cpu_count()
     spread = ", ".join(f"{min(s.cost) * 1e6:.3g} to {max(s.cost) * 1e6:.3g} µs" for s in servers)
     return (
         "\n".join(lines)
-        + f"\n\nMedians of {len(servers[0].cost)} rounds, Python {python}, {cores} cores, {platform.system()}. CPU a message "
-        + f"in single rounds, in the order of the rows: {spread}.\n"
+        + f"\n\nMedians of {len(servers[0].cost)} rounds, Python {python}, {cores} cores, {platform.system()}. CPU per "
+        + f"message in single rounds, in the order of the rows: {spread}.\n"
     )
 
 
 def picture(rows: dict[str, list[Figure]]) -> str:
-    """Return the same figures as bars, an SVG that suits light and dark pages."""
+    """Return the same figures as bars, in an SVG that suits light and dark pages."""
     left, top, width, height, bar = 116, 64, 206, 40, 178
     across, down = left + width * len(COLUMNS), top + height * len(rows) + 12
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" viewBox="0 0 {across} {down}">',
-        "<title>The six steps and echod: idle CPU, second client, CPU a message, loss at a stop</title>",
+        "<title>The six steps and echod: idle CPU, second client, CPU per message, loss at a stop</title>",
         "<style>",
         "  text { font: 13px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }",
         "  .head { font-weight: 600 } .card { fill: #ffffff; stroke: #d0d7de } .track { fill: #eaeef2 }",
@@ -173,7 +172,7 @@ def picture(rows: dict[str, list[Figure]]) -> str:
 
 
 def main(rounds: int) -> None:
-    """Measure, and write both."""
+    """Measure, and write the table and the picture."""
     servers = [Samples(step, partial(Step, step)) for step in STEPS]
     servers.append(Samples("echod", Daemon))
     try:
@@ -184,7 +183,7 @@ def main(rounds: int) -> None:
     except TooBusyError:
         whole = len(servers[-1].loss)
         if whole < ENOUGH:
-            sys.exit(f"the machine is too busy to measure on: {whole} rounds in {TRIES} tries for each scene")
+            sys.exit(f"the machine is too busy: {whole} complete rounds with {TRIES} tries per scene")
         for server in servers:
             server.cut(whole)
     rows = dict(zip(NAMES, (server.figures() for server in servers), strict=True))

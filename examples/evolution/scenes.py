@@ -1,4 +1,4 @@
-"""The four scenes in which each step and echod are measured, and tested: the figures and the tests are one code."""
+"""Provide the four scenes of docs/evolution.md, which both the measurement and the tests use."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 STEPS = ("step1_one_client", "step2_in_turn", "step3_busy_loop", "step4_selectors", "step5_tasks", "step6_shutdown")
-# The longest that any single wait may take, seconds: a bound for failures.
+# Upper bound of any single wait, in seconds. Only a failure reaches it.
 PATIENCE = 30.0
-# A line of 512 bytes, all different in their place: a byte lost shifts what follows, and is noticed.
+# A line of 512 bytes with numbered fields. A lost byte shifts the rest, so a comparison detects it.
 MESSAGE = b"".join(b"%07d," % number for number in range(63)) + b"512 by\r\n"
 _ECHO = MESSAGE * 129
 
 
 class Subject(Protocol):
-    """What a scene needs of a server: a step, or the tests' daemon."""
+    """A server as the scenes see it: a step, or the tests' daemon."""
 
     @property
     def pid(self) -> int: ...
@@ -38,17 +38,17 @@ class Subject(Protocol):
 
 
 class Step:
-    """A running script of this directory, or any other; its output is read line by line.
+    """A running step. Its output is collected line by line.
 
     Args:
-        script: its path, or a step's name.
-        arguments: behind the port, which is a free one.
+        step: The name of the step.
+        arguments: Arguments after the port. The port is 0, so the kernel chooses a free one.
 
     """
 
-    def __init__(self, script: str | Path, *arguments: str) -> None:
-        path = script if isinstance(script, Path) else HERE / f"{script}.py"
-        # Without this process's environment: neither coverage nor a debug mode has a part in the figures.
+    def __init__(self, step: str, *arguments: str) -> None:
+        path = HERE / f"{step}.py"
+        # The environment is empty, so that neither coverage nor a debug mode changes the figures.
         self.process = subprocess.Popen(
             [sys.executable, path, "0", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={}
         )
@@ -79,17 +79,17 @@ class Step:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Return where it listens."""
+        """Return the listening address."""
         host, _, port = self.wait_for("listening on ").split()[-1].rpartition(":")
         return host, int(port)
 
     @property
     def output(self) -> str:
-        """Return all that it has printed."""
+        """Return the output so far."""
         return "".join(self.lines)
 
     def wait_for(self, text: str, count: int = 1) -> str:
-        """Wait for the `count`th line that contains a text, and return it."""
+        """Wait for the `count`th line that contains `text`, and return it."""
 
         def found() -> list[str]:
             return [line for line in self.lines if text in line]
@@ -104,7 +104,7 @@ class Step:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for the end of the process and of its output; return its exit code."""
+        """Wait for the process and its output to end, and return the exit code."""
         code = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return code
@@ -126,7 +126,7 @@ def connect(server: Subject) -> socket.socket:
 
 
 def converse(client: socket.socket, message: bytes = b"hello\r\n") -> bytes:
-    """Send a message, and return what comes back: all of it, less before EOF, nothing after a reset."""
+    """Send a message, and return its echo. The echo is incomplete after EOF or a reset."""
     echo = b""
     with contextlib.suppress(ConnectionError):
         client.sendall(message)
@@ -136,29 +136,29 @@ def converse(client: socket.socket, message: bytes = b"hello\r\n") -> bytes:
 
 
 class Cpu(NamedTuple):
-    """What a process has had of the CPU, and how long it stood in line for one, seconds."""
+    """The CPU time of a process, and its time in the run queue, in seconds."""
 
     used: float
     waited: float
 
     @classmethod
     def of(cls, server: Subject) -> Self:
-        """Look now."""
+        """Read both clocks of a server."""
         waited = 0
         for thread in Path(f"/proc/{server.pid}/task").glob("*/schedstat"):
             waited += int(thread.read_text().split()[1])
-        # The process's CPU clock, as clock_getcpuclockid(3) makes its number.
+        # The CPU clock of the process, as in clock_getcpuclockid(3).
         return cls(time.clock_gettime(~server.pid << 3 | 2), waited / 1e9)
 
     def since(self, before: Cpu) -> Cpu:
-        """Return what came on top."""
+        """Return the difference."""
         return Cpu(self.used - before.used, self.waited - before.waited)
 
 
 def idle(server: Subject, seconds: float) -> float:
-    """Return the CPU that a server takes with one silent client, as a share of what it could have had: 1 is a core.
+    """Return the CPU use of a server with one silent client, as a share of the available CPU time.
 
-    Its time in the queue for a CPU counts as not to be had, so that a busy machine does not change the figure.
+    Time in the run queue does not count as available, so a busy machine does not change the figure.
     """
     with connect(server) as client:
         assert converse(client) == b"hello\r\n"
@@ -168,23 +168,36 @@ def idle(server: Subject, seconds: float) -> float:
         return cpu.used / (time.monotonic() - began - cpu.waited)
 
 
-def second_client(server: Subject, silence: float) -> float | None:
-    """Return how long a second client waits for its echo, seconds, while the first says nothing, and then leaves.
+class Wait(NamedTuple):
+    """The wait of a second client for its echo."""
 
-    None: it never comes. `silence` is how long the first one stays, seconds.
-    """
+    seconds: float
+    """Infinite if the client gets no echo."""
+    outlasted: bool
+    """Whether the first client left before the echo came."""
+
+
+def second_client(server: Subject, silence: float) -> Wait:
+    """Return the wait of a second client while the first is silent. The first one leaves after `silence` seconds."""
     with connect(server) as first, connect(server) as second:
-        leaving = threading.Timer(silence, first.shutdown, [socket.SHUT_RDWR])
+        left = threading.Event()
+
+        def leave() -> None:
+            left.set()
+            first.shutdown(socket.SHUT_RDWR)
+
+        leaving = threading.Timer(silence, leave)
         leaving.start()
         began = time.monotonic()
         echo = converse(second)
         waited = time.monotonic() - began
+        leaving.cancel()
         leaving.join()
-        return waited if echo else None
+        return Wait(waited if echo else float("inf"), left.is_set())
 
 
 class Peer:
-    """A client that keeps so many bytes of messages on their way, and looks at each byte of the echo."""
+    """A client that keeps a number of bytes outstanding, and compares each byte of the echo."""
 
     def __init__(self, server: Subject, window: int) -> None:
         self.sock = connect(server)
@@ -192,19 +205,19 @@ class Peer:
         self.window = window
         self.sent = self.received = 0
         self.until = float("inf")
-        """When it half-closes, on the monotonic clock."""
+        """The time of its half-close, on the monotonic clock."""
         self.done = False
         self.failed = ""
-        """The name of its socket's error, if there was one."""
+        """The name of its socket error, or the empty string."""
         self.ended = False
 
     @property
     def whole(self) -> bool:
-        """Tell whether it said all it had to say, and all of it came back."""
+        """Whether the client half-closed without an error and received the echo of all its data."""
         return self.done and not self.failed and self.sent == self.received
 
     def write(self) -> None:
-        """Fill the window. Behind an error there may be echo to read still."""
+        """Send until the window is full. After an error, there may still be echo to read."""
         try:
             while not (self.done or self.failed) and self.sent - self.received + len(MESSAGE) <= self.window:
                 self.sent += self.sock.send(MESSAGE)
@@ -212,27 +225,27 @@ class Peer:
             self.failed = type(error).__name__
 
     def read(self) -> int:
-        """Take what is there; return how many bytes."""
+        """Receive once, and return the number of bytes."""
         try:
             data = self.sock.recv(65536)
         except OSError as error:
             self.failed = type(error).__name__
             data = b""
         start = self.received % len(MESSAGE)
-        assert data == _ECHO[start : start + len(data)], "not what was sent"
+        assert data == _ECHO[start : start + len(data)], "the echo differs from the data"
         self.received += len(data)
         self.ended = not data
         return len(data)
 
     def finish(self) -> None:
-        """Say no more, and half-close."""
+        """Stop sending, and half-close."""
         self.done = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
 
 class Crowd:
-    """Peers of one server."""
+    """Many clients of one server."""
 
     def __init__(self, server: Subject, clients: int, window: int) -> None:
         self.peers = {peer.sock.fileno(): peer for peer in (Peer(server, window) for _ in range(clients))}
@@ -251,7 +264,7 @@ class Crowd:
             peer.sock.close()
 
     def turn(self) -> int:
-        """Serve who has something to read, or wait 10 ms for one; return how many bytes came."""
+        """Receive from all ready clients, and refill their windows. Wait at most 10 ms. Return the number of bytes."""
         size = 0
         for number, _ in self._epoll.poll(0.01):
             peer = self.peers[number]
@@ -264,30 +277,30 @@ class Crowd:
 
 
 def cost(server: Subject, clients: int, messages: int) -> float:
-    """Return the CPU time that a server takes for a message of 512 bytes, seconds; each client has one on its way."""
+    """Return the CPU time of a server per message of 512 bytes, in seconds. Each client has one outstanding."""
     before, size = Cpu.of(server), 0
     deadline = time.monotonic() + PATIENCE
     with Crowd(server, clients, len(MESSAGE)) as crowd:
         while size < messages * len(MESSAGE):
-            assert time.monotonic() < deadline, f"{size} bytes only"
+            assert time.monotonic() < deadline, f"only {size} bytes were echoed"
             size += crowd.turn()
         return Cpu.of(server).since(before).used * len(MESSAGE) / size
 
 
 class Loss(NamedTuple):
-    """What a stop lost."""
+    """The loss at a stop."""
 
     clients: int
-    """Those that did not get all of their echo."""
+    """Clients that did not receive their complete echo."""
     size: int
-    """Bytes the clients had sent, and not got back."""
+    """Bytes sent by these clients and not echoed."""
 
 
 def stop(server: Subject, clients: int, short: float, long: float) -> Loss:
-    """Send SIGTERM under load, and return what that lost.
+    """Send SIGTERM under load, and return the loss.
 
-    Each client keeps 16 KiB on their way. Half of them half-close `short` seconds after the signal, the others `long`
-    seconds, and they take the rest of their echo.
+    Each client keeps 16 KiB outstanding. Half of the clients half-close `short` seconds after the signal, the others after
+    `long` seconds. Then they receive the rest of their echo.
     """
     began = time.monotonic()
     with Crowd(server, clients, 16384) as crowd:
@@ -299,7 +312,7 @@ def stop(server: Subject, clients: int, short: float, long: float) -> Loss:
         for number, peer in enumerate(peers):
             peer.until = began + (short if number % 2 else long)
         while not all(peer.ended for peer in peers):
-            assert time.monotonic() < began + PATIENCE, f"{sum(peer.ended for peer in peers)} clients have ended"
+            assert time.monotonic() < began + PATIENCE, f"only {sum(peer.ended for peer in peers)} clients have ended"
             crowd.turn()
             for peer in peers:
                 if not peer.done and time.monotonic() > peer.until:

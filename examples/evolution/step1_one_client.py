@@ -1,12 +1,12 @@
 """Step 1: a blocking server for one client.
 
-It accepts once, reads two bytes at a time until CR LF, and sends the line back. There is no simpler server, and reading
-so little at a time costs a system call for every two bytes.
+It accepts once, reads two bytes at a time until CR LF, and sends the line back. No server is simpler. Reading two bytes
+at a time costs a system call for every two bytes.
 
-The flaw: whoever comes second is connected, by the kernel, and never served. Start it with a port, and then
+The flaw: the kernel connects a second client, but the server never serves it. Start the server with a port, and then
 
-    telnet 127.0.0.1 8000       type a line: it comes back
-    telnet 127.0.0.1 8000       in another terminal: nothing comes back, and when the first one leaves, this one is reset
+    telnet 127.0.0.1 8000       type a line: the echo comes back
+    telnet 127.0.0.1 8000       in another terminal: no echo, and a reset when the first client leaves
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 
 
 def read_line(client: socket.socket) -> bytes:
-    """Return the next line with its CR LF; what comes without one is the client's last."""
+    """Return the next line with its CR LF. At EOF, return the incomplete rest."""
     line = b""
     while not line.endswith(b"\r\n"):
         piece = client.recv(2)
@@ -27,7 +27,7 @@ def read_line(client: socket.socket) -> bytes:
 
 
 def main(port: int) -> None:
-    """Serve one client, and end."""
+    """Serve one client, and exit."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         print("listening on {}:{}".format(*listener.getsockname()), flush=True)
         client, _ = listener.accept()

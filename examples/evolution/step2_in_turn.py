@@ -1,12 +1,12 @@
 """Step 2: a blocking server for several clients, in a loop.
 
-After each `accept` it goes round all clients, and takes one line from each.
+After each `accept`, it visits all clients and reads one line from each.
 
-The flaw: every call waits, and while it waits for one client it serves no other. A silent client stops the round for
-all; a client that has had its line echoed waits until somebody else connects. And a client that resets ends the server.
+The flaw: every call blocks, and meanwhile the server serves no other client. A silent client blocks all others. After the
+echo of its line, a client waits until another client connects. A client that resets ends the server.
 
     telnet 127.0.0.1 8000       type nothing yet
-    telnet 127.0.0.1 8000       in another terminal: type a line, and nothing comes back until the first one leaves
+    telnet 127.0.0.1 8000       in another terminal: type a line; the echo comes only when the first client leaves
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 
 
 def read_line(client: socket.socket) -> bytes:
-    """Return the next line with its CR LF; what comes without one is the client's last."""
+    """Return the next line with its CR LF. At EOF, return the incomplete rest."""
     line = b""
     while not line.endswith(b"\r\n"):
         piece = client.recv(2)
@@ -27,7 +27,7 @@ def read_line(client: socket.socket) -> bytes:
 
 
 def main(port: int) -> None:
-    """Serve clients in turn."""
+    """Serve the clients in turn."""
     clients: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", port)) as listener:
         print("listening on {}:{}".format(*listener.getsockname()), flush=True)

@@ -1,10 +1,10 @@
-"""Step 3: non-blocking sockets, asked again and again.
+"""Step 3: non-blocking sockets, polled all the time.
 
-A non-blocking `accept` or `recv` that would have to wait fails with `BlockingIOError` instead. A bare `accept` would
-end this server before its first client could come; suppressed and tried again, the error lets nobody wait for another.
+A non-blocking `accept` or `recv` that would have to wait fails with `BlockingIOError` instead. A bare `accept` would end
+this server before its first client. The server suppresses the error and tries again, so no client waits for another.
 
-The flaw: it asks all the time, so it burns a whole core, most of all while nothing happens: look at `top`. And the
-errors it suppresses include those of sending: to a client that does not read, the rest of the echo is lost in silence.
+The flaw: it polls all the time, so it uses a whole core even when it is idle; `top` shows it. It also suppresses errors
+of `sendall`. If a client does not read, the rest of its echo is lost silently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 
 
 def main(port: int) -> None:
-    """Ask for new clients, and all clients for bytes, for ever."""
+    """Poll the listening socket and all clients forever."""
     clients: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", port)) as listener:
         listener.setblocking(False)

@@ -1,10 +1,10 @@
-"""Step 4: non-blocking sockets, and the kernel says which of them are ready.
+"""Step 4: non-blocking sockets, and the kernel reports which of them are ready.
 
-`select` sleeps until a socket has something to accept or to read, so nobody waits for another, and an idle server uses
-about no CPU.
+`select` sleeps until a socket has a connection or data. No client waits for another, and an idle server uses almost no
+CPU.
 
-The flaw: all clients live in one loop, and one client's error is everybody's. A client that resets, or one that does
-not read until its buffer is full, ends the server. And nothing here keeps a client's state from one event to the next.
+The flaw: all clients share one loop, so the error of one client affects all. A client that resets ends the server. So does
+a client that does not read until its buffer is full. The loop also has no place for state per client.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 
 
 def main(port: int) -> None:
-    """Serve whoever is ready."""
+    """Serve the sockets that are ready."""
     with socket.create_server(("127.0.0.1", port)) as listener, selectors.DefaultSelector() as selector:
         listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ)

@@ -1,15 +1,16 @@
-"""Step 5: asyncio, a listener task and a task for each client.
+"""Step 5: asyncio, with a listener task and a task per client.
 
-The loop sleeps in `select` as step 4 did, and each client reads like step 1 again: state is local variables, and an
-error is one client's.
+The loop sleeps in `select`, as in step 4. Each client is served by sequential code again, as in step 1. Its state is in
+local variables, and its error does not affect other clients.
 
-The flaw: nobody awaits the clients' tasks, so nobody hears of their errors. Connect with telnet, and send `boom`:
+The flaw: the server never awaits the clients' tasks, so it never handles their errors. Connect with telnet, and send
+`boom`:
 
-    step5_tasks.py 8000         "Task exception was never retrieved" is all that asyncio says of a task that is forgotten:
-                                not whose it was. When the socket is closed is up to the garbage collector
-    step5_tasks.py 8000 keep    a list keeps the tasks: nothing is said at all, and the client hangs, connected
+    step5_tasks.py 8000         asyncio reports "Task exception was never retrieved", but not for which client. The
+                                garbage collector decides when the socket is closed
+    step5_tasks.py 8000 keep    a list keeps the tasks: the error is never reported, and the client hangs
 
-A stop is no better: a signal ends everything where it stands.
+A signal ends the server and all connections at once, in the middle of any transfer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 
 
 def answer(message: bytes) -> bytes:
-    """Return the echo, or fail on `boom`."""
+    """Return the echo, or raise an error for `boom`."""
     if message == b"boom\r\n":
         error = "boom"
         raise RuntimeError(error)
@@ -28,7 +29,7 @@ def answer(message: bytes) -> bytes:
 
 
 async def echo(client: socket.socket) -> None:
-    """Serve one client to its end."""
+    """Serve one client until EOF."""
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(client, 65536):
         await loop.sock_sendall(client, answer(data))
@@ -36,14 +37,14 @@ async def echo(client: socket.socket) -> None:
 
 
 async def listen(listener: socket.socket, *, keep: bool) -> None:
-    """Make a task for each client, and keep it or forget it."""
+    """Create a task for each client, with or without keeping a reference."""
     kept: list[asyncio.Task[None]] = []
     while True:
         client, _ = await asyncio.get_running_loop().sock_accept(listener)
         task = asyncio.create_task(echo(client))
         if keep:
             kept.append(task)
-        del task  # or else this name would keep the last one
+        del task  # this name would keep a reference to the last task
 
 
 async def main(port: int, *, keep: bool) -> None:

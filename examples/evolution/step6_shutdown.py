@@ -1,14 +1,16 @@
-"""Step 6: errors are logged and sockets closed in the client's task, and a signal gives clients two seconds.
+"""Step 6: each client's task logs its error and closes its socket, and a signal gives the clients two seconds.
 
-Two flaws show only at a stop:
+    step6_shutdown.py [PORT [SECONDS]]
 
-- The listener task goes on accepting, and the drain knows only the clients it began with. Send SIGTERM, connect within
-  the two seconds, and you are served, and then cut off without a grace of your own.
-- The drain expects timeouts only. The first task with another error ends it: all other clients lose their two seconds,
-  and the errors of the tasks after it are at best "never retrieved" once more. Such an error is at hand: `shutdown`
-  fails on a connection that the client has reset, and until the drain nobody hears of it.
+Two flaws show only when the server stops:
 
-And the list of tasks only ever grows. The way on from here is echod itself: docs/evolution.md.
+- The listener task still accepts, but the drain knows only the clients that were connected at its beginning. Send SIGTERM,
+  and connect within the two seconds. You are served, and then cut off without two seconds of your own.
+- The drain expects only timeouts. The first task with another error ends it, so all other clients lose their two seconds.
+  The errors of later tasks are never retrieved. Such an error is easy to cause: `shutdown` fails on a connection that the
+  client has reset. The server notices that only during the drain.
+
+The list of tasks also grows forever. The next step is echod itself: docs/evolution.md.
 """
 
 from __future__ import annotations
@@ -20,12 +22,11 @@ import socket
 import sys
 from contextlib import suppress
 
-GRACE = 2
 log = logging.getLogger("step6")
 
 
 def answer(message: bytes) -> bytes:
-    """Return the echo, or fail on `boom`."""
+    """Return the echo, or raise an error for `boom`."""
     if message == b"boom\r\n":
         error = "boom"
         raise RuntimeError(error)
@@ -33,7 +34,7 @@ def answer(message: bytes) -> bytes:
 
 
 async def echo(client: socket.socket) -> None:
-    """Serve one client to its end, log its error, and close."""
+    """Serve one client until EOF, log its error, and close the socket."""
     loop = asyncio.get_running_loop()
     with client:
         try:
@@ -45,23 +46,23 @@ async def echo(client: socket.socket) -> None:
 
 
 async def listen(listener: socket.socket, tasks: list[asyncio.Task[None]]) -> None:
-    """Make a task for each client."""
+    """Create a task for each client."""
     while True:
         client, _ = await asyncio.get_running_loop().sock_accept(listener)
         tasks.append(asyncio.create_task(echo(client)))
 
 
-async def drain(tasks: list[asyncio.Task[None]]) -> None:
-    """Give the clients two seconds, and cut off who is left."""
-    deadline = asyncio.get_running_loop().time() + GRACE
+async def drain(tasks: list[asyncio.Task[None]], grace: float) -> None:
+    """Give the clients some seconds, and cut off the remaining ones."""
+    deadline = asyncio.get_running_loop().time() + grace
     for task in tasks:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await task
 
 
-async def main(port: int) -> None:
-    """Run the listener task until a signal comes, then drain."""
+async def main(port: int, grace: float) -> None:
+    """Run the listener task until a signal arrives, and then drain."""
     tasks: list[asyncio.Task[None]] = []
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -72,10 +73,11 @@ async def main(port: int) -> None:
         print("listening on {}:{}".format(*listener.getsockname()), flush=True)
         await stop.wait()
         log.info("draining %d tasks", len(tasks))
-        await drain(tasks.copy())
+        await drain(tasks.copy(), grace)
         listening.cancel()
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 8000))
+    grace = float(sys.argv[2]) if len(sys.argv) > 2 else 2
+    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else 8000, grace))

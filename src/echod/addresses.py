@@ -13,7 +13,9 @@ HIGHEST_PORT = 65535
 # struct sockaddr_un holds 108 bytes: a path and its NUL, or the NUL that marks an abstract name and the name.
 _LONGEST_PATH = 107
 
+# Of a host name, in ASCII (RFC 1035, section 2.3.4).
 _LONGEST_LABEL = 63
+_LONGEST_NAME = 253
 
 _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
@@ -134,7 +136,7 @@ def _tcp(text: str) -> TcpAddress:
     elif ":" in host and _IPV6_CHARACTERS.issuperset(host.partition("%")[0]):
         msg = f"{text!r}: an IPv6 address goes into brackets, and its port after them: [V6]:PORT"
         raise AddressError(msg)
-    elif not _is_name(host):
+    elif host and not is_name(host):
         msg = f"{text!r}: {host!r} is no host name: write {FORMS}"
         raise AddressError(msg)
     else:
@@ -142,17 +144,20 @@ def _tcp(text: str) -> TcpAddress:
     return TcpAddress(host, _port(port, text))
 
 
-def _is_name(host: str) -> bool:
-    # getaddrinfo's error for an empty or too long label is no OSError.
-    if host.isascii():  # the codec's own rule for ASCII: with its tables of Unicode it takes its time to import
-        if host and not all(0 < len(label) <= _LONGEST_LABEL for label in host.removesuffix(".").split(".")):
-            return False
-    else:
+def is_name(text: str) -> bool:
+    """Tell whether a text is a host name: one that getaddrinfo(3), SNI and the idna codec take without a ValueError."""
+    host = text
+    if not host.isascii():  # the codec's tables of Unicode take their time to import
         try:
-            host.encode("idna")
+            host = host.encode("idna").decode("ascii")
         except UnicodeError:
             return False
-    return all(char.isalnum() or char in "-._" for char in host)
+    host = host.removesuffix(".")
+    return (
+        len(host) <= _LONGEST_NAME
+        and all(0 < len(label) <= _LONGEST_LABEL for label in host.split("."))
+        and all(char.isalnum() or char in "-._" for char in text)
+    )
 
 
 def _ipv6(host: str, text: str) -> str:

@@ -41,6 +41,8 @@ def main() -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
+    from datetime import UTC, datetime  # noqa: PLC0415
+
     from echod import options, render, resources, sources  # noqa: PLC0415
 
     command, config, values = options.parse(sys.argv[1:])
@@ -60,8 +62,8 @@ def main() -> int:
         return _serve(found, signals, load)
     for variable in found.loaded.unknown_variables:
         _say(render.printable(f"warning: {variable} names no setting"))
-    for warning in found.warnings():
-        _say(render.printable("warning: {file}: the certificate ends in {days} days".format(**warning)))
+    for listener, warning in found.warnings(datetime.now(UTC)):
+        _say(render.printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
     try:
         _write(_STDOUT, "configuration OK\n" if command == "check" else render.toml(found.loaded))
     except OSError as error:

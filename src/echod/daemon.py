@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import echod
@@ -74,8 +75,11 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resou
         from echod.admin import Admin  # noqa: PLC0415  (an extra)
 
         wanted.append(Wanted("admin", addresses.parse(settings.admin.address)))
-    listeners = open_listeners(wanted, settings.limits.backlog, inherited)
-    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address else None
+    try:
+        listeners = open_listeners(wanted, settings.limits.backlog, inherited, signals.is_stopping)
+    except InterruptedError:
+        listeners = []  # the stop begins as soon as there is a loop, and has nothing to drain
+    admin = Admin(listeners.pop(), wanted[-1].address) if settings.admin.address and listeners else None
     used = {str(address.name) for _, address, _ in wanted if isinstance(address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
@@ -277,8 +281,8 @@ class _Daemon:
                 yield key
 
     def _warn(self) -> None:
-        for fields in self._found.warnings():
-            self._logger.warning("certificate_ends_soon", **fields)
+        for listener, warning in self._found.warnings(datetime.now(UTC)):
+            self._logger.warning(warning.event, listener=listener, **warning.fields)
 
     # Settings
 

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from echod import resolver
 from echod.addresses import Address, AddressError, InheritedAddress, TcpAddress, UnixAddress, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
@@ -103,7 +104,10 @@ class Wanted(NamedTuple):
 
 
 def open_listeners(
-    wanted: Iterable[Wanted], backlog: int, inherited: Mapping[str, Sequence[socket.socket]] | None = None
+    wanted: Iterable[Wanted],
+    backlog: int,
+    inherited: Mapping[str, Sequence[socket.socket]] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Listener]:
     """Bind and listen on every address.
 
@@ -115,8 +119,10 @@ def open_listeners(
         backlog: of each socket; the kernel cuts it down to net.core.somaxconn. Whoever opened an inherited one has
             chosen its own.
         inherited: the inherited sockets, by their names.
+        stopped: called while a name is resolved; True ends the wait.
 
     Raises:
+        InterruptedError: `stopped` returned True; all sockets are closed again.
         ListenError: one or more could not be opened; those that could are closed again.
 
     """
@@ -127,11 +133,13 @@ def open_listeners(
             try:
                 match address:
                     case TcpAddress():
-                        sockets = _open(address, backlog)
+                        sockets = _open(address, backlog, stopped)
                     case UnixAddress():
                         sockets = [_open_unix(address, backlog, socket_mode)]
                     case _:
                         sockets = list(_adopt(address, inherited or {}))
+            except InterruptedError:
+                raise
             except OSError as error:
                 problems.append(f"cannot listen on {address}: {_explain(error)}")
                 continue
@@ -189,7 +197,7 @@ def inherit() -> dict[str, list[socket.socket]]:
 def _explain(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"the name cannot be resolved ({error.strerror})"
-    return os.strerror(error.errno) if error.errno else str(error)
+    return error.strerror or str(error)
 
 
 def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.socket]]) -> Iterator[ListeningSocket]:
@@ -204,11 +212,14 @@ def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.so
         yield ListeningSocket(sock, inherited=True)
 
 
-def _open(address: TcpAddress, backlog: int) -> list[ListeningSocket]:
+def _open(address: TcpAddress, backlog: int, stopped: Callable[[], bool]) -> list[ListeningSocket]:
+    found = resolver.resolve(address.host, address.port, flags=socket.AI_PASSIVE, stopped=stopped)
+    # Some resolvers name an address twice, and IPv4 goes first whatever their order: one order on every host.
+    infos = sorted(dict.fromkeys(found), key=lambda info: info[0] == socket.AF_INET6)
     tries = 1 if address.port else _PORT_TRIES
     while True:
         try:
-            return [ListeningSocket(sock) for sock in _open_once(address, backlog)]
+            return [ListeningSocket(sock) for sock in _open_once(infos, address.port, backlog)]
         except OSError as error:
             # The port that the kernel chose for the first family may be taken in the second.
             tries -= 1
@@ -216,20 +227,11 @@ def _open(address: TcpAddress, backlog: int) -> list[ListeningSocket]:
                 raise
 
 
-def _open_once(address: TcpAddress, backlog: int) -> list[socket.socket]:
+def _open_once(infos: resolver.Found, port: int, backlog: int) -> list[socket.socket]:
     """Open one socket for each IP address of the host, all on one port."""
-    host = address.host
-    found = socket.getaddrinfo(
-        (host.encode() if host.isascii() else host) or None,  # text is encoded by IDNA, whose codec is large
-        address.port,
-        type=socket.SOCK_STREAM,
-        flags=socket.AI_PASSIVE,
-    )
-    port = address.port
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
-        # Some resolvers name an address twice, and IPv4 goes first whatever their order: one order on every host.
-        for family, _, _, _, sockaddr in sorted(dict.fromkeys(found), key=lambda info: info[0] == socket.AF_INET6):
+        for family, _, _, _, sockaddr in infos:
             try:
                 sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog)
             except OSError as error:

@@ -12,7 +12,6 @@ import gc
 import math
 import operator
 import random
-import select
 import selectors
 import signal
 import socket
@@ -21,6 +20,7 @@ import time
 from typing import TYPE_CHECKING
 
 from echod import channel, kernel, progress, report
+from echod.pause import Pause
 from echod.probe import Answer, Ending, Mismatch
 from echod.report import Figures
 
@@ -40,8 +40,9 @@ _ENDLESS = 1 << 62
 # Sockets connect on so many threads at once: more would overflow the backlog of some servers.
 _OPENERS = 32
 
-# The longest that the loop sleeps, seconds: a signal is honoured when it wakes.
+# The longest that the loop sleeps, seconds and nanoseconds: a signal is honoured when it wakes.
 _PATIENCE = 0.1
+_PATIENCE_NS = 100_000_000
 # Between looks at timeouts and progress, nanoseconds.
 _SWEEP = 250_000_000
 # A sleeping process wakes late by about that (the timer slack of Linux, and the time to be scheduled): so long before
@@ -80,6 +81,10 @@ class Interrupt:
         """Take the signals from now on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
+
+    def is_set(self) -> bool:
+        """Tell whether the signal has come."""
+        return self.signal is not None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
@@ -160,6 +165,7 @@ class Load:
         self._chunk = min(self._chunk, _LARGEST)
 
         self._selector = selectors.DefaultSelector()
+        self._pause = Pause(self._selector)
         self._live: dict[int, Connection] = {}
         # The same in an order, for messages that are due on one after the other.
         self._ring: list[Connection] = []
@@ -179,10 +185,7 @@ class Load:
     def connect(self) -> None:
         """Open the connections, before the clock runs."""
         opened: list[tuple[int, channel.Connected]] = []
-        try:
-            endpoints = self._order.route.endpoints()
-        except OSError as error:
-            self._note(channel.kind(error), f"no connection: {channel.reason(error)}")
+        if not (endpoints := self._endpoints()):
             return
         numbers = iter(range(self._order.connections))
         lock = threading.Lock()
@@ -194,7 +197,8 @@ class Load:
         def work() -> None:
             while (number := take()) is not None:
                 try:
-                    opened.append((number, self._order.route.connect(endpoints, self._order.timeout)))
+                    deadline = time.perf_counter() + self._order.timeout
+                    opened.append((number, self._order.route.connect(endpoints, deadline)))
                 except OSError as error:
                     self._note(channel.kind(error), f"connection {number}: no connection: {channel.reason(error)}")
 
@@ -213,6 +217,16 @@ class Load:
             self._figures.connect_seconds = max(self._figures.connect_seconds, connected.seconds)
             self._figures.tls = connected.tls.version if connected.tls else None
         self._figures.connected = len(self._live)
+
+    def _endpoints(self) -> list[channel.Endpoint]:
+        """Return where to connect to; an empty list if the name cannot be resolved or a signal has come."""
+        try:
+            return self._order.route.endpoints(self._order.timeout, self._interrupt.is_set)
+        except InterruptedError:
+            pass
+        except OSError as error:
+            self._note(channel.kind(error), f"no connection: {channel.reason(error)}")
+        return []
 
     def run(self) -> Figures:
         """Measure until all is sent and echoed, no connection is left, or a signal comes."""
@@ -281,8 +295,7 @@ class Load:
             due = self._began + int(self._next / self._order.rate * _NANO)
             if due > now:
                 if (idle := due - now - _WAKE) > 0:
-                    # The selector's own timeout is in milliseconds.
-                    select.select([self._selector], [], [], min(idle / _NANO, _PATIENCE))
+                    self._pause.wait(min(idle, _PATIENCE_NS))
                 break
             self._figures.lag = max(self._figures.lag, (now - due) / _NANO)
             self._ring = self._ring or list(self._live.values())

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 import echod
 from echod.session import Reason
 from echod.status import STATES
+from echod.tls import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,17 +127,9 @@ class Families:
         paused = GaugeMetricFamily(
             "echod_accept_paused", "1 while clients have to wait in the backlog, else 0.", labels=("listener",)
         )
-        expiry = GaugeMetricFamily(
-            "echod_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate ends, in seconds since the epoch.",
-            labels=("listener",),
-        )
-        certificates = self._subject.found().tls
         for name in counts:
             limit.add_metric((name,), servers[name].settings.max_connections)
             paused.add_metric((name,), servers[name].accept_paused)
-            if name in certificates:
-                expiry.add_metric((name,), certificates[name].expires)
         yield limit
         yield paused
         yield self._counter(
@@ -149,7 +142,29 @@ class Families:
             "Connections accepted and closed at once by a failure.",
             lambda count: count.account.accept_failures,
         )
+        yield from self._of_the_certificates()
+
+    def _of_the_certificates(self) -> Iterator[Metric]:
+        labels = ("listener", "certificate")
+        expiry = GaugeMetricFamily(
+            "echod_tls_certificate_expiry_timestamp_seconds",
+            "When the first certificate of its kind expires, in seconds since the epoch.",
+            labels=labels,
+        )
+        start = GaugeMetricFamily(
+            "echod_tls_certificate_not_before_timestamp_seconds",
+            "When the last certificate of its kind becomes valid, in seconds since the epoch.",
+            labels=labels,
+        )
+        certificates = self._subject.found().tls
+        for name in filter(certificates.__contains__, self._counts):
+            for role in get_args(Role):
+                alike = [used.certificate for used in certificates[name].certificates if used.role == role]
+                if alike:
+                    expiry.add_metric((name, role), min(each.not_after for each in alike).timestamp())
+                    start.add_metric((name, role), max(each.not_before for each in alike).timestamp())
         yield expiry
+        yield start
 
     def _of_the_connections(self) -> Iterator[Metric]:
         yield self._counter("received_bytes", "Bytes received to be echoed.", lambda count: count.received)

@@ -155,18 +155,23 @@ def check(order: Order) -> Answer:
     message = b"echod probe %s\r\n" % os.urandom(_MESSAGE_SIZE).hex().encode()[: _MESSAGE_SIZE - 14]
     deadline = time.perf_counter() + order.timeout
     try:
-        connection = order.route.connect(order.route.endpoints(), order.timeout)
+        connection = order.route.connect(order.route.endpoints(order.timeout), deadline)
     except OSError as error:
         return _report(order, Ending.UNREACHABLE, f"no connection: {channel.reason(error)}", channel.kind(error))
     echo = b""
     began = time.perf_counter()
+    connection.socket.settimeout(0)
     try:
         connection.channel.send(message)  # it is shorter than any send buffer
         if order.half_close:
             connection.channel.shutdown(socket.SHUT_WR)
         while len(echo) < len(message) or order.half_close:
-            channel.limit_time(connection.socket, deadline)
-            if not (data := connection.channel.recv(_RECEIVE)):
+            try:
+                data = connection.channel.recv(_RECEIVE)
+            except BlockingIOError:  # also when a part of a TLS record has come
+                channel.wait_readable(connection.socket, deadline)
+                continue
+            if not data:
                 break
             echo += data
             if not message.startswith(echo):
@@ -266,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", metavar="TARGET", type=_target, help="where the echo server listens")
     add = parser.add_argument
-    add("--timeout", metavar="S", type=_seconds, default=5.0, help="for connecting, and for any echo (default: 5)")
+    add("--timeout", metavar="S", type=_timeout, default=5.0, help="for connecting, and for any echo (default: 5)")
     add("--half-close", action="store_true", help="close the sending side at the end, and require all echo, then EOF")
     add("--json", action="store_true", help="print one JSON object")
     add("--source", metavar="ADDRESS", type=_ip, help="the local IP address to connect from")
@@ -278,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ca", metavar="FILE", type=Path, help="authorities to trust, PEM (default: those that the system trusts)")
     add("--cert", metavar="FILE", type=Path, help="the client's certificate, PEM")
     add("--key", metavar="FILE", type=Path, help="its private key, PEM (default: in the file of --cert)")
-    add("--server-name", metavar="NAME", help="whom the certificate has to name (default: the target's host)")
+    text = "host name or IP address that the certificate has to hold (default: the target's host)"
+    add("--server-name", metavar="NAME", type=_server_name, help=text)
     add("--insecure", action="store_true", help="take any certificate")
 
     add = parser.add_argument_group("measurement (any of these makes it one)").add_argument
@@ -408,8 +414,20 @@ def _target(text: str) -> TcpAddress | UnixAddress:
     return address
 
 
+def _server_name(text: str) -> str:
+    name = _unbracketed(text)
+    if _family(name) is None and not addresses.is_name(name):
+        msg = f"{text!r} is not a host name or an IP address"
+        raise argparse.ArgumentTypeError(msg)
+    return name
+
+
+def _unbracketed(text: str) -> str:
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def _ip(text: str) -> str:
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    host = _unbracketed(text)
     if _family(host) is None:
         msg = f"{text!r} is no IP address"
         raise argparse.ArgumentTypeError(msg)
@@ -454,6 +472,10 @@ def _size(text: str) -> int:
 
 def _seconds(text: str) -> float:
     return _positive(text, "no time in seconds, above 0 and at most a year", 366 * 86400)
+
+
+def _timeout(text: str) -> float:
+    return _positive(text, "no time in seconds, above 0 and at most a day", 86400)  # poll(2) takes 24 days at most
 
 
 def _rate(text: str) -> float:

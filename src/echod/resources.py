@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod import logs, tls
@@ -12,8 +12,9 @@ from echod.sources import Loaded, Problem, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from datetime import datetime
 
-_DAY = 86400
+    from echod.tls import Warned
 
 
 class Resources(NamedTuple):
@@ -23,12 +24,11 @@ class Resources(NamedTuple):
     tls: Mapping[str, tls.Tls]
     """By the listeners' names."""
 
-    def warnings(self) -> Iterator[dict[str, object]]:
-        """Yield the fields of a warning for each certificate that ends soon."""
+    def warnings(self, now: datetime) -> Iterator[tuple[str, Warned]]:
+        """Yield a listener's name and a warning for each certificate that is invalid at that time, or will be soon."""
         for name, end in self.tls.items():
-            if end.ends_soon:
-                days = int((end.expires - time.time()) / _DAY)
-                yield {"listener": name, "file": end.certificate, "days": days}
+            for warning in end.warnings(now):
+                yield name, warning
 
 
 def acquire(loaded: Loaded) -> Resources:
@@ -40,10 +40,11 @@ def acquire(loaded: Loaded) -> Resources:
     """
     problems = list(_unusable(loaded))
     ends: dict[str, tls.Tls] = {}
+    read = functools.cache(tls.read)  # listeners may share a pipe
     for name, table in loaded.settings.all_listeners().items():
         if table.tls is not None:
             try:
-                ends[name] = tls.load(**table.tls.model_dump())
+                ends[name] = tls.load(**table.tls.model_dump(), read=read)
             except tls.TlsError as error:
                 key = ("listeners", name, "tls", error.key)
                 problems.append(Problem(loaded.origins[key], ".".join(key), str(error)))

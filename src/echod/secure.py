@@ -7,7 +7,8 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.channel import TlsError
+from echod import pem
+from echod.channel import TlsError, limit_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,8 @@ class Tls:
         ca: certificates of the authorities to trust, PEM; None: those that the system trusts.
         certificate: the client's own, PEM.
         private_key: the certificate's; None: it is in the same file.
-        server_name: whom the peer's certificate has to name, and what it is asked for (SNI).
+        server_name: the host name or IP address that the peer's certificate has to hold. A host name is sent to the
+            peer (SNI), without the trailing dot, which is part of DNS only (RFC 6066, section 3).
         insecure: whether any certificate does.
 
     Raises:
@@ -50,31 +52,35 @@ class Tls:
         server_name: str | None = None,
         insecure: bool = False,
     ) -> None:
-        self._server_name = server_name
+        # The zone of an IPv6 address is local to this machine.
+        self._server_name = None if server_name is None else server_name.removesuffix(".").partition("%")[0]
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if insecure:
             self._context.check_hostname = False
             self._context.verify_mode = ssl.CERT_NONE
         elif ca is not None:
+            # An intermediate authority is enough.
+            self._context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             with _blame("--ca", ca):
                 self._context.load_verify_locations(ca)
         else:
             self._context.load_default_certs()
         if certificate is not None:
             with _blame("--cert", certificate):
-                certificate.read_bytes()  # OpenSSL's error would not say which of the two files it is
+                data = certificate.read_bytes()  # once: it may be a pipe
             with _blame("--key", private_key or certificate):
-                self._context.load_cert_chain(certificate, private_key, _no_password)
+                key = data if private_key is None else private_key.read_bytes()
+                pem.load_pair(self._context, data, key, _no_password)
 
-    def handshake(self, sock: socket.socket) -> Secure:
-        """Do the handshake on a blocking socket.
+    def handshake(self, sock: socket.socket, deadline: float) -> Secure:
+        """Do the handshake on a blocking socket, until a deadline on the clock of `time.perf_counter`.
 
         Raises:
             TlsError: it failed.
-            OSError: so did the connection.
+            OSError: so did the connection, or the deadline has passed.
 
         """
-        return Secure(sock, self._context, self._server_name)
+        return Secure(sock, self._context, self._server_name, deadline)
 
 
 def _no_password() -> str:
@@ -111,7 +117,7 @@ class Secure:
     echo. Here close_notify is put out while the engine has nothing to read.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None) -> None:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: float) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -121,6 +127,7 @@ class Secure:
             try:
                 self._object.do_handshake()
             except ssl.SSLWantReadError:
+                limit_time(sock, deadline)  # again each time: the server may send byte by byte
                 self.flush()
                 self._fill()
             except ssl.SSLError as error:

@@ -8,6 +8,7 @@ import errno
 import ipaddress
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import structlog
@@ -192,6 +193,8 @@ class Server:
         wanted = Wanted(address, addresses.parse(table.address), int(table.socket_mode, 8))
         (listener,) = open_listeners([wanted], settings.limits.backlog)
         log = _SILENCE if logger is None else logger.bind(listener=address)
+        for _, warning in found.warnings(datetime.now(UTC)):
+            log.warning(warning.event, **warning.fields)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
         return cls(
             listener.sockets, ServerSettings.derive(settings, table, end, settings.limits.max_connections), ledger

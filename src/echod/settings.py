@@ -284,8 +284,8 @@ class TlsSettings(_Section):
     private_key: FileName = Field(description="File with the certificate's key, PEM, not encrypted.")
     client_ca: Text = Field(
         "",
-        description="File with the authorities, PEM, one of which has to have signed the certificate that each client "
-        "then has to show. Empty: no client certificates.",
+        description="File with the authorities of clients, PEM; an intermediate is enough. Each client has to show a "
+        "certificate that one of them has signed. Empty: no client certificates.",
     )
     minimum_version: Literal["1.2", "1.3"] = Field("1.2", description="The lowest version of TLS.")
 

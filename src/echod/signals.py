@@ -26,6 +26,10 @@ class Signals:
             signal.signal(number, self._note)
         self._hangup_before = signal.signal(signal.SIGHUP, self._note_hangup)
 
+    def is_stopping(self) -> bool:
+        """Tell whether a signal that stops the process has come before there was a loop."""
+        return bool(self._early)
+
     def _note(self, number: int, _: object) -> None:
         if self._early:  # the second one: stop at once; nothing is served yet
             os._exit(128 + number)

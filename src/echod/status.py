@@ -7,7 +7,6 @@ import heapq
 import itertools
 import os
 import platform
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import echod
 from echod.settings import Settings, flat
+from echod.tls import iso
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from echod.resources import Resources
     from echod.server import Server
     from echod.session import EchoSession
+    from echod.tls import Tls
 
 STATES = ("proxy_header", "handshake", "open", "paused", "closing")
 
@@ -188,8 +189,7 @@ class Reporter:
             "fault": server.settings.fault.name if server.settings.fault is not None else None,
             "proxy_protocol": server.settings.entrance.proxy_trusted is not None,
             "tls": server.settings.entrance.tls is not None,
-            "certificate_expires": _iso(tls.expires) if tls is not None else None,
-            "certificate_seconds_left": round(tls.expires - time.time()) if tls is not None else None,
+            **_certificate(tls, datetime.now(UTC)),
             "max_connections": server.settings.max_connections,
             "accept_paused": server.accept_paused,
             "accept_pauses": account.accept_pauses,
@@ -248,8 +248,19 @@ def _rate(client: Client, received: int, base: _Sample, now: float) -> float:
     return received / max(now - client.opened, _SHORTEST_SPAN)
 
 
-def _iso(when: float) -> str:
-    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _certificate(tls: Tls | None, now: datetime) -> dict[str, object]:
+    """Describe the certificate that expires first, and list the warnings about all of them."""
+    file = subject = expires = left = None
+    if tls is not None:
+        _, file, (subject, _, not_after) = tls.first_to_expire
+        expires, left = iso(not_after), round((not_after - now).total_seconds())
+    return {
+        "certificate_file": file,
+        "certificate_subject": subject,
+        "certificate_expires": expires,
+        "certificate_seconds_left": left,
+        "certificate_warnings": [] if tls is None else [warning.text for warning in tls.warnings(now)],
+    }
 
 
 def _changed(settings: Settings, origins: Mapping[tuple[str, ...], str]) -> Iterator[dict[str, object]]:

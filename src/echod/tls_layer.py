@@ -12,7 +12,7 @@ import ssl
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from echod import kernel
+from echod import kernel, x509
 
 if TYPE_CHECKING:
     from echod.session import EchoSession
@@ -53,7 +53,10 @@ class TlsFacts(NamedTuple):
     server_name: str | None
     """The name the client asked for (SNI, RFC 6066), if it did."""
     subject: str | None
-    """The subject of the client's certificate, as RFC 4514 writes it; None where none was asked for."""
+    """The subject of the client's certificate, as RFC 4514 writes it. If it is empty, an alternative name.
+
+    None if no certificate was asked for.
+    """
 
 
 class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
@@ -157,7 +160,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
     def close_notify(self) -> None:
         """Say that no more comes, behind all that was written; without effect before the handshake's end."""
-        if self.session.stage is None:
+        if self._object.version() is not None:
             # OpenSSL looks for the client's close_notify at once, which is not there yet, or behind data that is not
             # going to be read.
             with contextlib.suppress(ssl.SSLError):
@@ -241,12 +244,16 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             return False
         self._flush()
         name, _, _ = self._object.cipher() or ("", "", 0)
-        certificate = self._object.getpeercert()
+        try:
+            certificate = self._object.getpeercert()
+        except (ValueError, ssl.SSLError) as error:  # a name or a URL in it that is not UTF-8
+            self._end_handshake(f"the client's certificate cannot be decoded: {error}")
+            return False
         self.session.tls = TlsFacts(
             version=self._object.version() or "",
             cipher=name,
             server_name=cast("ServerName", self._object).server_name,
-            subject=subject(certificate) if certificate else None,
+            subject=x509.subject(certificate) if certificate else None,
         )
         self.session.begin()
         return True
@@ -301,35 +308,6 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if len(self._marks) > _MARKS // 2:
             kept = [(written, plain, False) for written, plain, _ in self._marks[2::2]]
             self._marks[1:] = kept if len(self._marks) % 2 else [*kept, self._marks[-1]]
-
-
-def subject(certificate: ssl._PeerCertRetDictType) -> str:
-    """Return a certificate's subject, the most specific part first, with the special characters of RFC 4514 escaped."""
-    return ",".join(
-        "+".join(f"{_SHORT.get(name, name)}={_escape(value)}" for name, value in names)
-        for names in reversed(certificate.get("subject", ()))
-    )
-
-
-# RFC 4514, section 3.
-_SHORT = {
-    "commonName": "CN",
-    "localityName": "L",
-    "stateOrProvinceName": "ST",
-    "organizationName": "O",
-    "organizationalUnitName": "OU",
-    "countryName": "C",
-    "streetAddress": "STREET",
-    "domainComponent": "DC",
-    "userId": "UID",
-}
-
-
-def _escape(value: str) -> str:
-    escaped = "".join(f"\\{char}" if char in '"+,;<>\\' else char for char in value)
-    if escaped.startswith((" ", "#")):
-        escaped = f"\\{escaped}"
-    return f"{escaped[:-1]}\\ " if escaped.endswith(" ") and len(value) > 1 else escaped
 
 
 def _explain(error: ssl.SSLError) -> str:

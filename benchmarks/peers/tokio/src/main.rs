@@ -1,4 +1,4 @@
-//! An echo server on tokio, one task for each client, all on one thread.
+//! An echo server on tokio, with one task per client and a single thread.
 //!
 //! Usage: echo PORT
 

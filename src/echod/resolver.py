@@ -1,0 +1,90 @@
+"""Host names to socket addresses, by a lookup that can be given up.
+
+getaddrinfo(3) has no timeout and does not return for a signal. It runs in a daemon thread, so neither the caller nor the
+exit of the process has to wait for a name server that does not answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Found = Sequence[tuple[int, int, int, str, Any]]
+
+# Seconds between two looks at `stopped`.
+_PATIENCE = 0.1
+
+
+def resolve(
+    host: str,
+    port: int,
+    *,
+    family: int = socket.AF_UNSPEC,
+    flags: int = 0,
+    timeout: float = math.inf,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Found:
+    """Return the addresses of a host for a stream socket, as `socket.getaddrinfo` does.
+
+    Args:
+        host: a name or an IP address. If it is empty: the loopback addresses, or with AI_PASSIVE the wildcards.
+        port: of the addresses.
+        family: of the addresses.
+        flags: AI_PASSIVE, for instance.
+        timeout: seconds.
+        stopped: called every 100 ms; True ends the wait.
+
+    Raises:
+        OSError: the name cannot be resolved, or not within the timeout (`socket.gaierror`).
+        InterruptedError: `stopped` returned True.
+
+    """
+    name = (host.encode() if host.isascii() else host) or None  # text is encoded by IDNA, whose codec is large
+
+    def look_up(how: int) -> Found:
+        return socket.getaddrinfo(name, port, family, socket.SOCK_STREAM, flags=how)
+
+    try:
+        return look_up(flags | socket.AI_NUMERICHOST)  # an IP address needs no name server, hence no thread
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_NONAME:
+            raise
+    return _in_thread(lambda: look_up(flags), time.monotonic() + timeout, stopped)
+
+
+def _in_thread(look_up: Callable[[], Found], deadline: float, stopped: Callable[[], bool]) -> Found:
+    import threading  # noqa: PLC0415  (an IP address does not need it)
+
+    found: list[tuple[int, int, int, str, Any]] = []
+    failures: list[Exception] = []
+
+    def work() -> None:
+        # The kernel may deliver a signal to any thread that does not block it, and only the main one is woken up here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            found.extend(look_up())
+        except Exception as error:  # noqa: BLE001  (it is raised in the caller's thread)
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="resolver", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        msg = "the name cannot be resolved: no thread can be started (limit of processes: ulimit -u, pids.max)"
+        raise OSError(errno.EAGAIN, msg) from error
+    while thread.is_alive():
+        if stopped():
+            raise InterruptedError(errno.EINTR, "stopped while a name was resolved")
+        if (left := deadline - time.monotonic()) <= 0:
+            raise socket.gaierror(socket.EAI_AGAIN, "timed out")
+        thread.join(min(left, _PATIENCE))
+    for failure in failures:
+        raise failure
+    return found
