@@ -267,7 +267,7 @@ def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stag
                 leaving.session.abort("aborted")
             return
         await asyncio.sleep(0)  # by which it is started
-        server._accept(server._sockets[0].sock)
+        server._accept(server._sockets[0])
 
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:

@@ -20,11 +20,20 @@ PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 
 # What stands in a line without being an argument where it is logged: the listener's name is bound to its logger.
-BOUND = {"accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
+BOUND = {"accept_failed", "accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
 UNPACKED = {
     "client_closed": set(Entry._fields),
     "drained": set(Receipt.__slots__),
-    "stopped": {"connections", "empty", "accept_pauses", "received", "sent", "acked", "discarded_bytes"},
+    "stopped": {
+        "connections",
+        "empty",
+        "accept_pauses",
+        "accept_failures",
+        "received",
+        "sent",
+        "acked",
+        "discarded_bytes",
+    },
 }
 
 # Warnings whose names are not literals where they are logged.

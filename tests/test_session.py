@@ -55,7 +55,7 @@ class Pair:
         self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
 
     def life(self) -> Client:
-        return Client(self.sock, ("127.0.0.1", 1), 0, lambda _, __: self.session)
+        return Client(self.sock, ("127.0.0.1", 1), 0, 0, lambda _, __: self.session)
 
     async def connect(self) -> None:
         await asyncio.get_running_loop().connect_accepted_socket(self.session, self.sock)
@@ -208,7 +208,7 @@ def test_abort_meets_the_last_write(in_loop: InLoop) -> None:
         pair.session.finish("cut")
         # What is read here makes room for all that is unsent, before the loop looks at the socket again.
         total = 0
-        while kernel.unread(pair.client):
+        while kernel.readable(pair.client):
             total += len(pair.client.recv(1 << 20))
         pair.session.abort("aborted")
         await pair.session.ended
@@ -491,7 +491,7 @@ def test_info_of_a_session_that_has_ended() -> None:
 def test_peer_of_another_family() -> None:
     """A peer that is neither an IP address nor a unix socket's is shown as the kernel gives it."""
     with socket.socket() as sock:
-        assert Client(sock, (3, 5000), 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
+        assert Client(sock, (3, 5000), 0, 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
 
 
 def test_last_acknowledgement_between_two_looks(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:

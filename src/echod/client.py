@@ -23,6 +23,27 @@ if TYPE_CHECKING:
     from echod.session import EchoSession, Reason, Stage
 
 
+def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Register an accepted socket with asyncio's selector, before it has a transport.
+
+    The transport would register it in a callback of its own, whose failure only the exception handler hears of: the
+    client would stay connected and unread. It takes over this registration without a system call. A libuv loop
+    registers in C, and is left alone.
+
+    Raises:
+        OSError: of epoll_ctl(2): ENOSPC or ENOMEM.
+
+    """
+    if isinstance(loop, asyncio.SelectorEventLoop):
+        loop.add_reader(sock.fileno(), lambda: None)
+
+
+def unwatch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Undo `watch`, which is necessary before the socket is closed without a transport."""
+    if isinstance(loop, asyncio.SelectorEventLoop):
+        loop.remove_reader(sock.fileno())
+
+
 class Timeouts(NamedTuple):
     """How long a client may take, each in seconds."""
 
@@ -95,6 +116,7 @@ class Client:
         sock: accepted, non-blocking.
         sockaddr: what accept(2) gave with it.
         opened: the loop's time.
+        now: the time by the clock of the timeouts.
         new_session: makes the session.
 
     """
@@ -106,6 +128,7 @@ class Client:
         sock: socket.socket,
         sockaddr: Any,
         opened: float,
+        now: float,
         new_session: Callable[[Client, socket.socket], EchoSession],
     ) -> None:
         self._address = addresses.from_sockaddr(sockaddr)
@@ -113,7 +136,7 @@ class Client:
         self.opened = opened
         self.header: proxy.Header | None = None
         self._entered = False
-        self._since = opened
+        self._since = now
         self._heard = 0
         self._left = 0
         self.session = new_session(self, sock)
@@ -132,10 +155,10 @@ class Client:
         """
         if entrance.proxy_trusted is not None:
             if not self._is_trusted(entrance.proxy_trusted):
-                self.session.refuse("proxy_header", "the sender is not in proxy_trusted")
+                self._refuse("proxy_header", "the sender is not in proxy_trusted")
                 return
         elif not self._enter(quota):
-            self.session.refuse("client_limit", "")
+            self._refuse("client_limit", "")
             return
         try:
             await self._join(entrance, quota)
@@ -146,6 +169,10 @@ class Client:
         finally:
             if self._entered:
                 quota.leave(self._counted)
+
+    def _refuse(self, reason: Reason, detail: str) -> None:
+        unwatch(asyncio.get_running_loop(), self.session.sock)
+        self.session.refuse(reason, detail)
 
     async def _end_with_the_loop(self) -> None:
         """Reset the client: the loop ends, and has cancelled all tasks, and with this one what it was waiting for."""
@@ -184,9 +211,11 @@ class Client:
             front = HeaderReader(session, following, partial(self._identify, quota))
             stage = "proxy_header"
         session.stage = stage
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: front, session.sock)
+            await loop.connect_accepted_socket(lambda: front, session.sock)
         except OSError as error:  # reset before its turn came, where the kernel tells so here
+            unwatch(loop, session.sock)
             session.connection_lost(error)
             session.sock.close()
         else:
@@ -218,13 +247,14 @@ class Client:
         here, so that a message costs nothing for it.
 
         Args:
-            now: the loop's time.
+            now: the time by the clock of the timeouts.
             timeouts: those in force.
 
         """
         session = self.session
         if session.stage is not None and session.reason is None:
-            return session.stage if now - self.opened >= timeouts.handshake else None
+            expired = now - self._since >= timeouts.handshake
+            return session.stage if expired and not session.unread() else None
         if session.heard != self._heard:
             self._heard = session.heard
             self._since = now
@@ -243,7 +273,7 @@ class Client:
         # stalled. The first look at what is left only takes the measure.
         left = session.undelivered()
         if reason == "idle" and session.unread():
-            return None  # it is this process that has been silent
+            return None  # this process was silent, not the client
         fell = left < self._left
         unknown = left and not self._left
         self._left = left

@@ -165,7 +165,7 @@ class _Daemon:
         await self._stop.wait()
         self._notifier.stopping()
         servers = self._servers.values()
-        clients = sum(server.clients for server in servers)
+        clients = sum(server.begin_stop() for server in servers)
         self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
         receipts = await asyncio.gather(*(server.shutdown() for server in servers))
         receipt = asdict(Receipt.total(receipts))
@@ -335,6 +335,7 @@ class _Daemon:
             "connections": sum(account.accepted for account in accounts),
             "empty": sum(account.empty for account in accounts),
             "accept_pauses": sum(account.accept_pauses for account in accounts),
+            "accept_failures": sum(account.accept_failures for account in accounts),
             "received": sum(account.received for account in accounts),
             "sent": sum(account.sent for account in accounts),
             "acked": sum(account.acked for account in accounts),

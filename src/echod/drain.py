@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
+from echod.clock import Clock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -44,7 +46,7 @@ class Drain:
         self._clients = clients
         self._accept_rest = accept_rest
         self._settings = settings
-        self._loop = asyncio.get_running_loop()
+        self._clock = Clock(asyncio.get_running_loop().time)
         self._woken = asyncio.Event()
         self._emptied = False
         self._hurried = False
@@ -64,13 +66,14 @@ class Drain:
         """Drain; return whether the backlog was emptied.
 
         Returns when every client has left or was told to; not waited for are the last steps of the clients' tasks,
-        and what the kernel goes on sending after a close. It takes `drain_timeout` + `linger_timeout` at most.
+        and what the kernel goes on sending after a close. It takes `drain_timeout` + `linger_timeout` at most, and the time
+        for which the process was paused.
         """
-        cut = self._loop.time() + self._settings.drain_timeout
+        cut = self._clock.time() + self._settings.drain_timeout
         tick = min(max(self._settings.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
         next_look = 0.0
         self._emptied = not self._hurried and self._accept_rest()
-        while not self._hurried and (now := self._loop.time()) < cut:
+        while not self._hurried and (now := self._clock.time()) < cut:
             self._emptied = self._emptied or self._accept_rest()
             if self._emptied and not self._clients:
                 break
@@ -82,8 +85,8 @@ class Drain:
             for client in self._clients:
                 client.session.finish("cut")
         end = cut + self._settings.linger_timeout
-        while self._clients and not self._hurried and self._loop.time() < end:
-            await self._wait_until(end)
+        while self._clients and not self._hurried and self._clock.time() < end:
+            await self._wait_until(min(end, self._clock.time() + tick))
         for client in self._clients:
             if self._hurried:
                 client.session.abort("aborted")
@@ -100,14 +103,16 @@ class Drain:
             if session.heard != heard or session.paused or session.undelivered():
                 self._silence[client] = (session.heard, now)
             elif now - since >= self._settings.quiet_period:
-                # After a stall of this process, what is waiting to be read is the proof that the client was not silent.
+                # After a pause of this process, unread input is the proof that the client was not silent.
                 if session.unread():
                     self._silence[client] = (heard, now)
                 else:
                     session.finish("quiet")
 
     async def _wait_until(self, when: float) -> None:
+        seconds = max(0.0, when - self._clock.time())
+        self._clock.announce(seconds)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(when):
+            async with asyncio.timeout(seconds):
                 await self._woken.wait()
         self._woken.clear()

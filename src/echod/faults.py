@@ -255,9 +255,9 @@ class FaultSession(EchoSession):
         """Return the number of bytes held back, or written and not yet acknowledged, a FIN counting as one."""
         return self._held + super().undelivered()
 
-    def unread(self) -> int:
-        """Return the number of bytes this session is still to read: a stalled one does not intend to."""
-        return 0 if self._stalled else super().unread()
+    def unread(self) -> bool:
+        """Return whether there is something this session is still to read; a stalled one reads nothing."""
+        return not self._stalled and super().unread()
 
     @property
     def fault(self) -> str | None:

@@ -26,6 +26,13 @@ _UNACKED = struct.Struct("24xI")
 _DETAILS = struct.Struct("68xI28xI16xQ")
 _TCP_CLOSE = 7
 
+# Protocol and option of Multipath TCP (RFC 8684), and offsets into struct mptcp_info of linux/mptcp.h: the flags and the
+# acknowledged bytes. Linux has the latter from 6.5 on.
+_IPPROTO_MPTCP = 262
+_SOL_MPTCP, _MPTCP_INFO = 284, 1
+_MPTCP_DETAILS = struct.Struct("8xI60xQ")
+_MPTCP_FALLBACK = 1
+
 # The same structure by its members' names, times in microseconds where the kernel has them so.
 _MEMBERS = struct.Struct("8x24I16xQQ3I")
 _MEMBER_NAMES = (
@@ -54,7 +61,11 @@ class TcpInfo(NamedTuple):
 
 
 def tcp_info(sock: socket.socket) -> TcpInfo | None:
-    """Return the connection's TCP_INFO, or None where the kernel has none: on a unix socket, or outside Linux."""
+    """Return the connection's TCP_INFO, or None if the kernel has none.
+
+    It has none of a unix socket, outside Linux, or of an MPTCP connection before Linux 6.5. For MPTCP, `acked` is the
+    whole connection's, and the other figures are the first subflow's.
+    """
     if sys.platform != "linux":  # pragma: no cover (Linux only)
         return None
     try:
@@ -64,7 +75,27 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
             raise
         return None
     rtt, retransmits, acked = _DETAILS.unpack_from(info)
+    if sock.proto == _IPPROTO_MPTCP and (acked := _mptcp_acked(sock, acked)) is None:
+        return None
     return TcpInfo(rtt / 1000, retransmits, acked)
+
+
+def _mptcp_acked(sock: socket.socket, of_first_subflow: int) -> int | None:
+    """Return the acknowledged bytes of a connection to an MPTCP listener, or None if the kernel does not count them.
+
+    A client without MPTCP has a plain TCP connection to such a listener. One whose path removes the MPTCP options falls
+    back to a single subflow. In both cases TCP_INFO has the connection's figures.
+    """
+    try:
+        info = sock.getsockopt(_SOL_MPTCP, _MPTCP_INFO, _MPTCP_DETAILS.size)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return of_first_subflow
+    if len(info) < _MPTCP_DETAILS.size:
+        return None
+    flags, acked = _MPTCP_DETAILS.unpack(info)
+    return of_first_subflow if flags & _MPTCP_FALLBACK else int(acked)
 
 
 def has_tcp_info(sock: socket.socket) -> bool:
@@ -100,29 +131,26 @@ def unacknowledged(sock: socket.socket) -> int:
     """Return how many bytes were given to the kernel and not acknowledged by the peer (SIOCOUTQ); a FIN is one."""
     if sys.platform == "darwin":  # pragma: no cover (macOS only)
         return sock.getsockopt(socket.SOL_SOCKET, 0x1024)  # SO_NWRITE
-    return _count(sock, termios.TIOCOUTQ)
-
-
-def unread(sock: socket.socket) -> int:
-    """Return how many bytes wait in the kernel to be read (FIONREAD)."""
-    return _count(sock, termios.FIONREAD)
-
-
-def _count(sock: socket.socket, request: int) -> int:
     # Into a buffer: with bytes, ioctl() first fails to write to them, and that costs as much as the call.
     count = bytearray(4)
-    fcntl.ioctl(sock, request, count)
+    fcntl.ioctl(sock, termios.TIOCOUTQ, count)
     return int.from_bytes(count, sys.byteorder)
 
 
+def readable(sock: socket.socket) -> bool:
+    """Return whether the kernel has something to read: bytes, a connection to accept, or the peer's FIN or RST."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def waiting_connections(listening: socket.socket) -> int:
-    """Return how many connections wait in a listening socket's queue; 1 for any number, where the kernel does not tell."""
-    if not has_tcp_info(listening):
-        poll = select.poll()
-        poll.register(listening, select.POLLIN)
-        return len(poll.poll(0))
-    (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
-    return int(count)
+    """Return how many connections wait in a listening socket's queue; 1 for any number if the kernel does not tell."""
+    if has_tcp_info(listening):
+        with contextlib.suppress(OSError):  # ENOBUFS, ENOMEM
+            (count,) = _UNACKED.unpack(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))
+            return int(count)
+    return int(readable(listening))
 
 
 def reset_on_close(sock: socket.socket) -> None:

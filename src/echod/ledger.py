@@ -27,6 +27,9 @@ class Account:
     """Running totals of one listener's connections."""
 
     accepted: int = 0
+    """Connections that became clients. Each of them gets one reason when it is closed."""
+    accept_failures: int = 0
+    """Connections that were accepted and closed at once, because they could not become clients."""
     empty: int = 0
     """Connections that sent no byte: health checks and port scans, for the most part."""
     accept_pauses: int = 0
@@ -64,7 +67,7 @@ class Receipt:
     """What a drain did. Each client is in one of `completed`, `quiet`, `cut`, `aborted` and `failed`."""
 
     clients: int
-    """Clients connected when the drain began, or accepted since."""
+    """Clients connected when the stop began, or accepted since."""
     completed: int
     """Closed, or reset, by themselves."""
     quiet: int
@@ -180,6 +183,11 @@ class Ledger:
         """Write to another logger from now on, and about other connections."""
         self.log = log
         self._connections = connections
+
+    def turn_away(self, peer: object, failure: Exception) -> None:
+        """Record a connection that could not become a client."""
+        self.account.accept_failures += 1
+        self.log.error("accept_failed", peer=str(peer), exc_info=failure)
 
     def close(self, client: Client, now: float, failure: BaseException | None) -> None:
         """Enter a client that has left; the time is the loop's."""

@@ -10,7 +10,7 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echod import resolver
 from echod.addresses import Address, AddressError, InheritedAddress, TcpAddress, UnixAddress, parse
@@ -54,8 +54,23 @@ class ListeningSocket:
     def __init__(self, sock: socket.socket, path: Path | None = None, *, inherited: bool = False) -> None:
         self.sock = sock
         self.inherited = inherited
+        # A unix socket's connections take over no option, and those in an inherited queue may be older than the option.
+        self._set_inline = inherited or sock.family == socket.AF_UNIX
         self._path = path
         self._node = None if path is None else _node(path)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection whose urgent data is read in its place (RFC 6093), and return it with the peer's address.
+
+        Raises:
+            OSError: of accept(2).
+
+        """
+        connection, sockaddr = self.sock.accept()
+        if self._set_inline:
+            with contextlib.suppress(OSError):  # EOPNOTSUPP of MPTCP, which has no urgent data
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        return connection, sockaddr
 
     def withdraw(self) -> None:
         """Let nobody else find it, where that can be had without closing it. Idempotent."""
@@ -96,7 +111,8 @@ def open_listeners(
 ) -> list[Listener]:
     """Bind and listen on every address.
 
-    The sockets are non-blocking, with SO_REUSEADDR, SO_KEEPALIVE and TCP_NODELAY; what they accept inherits these.
+    The sockets are non-blocking. Those of TCP have SO_REUSEADDR, SO_KEEPALIVE, SO_OOBINLINE and TCP_NODELAY; the
+    connections that they accept inherit these.
 
     Args:
         wanted: names and addresses.
@@ -236,6 +252,7 @@ def _bind(family: int, sockaddr: tuple[str | int, ...] | str, backlog: int) -> s
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             _set_tcp_options(sock)
         if family == socket.AF_INET6:
             # Each family has a socket of its own, so that a port is taken, or found free, in both.

@@ -102,7 +102,11 @@ class Families:
 
     def _of_the_listeners(self) -> Iterator[Metric]:
         counts, servers = self._counts, self._subject.servers
-        yield self._counter("connections", "Connections accepted.", lambda count: count.account.accepted)
+        yield self._counter(
+            "connections",
+            "Connections accepted and served, or refused with a reason.",
+            lambda count: count.account.accepted,
+        )
         yield self._counter(
             "connections_empty", "Connections closed without a byte from the client.", lambda count: count.account.empty
         )
@@ -130,8 +134,13 @@ class Families:
         yield paused
         yield self._counter(
             "accept_pauses",
-            "Times that accepting stopped while clients waited.",
+            "Times that accepting stopped while clients waited, or got another cause for that.",
             lambda count: count.account.accept_pauses,
+        )
+        yield self._counter(
+            "accept_failures",
+            "Connections accepted and closed at once by a failure.",
+            lambda count: count.account.accept_failures,
         )
         yield from self._of_the_certificates()
 

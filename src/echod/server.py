@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import structlog
 
 from echod import addresses, kernel, library
-from echod.client import Client, Entrance, Quota, Timeouts
+from echod.client import Client, Entrance, Quota, Timeouts, unwatch, watch
+from echod.clock import Clock
 from echod.drain import Drain, DrainSettings
 from echod.faults import Fault, FaultLineSession, FaultSession
 from echod.ledger import Ledger, Receipt
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from echod.addresses import TcpAddress, UnixAddress
-    from echod.ledger import Entry
+    from echod.ledger import Account, Entry
     from echod.library import Options
     from echod.listeners import ListeningSocket
     from echod.settings import ListenerSettings, Settings
@@ -146,6 +147,10 @@ class Server:
         self._aborted = asyncio.Event()
         self._pause = _FIRST_PAUSE
         self._paused_since: float | None = None
+        self._causes = set[str]()
+        # Accepted, and not yet watched by the loop: the kernel had no memory for that.
+        self._unwatched: tuple[socket.socket, Any] | None = None
+        self._started_stop: tuple[float, int, Account] | None = None
         self._drain: Drain | None = None
         self._listener: asyncio.Task[None] | None = None
         self._end: asyncio.Task[Receipt] | None = None
@@ -261,8 +266,20 @@ class Server:
             msg = "a server is started once"
             raise RuntimeError(msg)
         self._loop = asyncio.get_running_loop()
+        self._clock = Clock(self._loop.time)
         self._listener = self._loop.create_task(self._listen())
         self._sweeper = self._loop.create_task(self._sweep())
+
+    def begin_stop(self) -> int:
+        """Begin the time that the receipt is about, and return the number of clients. Idempotent.
+
+        `shutdown` does so itself. A caller that reports the clients first calls this, so that report and receipt are
+        of one moment.
+        """
+        if self._started_stop is None:
+            now = asyncio.get_running_loop().time()
+            self._started_stop = now, self.clients, self.ledger.account.snapshot()
+        return self._started_stop[1]
 
     async def shutdown(self) -> Receipt:
         """Stop gracefully and tell what became of the clients.
@@ -277,13 +294,11 @@ class Server:
         if self._listener is None:
             self.start()  # whoever has been waiting since the sockets were opened is served too
         if self._end is None:
+            self.begin_stop()
             self._end = asyncio.get_running_loop().create_task(self._shut_down())
         return await asyncio.shield(self._end)
 
     async def _shut_down(self) -> Receipt:
-        started = self._loop.time()
-        present = self.clients
-        before = self.ledger.account.snapshot()
         settings = self.settings.drain
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.delay):
@@ -298,13 +313,13 @@ class Server:
         if not await self._drain.run():
             if waiting := self._waiting():
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
-            for listening in self._sockets:
-                listening.close()
+            self._close_sockets()
         if self._clients:
             await asyncio.wait(self._clients)
         await _cancel(self._sweeper)
-        seconds = self._loop.time() - started
-        return Receipt.between(before, self.ledger.account, present, seconds)
+        assert self._started_stop is not None
+        started, present, before = self._started_stop
+        return Receipt.between(before, self.ledger.account, present, self._loop.time() - started)
 
     def abort(self) -> None:
         """Make a `shutdown` that is under way, or to come, end at once, resetting every client. Idempotent."""
@@ -323,11 +338,13 @@ class Server:
         while True:
             # Its result: the seconds after which to try again, or None where only a client's leaving helps.
             self._obstacle: asyncio.Future[float | None] = self._loop.create_future()
-            for listening in self._sockets:
-                sock = listening.sock
-                self._loop.add_reader(sock, self._accept, sock)
-                if self._paused_since is not None:
-                    self._accept(sock)  # when nobody waits any more, no event will say so
+            try:
+                for listening in self._sockets:
+                    self._loop.add_reader(listening.sock, self._accept, listening)
+                    if self._paused_since is not None:
+                        self._accept(listening)  # once the backlog is empty, there is no event
+            except OSError as error:  # of epoll_ctl(2)
+                self._hold_after(error)
             try:
                 timeout = await self._obstacle
             finally:
@@ -337,31 +354,51 @@ class Server:
                 async with asyncio.timeout(timeout):
                     await self._room.wait()
 
-    def _accept(self, sock: socket.socket) -> None:
+    def _accept(self, listening: ListeningSocket) -> None:
         for number in range(_BATCH):
             if self.clients >= self.settings.max_connections:
-                self._full(number, "max_connections", None)
+                # Whether another client waits is certain only at the first of a wake-up; otherwise the next one shows it.
+                if number:
+                    self._unhold()
+                else:
+                    self._hold("max_connections", None)
                 return
             try:
-                connection, peer = sock.accept()
+                connection, peer = self._take(listening)
             except BlockingIOError:
                 self._unhold()
                 return
             except OSError as error:
-                if error.errno in _GONE:
+                if self._concerns_one_connection(error):
                     continue
-                self._full(number, errno.errorcode.get(error.errno or 0, str(error)), self._pause)
-                self._pause = min(2 * self._pause, _LAST_PAUSE)
+                if number and self._unwatched is None:
+                    self._unhold()
+                else:
+                    self._hold_after(error)
                 return
             self._pause = _FIRST_PAUSE
             self._admit(connection, peer)
 
-    def _full(self, accepted: int, cause: str, seconds: float | None) -> None:
-        """Hold, if somebody waits: that is sure only of the first at a wake-up, and else the next one will tell."""
-        if accepted:
-            self._unhold()
-        else:
-            self._hold(cause, seconds)
+    def _take(self, listening: ListeningSocket) -> tuple[socket.socket, Any]:
+        """Return an accepted connection that the loop watches. One that it cannot watch yet is kept for the next call.
+
+        Raises:
+            OSError: of accept(2) or epoll_ctl(2).
+
+        """
+        if self._unwatched is None:
+            self._unwatched = listening.accept()
+        watch(self._loop, self._unwatched[0])
+        taken, self._unwatched = self._unwatched, None
+        return taken
+
+    def _concerns_one_connection(self, error: OSError) -> bool:
+        return error.errno in _GONE and self._unwatched is None
+
+    def _hold_after(self, error: OSError) -> None:
+        """Stop accepting for a while, twice as long after each failure."""
+        self._hold(errno.errorcode.get(error.errno or 0, str(error)), self._pause)
+        self._pause = min(2 * self._pause, _LAST_PAUSE)
 
     def _hold(self, cause: str, seconds: float | None) -> None:
         """Stop accepting until a client leaves, or for some seconds. Who comes meanwhile waits in the backlog."""
@@ -369,6 +406,9 @@ class Server:
             return
         if self._paused_since is None:
             self._paused_since = self._loop.time()
+            self._causes.clear()
+        if cause not in self._causes:
+            self._causes.add(cause)
             self.ledger.account.accept_pauses += 1
             self.ledger.log.warning("accept_paused", cause=cause, clients=self.clients)
         # Here and not where it is waited for: a client may leave in between.
@@ -380,6 +420,7 @@ class Server:
         if self._paused_since is not None and not self._waiting():
             seconds = round(self._loop.time() - self._paused_since, 3)
             self._paused_since = None
+            self._pause = _FIRST_PAUSE
             self.ledger.log.info("accept_resumed", seconds=seconds, clients=self.clients)
 
     def _accept_rest(self) -> bool:
@@ -392,31 +433,44 @@ class Server:
         while self._sockets:
             listening = self._sockets[-1]
             try:
-                if not listening.inherited:
-                    self._admit(*listening.sock.accept())
+                if self._unwatched is not None or not listening.inherited:
+                    self._admit(*self._take(listening))
                     continue
             except BlockingIOError:
                 pass
             except OSError as error:
-                if error.errno in _GONE:
+                if self._concerns_one_connection(error):
                     continue
-                # Want of descriptors is told of before the queue is looked at: nobody may be in it.
-                if kernel.waiting_connections(listening.sock):
+                # Without descriptors accept(2) fails before it looks at the queue, which may be empty.
+                if self._unwatched is not None or kernel.waiting_connections(listening.sock):
                     return False
             self._sockets.pop().close()
         return True
 
     def _waiting(self) -> int:
-        """Return how many connections wait in the backlog, as far as the kernel tells."""
-        return sum(kernel.waiting_connections(listening.sock) for listening in self._sockets)
+        """Return how many connections wait to become clients, as far as the kernel tells."""
+        backlog = sum(kernel.waiting_connections(listening.sock) for listening in self._sockets)
+        return backlog + (self._unwatched is not None)
+
+    def _close_sockets(self) -> None:
+        for listening in self._sockets:
+            listening.close()
+        if self._unwatched is not None:
+            self._unwatched[0].close()
 
     # Clients
 
     def _admit(self, sock: socket.socket, sockaddr: Any) -> None:
+        try:
+            sock.setblocking(False)  # noqa: FBT003  (its only parameter)
+            client = Client(sock, sockaddr, self._loop.time(), self._clock.time(), self._new_session)
+            task = _begin(self._loop, client.run(self.settings.entrance, self._quota))
+        except Exception as error:  # noqa: BLE001  (it is logged, and concerns this connection only)
+            unwatch(self._loop, sock)
+            sock.close()
+            self.ledger.turn_away(sockaddr, error)
+            return
         self.ledger.account.accepted += 1
-        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
-        client = Client(sock, sockaddr, self._loop.time(), self._new_session)
-        task = _begin(self._loop, client.run(self.settings.entrance, self._quota))
         self._clients[task] = client
         task.add_done_callback(self._depart)
 
@@ -427,7 +481,7 @@ class Server:
             return InfoSession(sock, settings.session, ended, client.describe)
         if settings.fault is not None:
             session = FaultLineSession if settings.mode == "line" else FaultSession
-            return session(sock, settings.session, ended, settings.fault, self.ledger.account.accepted)
+            return session(sock, settings.session, ended, settings.fault, self.ledger.account.accepted + 1)
         if settings.mode == "line":
             return LineSession(sock, settings.session, ended)
         return EchoSession(sock, settings.session, ended)
@@ -447,9 +501,11 @@ class Server:
         """Close who is idle and reset who is stalled: one timer for all, instead of work at each message."""
         while True:
             pause = min(_LONGEST_SWEEP, *(timeout / 4 for timeout in self.settings.timeouts if timeout))
-            await asyncio.sleep(max(_SHORTEST_SWEEP, pause))
+            pause = max(_SHORTEST_SWEEP, pause)
+            self._clock.announce(pause)
+            await asyncio.sleep(pause)
             timeouts = self.settings.timeouts
-            now = self._loop.time()
+            now = self._clock.time()
             clients: Collection[Client] = self._clients.values()
             if not timeouts.idle:
                 # Of the others none can be late, and with ten thousand of them a look at each is a cost.

@@ -8,6 +8,7 @@ import ssl
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from echod import kernel
+from echod.clock import Clock
 
 if TYPE_CHECKING:
     from typing import Self
@@ -279,9 +280,9 @@ class EchoSession(asyncio.Protocol):
             return 0
         return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
 
-    def unread(self) -> int:
-        """Return the number of bytes that the client has sent and this session is still to read."""
-        return kernel.unread(self.sock)
+    def unread(self) -> bool:
+        """Return whether the client has sent something, FIN included, that this session is still to read."""
+        return kernel.readable(self.sock)
 
     @property
     def fault(self) -> str | None:
@@ -336,7 +337,7 @@ class EchoSession(asyncio.Protocol):
             acked = 0 if self.reason == "reset" else max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
-            sent = self.tcp_info.acked + waiting - self._fin_sent
+            sent = max(0, self.tcp_info.acked + waiting - self._fin_sent)
             acked = min(self.tcp_info.acked, sent)
         if self.tls_layer is not None:
             sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
@@ -351,16 +352,17 @@ class Linger(asyncio.Protocol):
     in which the number of unacknowledged bytes did not fall.
     """
 
-    __slots__ = ("_expiry", "_least", "_loop", "_poll_after", "_timer", "_transport", "session")
+    __slots__ = ("_clock", "_expiry", "_least", "_loop", "_poll_after", "_timer", "_transport", "session")
 
     def __init__(self, session: EchoSession, transport: asyncio.Transport) -> None:
         self.session = session
         self._transport = transport
         self._loop = session.ended.get_loop()
         self._least = kernel.unacknowledged(session.sock)
-        self._expiry = self._loop.time() + session.settings.linger_timeout
+        self._clock = Clock(self._loop.time)
+        self._expiry = self._clock.time() + session.settings.linger_timeout
         self._poll_after = _FIRST_POLL
-        self._timer = self._loop.call_later(self._poll_after, self._poll)
+        self._schedule(self._poll_after)
         transport.set_protocol(self)
         if not session.eof:
             transport.resume_reading()
@@ -381,11 +383,15 @@ class Linger(asyncio.Protocol):
         self._timer.cancel()
         self.session.connection_lost(exc)
 
+    def _schedule(self, seconds: float) -> None:
+        self._clock.announce(seconds)
+        self._timer = self._loop.call_later(seconds, self._poll)
+
     def _poll(self) -> None:
         # In this order: a connection that is gone may have ended well, and what it leaves then changes no more.
         gone = self.session.eof and kernel.is_reset(self.session.sock)
         left = kernel.unacknowledged(self.session.sock)
-        now = self._loop.time()
+        now = self._clock.time()
         if left < self._least:
             self._least = left
             self._expiry = now + self.session.settings.linger_timeout
@@ -394,10 +400,10 @@ class Linger(asyncio.Protocol):
         elif gone:
             # The transport stopped polling the socket at its EOF, so nobody else will notice.
             self.session.abort("reset")
-        elif now >= self._expiry:
+        elif now >= self._expiry and not (self._clock.late and self.session.unread()):
             self._transport.close()
         else:
             self._poll_after = min(2 * self._poll_after, _LAST_POLL)
             # With nothing left to be acknowledged only the client's EOF is waited for, and that is an event.
             delay = min(self._poll_after, self._expiry - now) if left else self._expiry - now
-            self._timer = self._loop.call_later(delay, self._poll)
+            self._schedule(max(delay, _FIRST_POLL))

@@ -193,6 +193,7 @@ class Reporter:
             "max_connections": server.settings.max_connections,
             "accept_paused": server.accept_paused,
             "accept_pauses": account.accept_pauses,
+            "accept_failures": account.accept_failures,
             "accepted": account.accepted,
             "active": sum(count.states.values()),
             "states": {state: count.states[state] for state in STATES},
