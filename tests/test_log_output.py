@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -81,6 +82,24 @@ def test_check_of_standard_streams(output: Output) -> None:
     with output.run("check", "--log.file", "/dev/stdout") as process:
         assert process.wait(PATIENCE) == 0
     assert output.lines.readline() == b"configuration OK\n"
+
+
+def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:
+    """A reader is not left by a writer before the first line: the start opens the FIFO once."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    command = [sys.executable, "-m", "echod", "--log.file", str(fifo), "--listen", "127.0.0.1:0", "--loop", loop_name]
+    with subprocess.Popen(command, env=clean_environment()) as process:
+        try:
+            assert select.select([reader], [], [], PATIENCE)[0]  # by a line, or by the end of the first writer
+            assert b'"started"' in os.read(reader, 65536)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert b'"stopped"' in os.read(reader, 65536)
+    os.close(reader)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -85,7 +85,7 @@ def test_rotation(loop_name: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         listen = f"127.0.0.1:{sock.getsockname()[1]}"
     arguments = ("--loop", loop_name, "--log.file", str(log), "--log.format", "json")
-    with Daemon(*arguments, listen=listen, module=refusing(reload="-"), read_log=False) as daemon:
+    with Daemon(*arguments, listen=listen, module=refusing(reload="-", log="+-----"), read_log=False) as daemon:
         until(lambda: log.exists() and '"listening"' in log.read_text())
         log.rename(tmp_path / "rotated")
         daemon.send_signal(signal.SIGHUP)
