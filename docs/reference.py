@@ -26,7 +26,8 @@ Each setting has one name, and three places where it can be given. The first tha
    counts; a value that begins with a dash needs the form with `=`;
 2. the environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`, the parts of the name joined by two underscores; a variable that is
    set to nothing is a value too;
-3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names: `idle_timeout = 60` under `[limits]`;
+3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names: `idle_timeout = 60` under `[limits]`; a
+   pipe such as `/dev/stdin` can be read only once, so a [reload](reload.md) of it fails;
 4. otherwise it has its default.
 
 `--listen` may be repeated, and takes several addresses separated by commas, as `ECHOD_LISTEN` does. Addresses from one of
@@ -34,8 +35,9 @@ these places replace those from the next, and so does every other value; only th
 are put together from all of them, key by key.
 
 `echod check` takes the same options as `echod serve`, reports everything that is wrong, one problem a line, and opens
-nothing; its exit code is 78 then, and 0 when all is well. `echod config` prints the settings in force as a TOML file, each
-line with where its value came from.
+no address; its exit code is 78 then, and 0 when all is well. It opens and closes `log.file` if that exists, and creates
+none. A reader that waits for the first writer of a FIFO therefore sees the end of its input. `echod config` prints the
+settings in force as a TOML file, each line with where its value came from.
 
 An unknown key is an error, in the file, on the command line, and in the environment where its section is known. An
 unknown variable, such as `ECHOD_PORT`, which Kubernetes injects for a service named echod, is a warning.
@@ -66,7 +68,7 @@ TAIL = """\
 | code | when |
 | --- | --- |
 | 0 | a graceful stop, also one whose deadline cut clients off (the receipt says how many) |
-| 1 | an unexpected failure |
+| 1 | an unexpected failure, or the system refuses the thread that writes the log |
 | 2 | the command line could not be parsed |
 | 69 | an address could not be opened; then none is |
 | 78 | the settings are invalid |

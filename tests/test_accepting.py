@@ -218,13 +218,13 @@ def test_refused_client_is_not_watched(serve: Callable[..., None], refusal: str)
         await asyncio.sleep(0)
         settings = serving.server.settings
         if refusal == "proxy_header":
-            serving.server.reconfigure(settings._replace(entrance=Entrance([])), 100)
+            serving.server.reconfigure(settings._replace(entrance=Entrance([])))
         with socket.create_connection(serving.address, PATIENCE) as first:
             if refusal == "client_limit":
                 assert await asyncio.to_thread(echo, first) == b"x"
             with socket.create_connection(serving.address, PATIENCE) as refused:
                 assert await asyncio.to_thread(refused.recv, 1) == b""
-            serving.server.reconfigure(settings._replace(entrance=Entrance(), max_connections_per_client=0), 100)
+            serving.server.reconfigure(settings._replace(entrance=Entrance(), max_connections_per_client=0))
             with socket.create_connection(serving.address, PATIENCE) as second:
                 assert await asyncio.to_thread(echo, second) == b"x"
         await serving.server.shutdown()

@@ -228,23 +228,46 @@ def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
     result = command(name, "--limits.backlog", "none", "--limits.colour", "red")
     assert result.returncode == 78
     assert len(result.stderr.splitlines()) == 2
-    result = command(name, "--log.file", str(tmp_path))
-    assert result.returncode == 78
-    assert result.stderr == f"echod: --log.file: log.file: {str(tmp_path)!r} cannot be written\n"
-    missing = str(tmp_path / "none" / "log")
-    assert command(name, "--log.file", missing).returncode == 78
-    too_long = "x" * 300
-    assert "cannot be written" in command(name, "--log.file", too_long).stderr
-    assert not (tmp_path / "none").exists()
-
-
-def test_log_file_that_does_not_open(tmp_path: Path) -> None:
-    """What shows only when it is opened is an error of the settings too."""
-    path = tmp_path / "socket"
+    missing = tmp_path / "none" / "log"
+    link = tmp_path / "link"
+    link.symlink_to(missing)
+    reasons = {
+        str(tmp_path): "Is a directory",
+        str(missing): "No such file or directory",
+        str(link): "No such file or directory",
+        "x" * 300: "File name too long",
+    }
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
-        result = run("--log.file", str(path))
-    assert (result.returncode, result.stderr) == (78, f"echod: log.file: {str(path)!r}: No such device or address\n")
+        sock.bind(str(tmp_path / "socket"))
+        reasons[str(tmp_path / "socket")] = "No such device or address"
+        for file, reason in reasons.items():
+            result = command(name, "--log.file", file)
+            problem = f"echod: --log.file: log.file: {file!r} cannot be written: {reason}\n"
+            assert (result.returncode, result.stderr) == (78, problem)
+    assert not missing.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["serve", "check"])
+def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) -> None:
+    """A FIFO that nothing reads is refused by the check in the words of the start."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    result = command(name, "--log.file", str(fifo))
+    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: No such device or address\n"
+    assert (result.returncode, result.stderr) == (78, problem)
+
+
+def test_check_leaves_the_log_alone(command: Command, tmp_path: Path) -> None:
+    """A check creates no log file, changes none, and accepts a FIFO that is read."""
+    new, old, fifo = tmp_path / "new", tmp_path / "old", tmp_path / "fifo"
+    old.write_text("a line\n")
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for file in (new, old, fifo):
+        assert command("check", "--log.file", str(file)).stdout == "configuration OK\n"
+    os.close(reader)
+    assert not new.exists()
+    assert old.read_text() == "a line\n"
 
 
 @pytest.fixture

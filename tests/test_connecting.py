@@ -230,7 +230,10 @@ def test_a_thread_that_cannot_start(command: Command, monkeypatch: pytest.Monkey
     """As at a limit of processes: an error like any other, in the probe and at the daemon's start."""
     names(lambda: answer("192.0.2.1"))
     monkeypatch.setattr(threading.Thread, "start", lambda _: fail(RuntimeError("can't start new thread")))
-    message = "the name cannot be resolved: no thread can be started (limit of processes: ulimit -u, pids.max)"
+    message = (
+        "the name cannot be resolved: can't start new thread: raise the limit of processes (ulimit -u, pids.max, "
+        "TasksMax=), or free memory"
+    )
     result = command("probe", "name:7")
     assert (result.returncode, result.stderr) == (69, f"echod: name:7: no connection: {message}\n")
     with pytest.raises(ListenError, match=re.escape(f"cannot listen on name:7: {message}")):

@@ -302,12 +302,12 @@ def test_log(start: Start, file: Configured, tmp_path: Path) -> None:
     log.rename(kept)
     log.mkdir()
     daemon.send_signal(signal.SIGHUP)
-    until(lambda: f"'{log}' cannot be written" in kept.read_text())
+    until(lambda: f"'{log}' cannot be written: Is a directory" in kept.read_text())
     log.rmdir()
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(log))  # which shows only when it is opened
+        sock.bind(str(log))
         daemon.send_signal(signal.SIGHUP)
-        until(lambda: f"log.file: '{log}': No such device or address" in kept.read_text())
+        until(lambda: f"log.file: '{log}' cannot be written: No such device or address" in kept.read_text())
     file.write('[log]\nlevel = "warning"\n')
     daemon.send_signal(signal.SIGHUP)
     until(lambda: descriptors_of_logs(daemon, tmp_path) == 0)
@@ -323,7 +323,8 @@ def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -
     file.write("")
     daemon = start("--config", str(file.path))
     file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
-    assert daemon.all("reload_failed")[0]["problems"] == [f"log.file: '{pipe}': No such device or address"]
+    problem = f"{file.path}: log.file: '{pipe}' cannot be written: No such device or address"
+    assert daemon.all("reload_failed")[0]["problems"] == [problem]
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         daemon.send_signal(signal.SIGHUP)

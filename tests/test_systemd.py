@@ -190,16 +190,15 @@ def test_abstract_address(start: Start) -> None:
 
 def test_log_file_that_cannot_be_reopened(start: Start, manager: FakeManager, tmp_path: Path) -> None:
     """A reload that fails at its last step, the opening of the log file, is told of too."""
-    config, link = tmp_path / "echod.toml", tmp_path / "link"
+    config, fifo = tmp_path / "echod.toml", tmp_path / "fifo"
     config.write_text("")
     daemon = start("--config", str(config), env=environment(manager))
-    config.write_text(f"log.file = '{link}'")
-    # The check finds no file and a folder that could take one; the opening finds where the link leads.
-    link.symlink_to(tmp_path / "missing" / "target")
+    config.write_text(f"log.file = '{fifo}'")
+    os.mkfifo(fifo)  # only the opening finds that it has no reader
     daemon.send_signal(signal.SIGHUP)
     daemon.wait_for("reload_failed")
     manager.wait_for("RELOADING", "1")
-    assert "settings not reloaded, 1 problem: log.file" in manager.wait_for("READY", "1")["STATUS"]
+    assert f"settings not reloaded, 1 problem: {config}: log.file" in manager.wait_for("READY", "1")["STATUS"]
     assert daemon.stop() == 0
 
 

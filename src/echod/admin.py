@@ -18,8 +18,6 @@ import itertools
 import json
 import logging
 import re
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Final, cast
 
@@ -28,7 +26,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import GC_COLLECTOR, PROCESS_COLLECTOR
 from prometheus_client.core import CounterMetricFamily
 
-from echod import addresses, kernel
+from echod import addresses, kernel, threads
 from echod.metrics import Families, Histograms, render
 from echod.status import Census, Reporter
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Mapping
 
+    from prometheus_client.metrics_core import Metric
     from structlog.typing import FilteringBoundLogger
 
     from echod.addresses import Address
@@ -145,10 +144,6 @@ class Admin:
         self._reporter = Reporter(subject, self._census)
         self._metrics = _Shared(self._render_metrics)
         self._status = _Shared(self._render_status)
-        # A signal that this thread took would be one that the loop does not wake up for.
-        self._thread = ThreadPoolExecutor(
-            1, "admin", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        )
         self._http = _Http(
             self._answer,
             access_log=None,
@@ -177,7 +172,6 @@ class Admin:
             for connection in self._connections.values():
                 connection.abort()
             await self._all_lost.wait()
-        self._thread.shutdown(wait=False)
 
     # Connections
 
@@ -293,8 +287,10 @@ class Admin:
         return _response(200, self._page, self._page_headers)
 
     async def _render_metrics(self) -> bytes:
-        # It lists the process's descriptors, which takes a while where there are many.
-        process = await self._loop.run_in_executor(self._thread, lambda: list(PROCESS_COLLECTOR.collect()))
+        process: list[Metric] = []
+        with contextlib.suppress(threads.ThreadError):  # the other metrics need no thread
+            # It lists the process's descriptors, which takes a while if there are many.
+            process = await threads.call(self._loop, lambda: list(PROCESS_COLLECTOR.collect()), "admin")
         families = Families(self._subject, await self._census.take(), self._histograms, self._loop_name)
         parts: list[bytes] = []
         own = CounterMetricFamily(

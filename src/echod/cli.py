@@ -42,9 +42,7 @@ def main() -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
-    from datetime import UTC, datetime  # noqa: PLC0415
-
-    from echod import options, render, resources, sources  # noqa: PLC0415
+    from echod import options, resources, sources  # noqa: PLC0415
 
     command, config, values = options.parse(sys.argv[1:])
     if command != "serve":
@@ -52,8 +50,8 @@ def main() -> int:
     if config is None:
         config = os.environ.get(sources.CONFIG_VARIABLE) or None
 
-    def load() -> Resources:
-        return resources.acquire(sources.load(values, config))
+    def load(before: Resources | None = None) -> Resources:
+        return resources.acquire(sources.load(values, config, None if before is None else before.loaded.origins))
 
     try:
         found = load()
@@ -61,6 +59,16 @@ def main() -> int:
         return _fail(EXIT_CONFIG, error.problems)
     if command == "serve":
         return _serve(found, signals, load)
+    return _tell(found, command)
+
+
+def _tell(found: Resources, command: str) -> int:
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from echod import render, resources  # noqa: PLC0415
+
+    if command == "check" and (problems := list(resources.log_problems(found.loaded))):
+        return _fail(EXIT_CONFIG, problems)
     for variable in found.loaded.unknown_variables:
         _say(render.printable(f"warning: {variable} names no setting"))
     for listener, warning in found.warnings(datetime.now(UTC)):
@@ -102,13 +110,15 @@ def _probe(arguments: Sequence[str]) -> int:
     }[ending]
 
 
-def _serve(found: Resources, signals: Signals, load: Callable[[], Resources]) -> int:
-    from echod import daemon, listeners, logs  # noqa: PLC0415
+def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
+    from echod import daemon, listeners, logs, resources, threads  # noqa: PLC0415
 
     try:
         log = logs.Log(found.loaded.settings.log)
     except OSError as error:
-        return _fail(EXIT_CONFIG, [f"log.file: {found.loaded.settings.log.file!r}: {error.strerror}"])
+        return _fail(EXIT_CONFIG, [resources.log_problem(found.loaded, error)])
+    except threads.ThreadError as error:
+        return _fail(EXIT_FAILURE, [f"the log: {error}"])
     try:
         log.capture()
         return daemon.serve(found, log, signals, load)

@@ -8,23 +8,24 @@ import gc
 import os
 import signal
 import sys
-import threading
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import echod
-from echod import addresses, kernel, systemd
+from echod import addresses, kernel, systemd, threads
 from echod.ledger import Ledger, Receipt
 from echod.listeners import Wanted, inherit, open_listeners
 from echod.logs import STDERR
-from echod.resources import loop_factory
+from echod.resources import log_problem, loop_factory
 from echod.server import Server, ServerSettings
 from echod.session import EchoSession
 from echod.settings import ListenerSettings, changes
-from echod.sources import SettingsError
+from echod.sources import Problem, SettingsError
 from echod.systemd import Notifier, count
+from echod.threads import ThreadError
 from echod.tls_layer import TlsBuffers, TlsEnd
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ if TYPE_CHECKING:
 _RESERVED_DESCRIPTORS = 16
 
 
-def serve(found: Resources, log: Log, signals: Signals, load: Callable[[], Resources]) -> int:
+def serve(found: Resources, log: Log, signals: Signals, load: Callable[[Resources], Resources]) -> int:
     """Be the daemon, until a signal.
 
     Args:
         found: the settings, and what they name.
         log: of the process.
         signals: those that have come already, and all that come.
-        load: finds the settings anew, for a reload; it may take its time.
+        load: reads the settings again for a reload, given those in force; it may be slow.
 
     Returns:
         The exit code: 0, or 128 + N if signal N forced the stop.
@@ -103,7 +104,7 @@ class _Daemon:
         found: Resources,
         tables: Mapping[str, ListenerSettings],
         log: Log,
-        load: Callable[[], Resources],
+        load: Callable[[Resources], Resources],
         descriptors: int,
         inherited: Collection[str],
         admin: Admin | None,
@@ -203,7 +204,8 @@ class _Daemon:
     # Reloading
 
     def _on_hangup(self) -> None:
-        """Read the settings again, in a thread: a file may be slow, and a handshake of a check takes its time."""
+        """Reopen the log, and read the settings again in a thread: files may be slow, and a check makes a handshake."""
+        self._reopen_log()
         if self._stop.is_set():
             self._logger.info("reload_ignored")
             return
@@ -214,31 +216,30 @@ class _Daemon:
         self._reloading = True
         self._notifier.reloading()
         loop = asyncio.get_running_loop()
+        try:
+            # No executor's thread: those are awaited at the end, and a file may be a pipe without a writer.
+            loaded = threads.call(loop, partial(self._load, self._found), "reload")
+        except ThreadError as error:
+            loaded = loop.create_future()
+            loaded.set_exception(error)
+        loaded.add_done_callback(self._reload)
 
-        def work() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                outcome: Resources | Exception = self._load()
-            except Exception as error:  # noqa: BLE001  (it is logged, in the loop)
-                outcome = error
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(self._reload, outcome)
-
-        # No executor's: those are waited for at the end, and a file may be a pipe that nobody writes to.
-        threading.Thread(target=work, name="reload", daemon=True).start()
-
-    def _reload(self, outcome: Resources | Exception) -> None:
+    def _reload(self, loaded: asyncio.Future[Resources]) -> None:
         self._reloading = False
         if self._stop.is_set():
+            loaded.exception()  # or asyncio would log it as one that nothing has retrieved
             self._logger.info("reload_ignored")
             return
-        if isinstance(outcome, SettingsError):
-            problems = [str(problem) for problem in outcome.problems]
-        elif isinstance(outcome, Exception):
-            self._logger.error("reload_crashed", exc_info=outcome)
-            problems = [f"an unexpected failure: {outcome!r}"]
-        else:
-            problems = self._apply(outcome)
+        problems: list[str] = []
+        try:
+            self._apply(loaded.result())
+        except SettingsError as error:
+            problems = [str(problem) for problem in error.problems]
+        except ThreadError as error:
+            problems = [str(error)]
+        except Exception as error:
+            self._logger.exception("reload_crashed")
+            problems = [f"an unexpected failure: {error!r}"]
         self._reloads["failure" if problems else "success"] += 1
         if problems:
             self._logger.error("reload_failed", problems=problems)
@@ -247,26 +248,57 @@ class _Daemon:
             self._reload_again = False
             self._on_hangup()
 
-    def _apply(self, found: Resources) -> list[str]:
-        """Go by other settings from now on, or tell why not."""
-        settings = found.loaded.settings
+    def _reopen_log(self) -> None:
+        """Reopen the log file. This is not part of the reload, so that no problem of the settings can prevent it."""
         try:
-            self._log.reopen(settings.log)
+            self._log.reopen()
         except OSError as error:
-            return [f"log.file: {settings.log.file!r}: {error.strerror}"]
-        before, self._found = self._found.loaded.settings, found
-        tables, max_connections = _tables(found.loaded, self._inherited), self._cap()
+            reason = error.strerror
+        except ThreadError as error:
+            reason = str(error)
+        else:
+            return
+        self._logger.error("log_reopen_failed", file=self._log.settings.file, error=reason)
+
+    def _apply(self, found: Resources) -> None:
+        """Put other settings in force, all of them or none.
+
+        Raises:
+            SettingsError: the log file or a backlog cannot be had; nothing has changed.
+            ThreadError: the log's thread cannot be started; nothing has changed.
+
+        """
+        loaded, settings = found.loaded, found.loaded.settings
+        before, tables = self._found.loaded.settings, _tables(loaded, self._inherited)
+        # What can fail comes first, and is undone if something after it fails.
+        with contextlib.ExitStack() as undo:
+            for name, server in self._servers.items():
+                if name not in tables:
+                    continue
+                undo.callback(_restore_backlog, server, before.limits.backlog)
+                try:
+                    server.set_backlog(settings.limits.backlog)
+                except OSError as error:
+                    origin = loaded.origins.get(("limits", "backlog"), "")
+                    message = f"cannot be set on {name}: {error.strerror}"
+                    raise SettingsError([Problem(origin, "limits.backlog", message)]) from error
+            try:
+                self._log.change(settings.log)
+            except OSError as error:
+                raise SettingsError([log_problem(loaded, error)]) from error
+            undo.pop_all()
+        self._found = found
+        max_connections = self._cap()
         for name, server in self._servers.items():
             server.ledger.reconfigure(self._logger.bind(listener=name), settings.log.connections)
-            # One that has gone from the settings is served on as it was, until a restart.
+            # A listener that has gone from the settings is served as before, until a restart.
             if name in tables:
                 self._tables[name] = tables[name]
-                server.reconfigure(self._server_settings(name, max_connections), settings.limits.backlog)
+                server.reconfigure(self._server_settings(name, max_connections))
         self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
         self._warn()
         if waiting := self._restart_needed():
             self._logger.warning("restart_needed", settings=waiting)
-        return []
 
     def _restart_needed(self) -> list[str]:
         return sorted({".".join(key) for key in self._waiting_for_restart()})
@@ -342,6 +374,11 @@ class _Daemon:
             "discarded_bytes": sum(account.discarded for account in accounts),
             **({"faults": dict(faults)} if faults else {}),
         }
+
+
+def _restore_backlog(server: Server, backlog: int) -> None:
+    with contextlib.suppress(OSError):  # the failure that is being undone is reported
+        server.set_backlog(backlog)
 
 
 def _addresses(listener: Listener) -> list[str]:

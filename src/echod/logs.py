@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import os
 import re
 import select
-import signal
+import stat
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from echod import threads
 from echod.render import printable
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from echod.settings import LogSettings
 
 STDERR = 2
+_STDOUT = 1
 
 # Lines of at most this many bytes wait to be written; as many again may be in the write that is under way.
 _QUEUE_BYTES = 1024 * 1024
@@ -59,6 +62,9 @@ class LogWriter:
         notice: renders the line that tells of so many dropped ones.
         at_end: called, from the thread, when nothing more is going to be written.
 
+    Raises:
+        ThreadError: the thread cannot be started.
+
     """
 
     def __init__(self, descriptor: int, notice: Callable[[int], bytes], at_end: Callable[[], object] = int) -> None:
@@ -74,8 +80,7 @@ class LogWriter:
         """Lines dropped since the beginning."""
         self._torn = False
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
+        self._thread = threads.start(self._run, "log")
 
     def write(self, line: bytes) -> None:
         """Queue one line, newline included, or drop it."""
@@ -89,6 +94,16 @@ class LogWriter:
             first = len(self._lines) == 1
         if first:
             self._wake.set()
+
+    @property
+    def prompt(self) -> bool:
+        """Whether each write ends soon: to a regular file it does, to a pipe, a socket or a terminal it may not."""
+        return stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+
+    def redirect(self, descriptor: int) -> None:
+        """Write to another file from now on, queued lines included. The descriptor is this object's from then on."""
+        os.dup2(descriptor, self._descriptor, inheritable=False)
+        os.close(descriptor)
 
     def end(self) -> None:
         """Write what is queued, and nothing after it; not waited for."""
@@ -106,8 +121,6 @@ class LogWriter:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        # A signal that this thread took would meet no handler of Python's, and at the end of the process none at all.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         closing = False
         while not closing:
             self._wake.wait()
@@ -160,28 +173,61 @@ class LogWriter:
 
 
 class _Target:
-    """Where lines go, and the thread that writes them there."""
+    """A descriptor that lines go to, and the thread that writes them.
 
-    def __init__(self, file: str) -> None:
-        self.is_file = file != "-"
-        descriptor = _open(file) if self.is_file else STDERR
-        self.terminal = os.isatty(descriptor)
-        self.journal = _is_journal(descriptor)
-        self.processors: list[Processor] = []
-        # Closed by the thread alone: it may be in the midst of a write to something that takes nothing, and the number
-        # would be the next client's.
-        at_end = partial(os.close, descriptor) if self.is_file else int
-        self.writer = LogWriter(descriptor, lambda lines: _notice(self.processors, lines), at_end)
-
-
-def _open(file: str) -> int:
-    """Open a file for appending, without waiting for somebody to read what is a pipe.
+    Args:
+        descriptor: this object's from now on.
 
     Raises:
-        OSError: it cannot be opened, or is a pipe that nobody reads.
+        ThreadError: the thread cannot be started; the descriptor is closed then.
 
     """
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.processors: list[Processor] = []
+        try:
+            # Closed by the thread alone: it may be in the midst of a write to something that takes nothing, and the
+            # number would be the next client's.
+            self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor))
+        except threads.ThreadError:
+            os.close(descriptor)
+            raise
+
+    def render(self, form: str) -> None:
+        """Render lines in a format of `log.format` from now on."""
+        terminal = os.isatty(self._descriptor)
+        if form == "auto":
+            form = "console" if terminal else "json"
+        self.processors = [_order, *_renderers(form, colors=terminal)]
+        if _is_journal(self._descriptor):
+            self.processors.append(_prefix)
+
+    def _notice(self, lines: int) -> bytes:
+        return _notice(self.processors, lines)
+
+
+def _open(file: str, create: int = os.O_CREAT) -> int:
+    """Open a file for appending, without waiting for the reader of a pipe.
+
+    Standard output and standard error are duplicated if they cannot be opened by name: a socket never can, and a pipe
+    only by its owner.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe without a reader.
+
+    """
+    if file == "-":
+        return os.dup(STDERR)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | create, 0o666)
+    except OSError:
+        with contextlib.suppress(OSError):
+            found = Path(file).stat()
+            for standard in (_STDOUT, STDERR):
+                if os.path.samestat(os.fstat(standard), found):
+                    return os.dup(standard)
+        raise
     os.set_blocking(descriptor, True)
     return descriptor
 
@@ -194,51 +240,71 @@ class Log:
 
     Raises:
         OSError: the file cannot be opened for appending.
+        ThreadError: the thread that writes cannot be started.
 
     """
 
     def __init__(self, settings: LogSettings) -> None:
         self.logger: FilteringBoundLogger
-        self._target: _Target | None = None
         self._retired: list[LogWriter] = []
         self._lost_before = 0
-        self.reopen(settings)
+        self._target = _Target(_open(settings.file))
+        self._configure(settings)
         self._bridge = _Bridge(self)
 
-    def reopen(self, settings: LogSettings) -> None:
-        """Go by other settings from now on, and open the file anew, as it is wanted after a rotation.
+    def reopen(self) -> None:
+        """Open the file again, as it is wanted after a rotation. Standard error stays as it is.
 
-        `logger` is another one then. What is queued for the file before is still written, by a thread.
+        Raises:
+            OSError: the file cannot be opened for appending; lines still go to the one that is open.
+            ThreadError: likewise, for want of a thread.
+
+        """
+        if self.settings.file != "-":
+            self._retarget(self.settings)
+
+    def change(self, settings: LogSettings) -> None:
+        """Apply other settings, and open their file if it is another one; `logger` is another one then.
 
         Raises:
             OSError: the file cannot be opened for appending; nothing has changed then.
+            ThreadError: likewise, for want of a thread.
 
         """
-        before = self._target
-        if before is None or before.is_file or settings.file != "-":
-            self._target = _Target(settings.file)
-            if before is not None:
-                self._lost_before += before.writer.lost
-                before.writer.end()
-                self._retired = [*(writer for writer in self._retired if not writer.ended), before.writer]
-        target = self._target
-        assert target is not None
-        form = settings.format
-        if form == "auto":
-            form = "console" if target.terminal else "json"
-        target.processors = [_order, *_renderers(form, colors=target.terminal)]
-        if target.journal:
-            target.processors.append(_prefix)
+        if settings.file != self.settings.file:
+            self._retarget(settings)
+        else:
+            self._configure(settings)
+
+    def _retarget(self, settings: LogSettings) -> None:
+        descriptor, before = _open(settings.file), self._target.writer
+        if before.prompt:
+            before.redirect(descriptor)
+        else:
+            # Its thread may be waiting for a reader. It writes its queue yet, and new lines need a thread of their own.
+            self._target = _Target(descriptor)
+            self._lost_before += before.lost
+            before.end()
+            self._retired = [*(writer for writer in self._retired if not writer.ended), before]
+        self._configure(settings)
+
+    def _configure(self, settings: LogSettings) -> None:
+        self.settings = settings
+        """Those in force."""
+        self._target.render(settings.format)
         self.logger = structlog.wrap_logger(
-            _Lines(target.writer),
-            processors=target.processors,
+            _Lines(self),
+            processors=self._target.processors,
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
+
+    def write(self, line: bytes) -> None:
+        """Queue one rendered line, newline included."""
+        self._target.writer.write(line)
 
     @property
     def lost(self) -> int:
         """How many lines were dropped since the start, but for those of a file that was being closed."""
-        assert self._target is not None
         return self._lost_before + self._target.writer.lost
 
     def capture(self) -> None:
@@ -257,28 +323,41 @@ class Log:
         sys.unraisablehook = sys.__unraisablehook__
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
-        assert self._target is not None
         for writer in (*self._retired, self._target.writer):
             writer.close()
 
 
-def unusable(file: str) -> str | None:
-    """Tell why a log file cannot be appended to, as far as that shows without creating it; None if it can."""
-    path = Path(file)
-    with contextlib.suppress(OSError):  # a name that is too long, for one
-        if file == "-" or (not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
-            return None
-    return f"{file!r} cannot be written"
+def is_fifo(file: str) -> bool:
+    """Tell whether a log file is a pipe."""
+    with contextlib.suppress(OSError):  # the opening tells of it
+        return stat.S_ISFIFO(Path(file).stat().st_mode)
+    return False
+
+
+def refusal(file: str) -> OSError | None:
+    """Return the error with which a log file cannot be opened for appending, or None. The file is not created."""
+    try:
+        os.close(_open(file, create=0))
+    except FileNotFoundError:
+        # With O_TMPFILE the kernel checks whether a file can be created in the folder, and leaves none.
+        folder = Path(file).resolve().parent
+        try:
+            os.close(os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC))
+        except OSError as error:
+            return error if error.errno != errno.EOPNOTSUPP else None  # not on every file system, but checked on all
+    except OSError as error:
+        return error
+    return None
 
 
 class _Lines:
     """What structlog calls an output: takes rendered lines of any level."""
 
-    def __init__(self, writer: LogWriter) -> None:
-        self._writer = writer
+    def __init__(self, log: Log) -> None:
+        self._log = log
 
     def info(self, line: str) -> None:
-        self._writer.write(_encode(line))
+        self._log.write(_encode(line))
 
     debug = warning = error = critical = info
 

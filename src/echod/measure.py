@@ -8,6 +8,7 @@ happens on a tick, or in another process (`progress`).
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import math
 import operator
@@ -19,12 +20,13 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from echod import channel, kernel, progress, report
+from echod import channel, kernel, progress, report, threads
 from echod.pause import Pause
 from echod.probe import Answer, Ending, Mismatch
 from echod.report import Figures
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
     from echod.probe import Order
@@ -202,13 +204,7 @@ class Load:
                 except OSError as error:
                     self._note(channel.kind(error), f"connection {number}: no connection: {channel.reason(error)}")
 
-        # Daemons: whoever interrupts does not wait for them.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_OPENERS, self._order.connections))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive() and self._interrupt.signal is None:
-                thread.join(_PATIENCE)
+        self._share(work, min(_OPENERS, self._order.connections))
         for number, connected in sorted(opened, key=operator.itemgetter(0)):
             connected.socket.settimeout(0)
             connection = Connection(number, connected, self._order.size)
@@ -227,6 +223,17 @@ class Load:
         except OSError as error:
             self._note(channel.kind(error), f"no connection: {channel.reason(error)}")
         return []
+
+    def _share(self, work: Callable[[], None], count: int) -> None:
+        """Do work on several threads at once, or on fewer if the system refuses them; return early on an interrupt."""
+        workers: list[threading.Thread] = []
+        with contextlib.suppress(threads.ThreadError):
+            workers.extend(threads.start(work, "opener") for _ in range(count))
+        if not workers:
+            work()
+        for worker in workers:
+            while worker.is_alive() and self._interrupt.signal is None:
+                worker.join(_PATIENCE)
 
     def run(self) -> Figures:
         """Measure until all is sent and echoed, no connection is left, or a signal comes."""

@@ -39,7 +39,13 @@ class Display:
     def __enter__(self) -> Self:
         if sys.stderr is not None and sys.stderr.isatty():
             reading, self._pipe = os.pipe()
-            self._child = os.fork()
+            try:
+                self._child = os.fork()
+            except OSError:  # a limit of processes: the measurement does without
+                os.close(reading)
+                os.close(self._pipe)
+                self._pipe = None
+                return self
             if self._child == 0:
                 os.close(self._pipe)
                 try:

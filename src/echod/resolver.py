@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import math
-import signal
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -60,24 +59,21 @@ def resolve(
 
 
 def _in_thread(look_up: Callable[[], Found], deadline: float, stopped: Callable[[], bool]) -> Found:
-    import threading  # noqa: PLC0415  (an IP address does not need it)
+    from echod import threads  # noqa: PLC0415  (an IP address does not need it)
 
     found: list[tuple[int, int, int, str, Any]] = []
     failures: list[Exception] = []
 
     def work() -> None:
-        # The kernel may deliver a signal to any thread that does not block it, and only the main one is woken up here.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             found.extend(look_up())
         except Exception as error:  # noqa: BLE001  (it is raised in the caller's thread)
             failures.append(error)
 
-    thread = threading.Thread(target=work, name="resolver", daemon=True)
     try:
-        thread.start()
-    except RuntimeError as error:
-        msg = "the name cannot be resolved: no thread can be started (limit of processes: ulimit -u, pids.max)"
+        thread = threads.start(work, "resolver")
+    except threads.ThreadError as error:
+        msg = f"the name cannot be resolved: {error}"
         raise OSError(errno.EAGAIN, msg) from error
     while thread.is_alive():
         if stopped():

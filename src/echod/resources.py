@@ -53,6 +53,18 @@ def acquire(loaded: Loaded) -> Resources:
     return Resources(loaded, ends)
 
 
+def log_problem(loaded: Loaded, error: OSError) -> Problem:
+    """Return the problem of a log file that cannot be opened."""
+    message = f"{loaded.settings.log.file!r} cannot be written: {error.strerror}"
+    return Problem(loaded.origins["log", "file"], "log.file", message)
+
+
+def log_problems(loaded: Loaded) -> Iterator[Problem]:
+    """Open the log file for a moment, and yield the problem if that fails."""
+    if (error := logs.refusal(loaded.settings.log.file)) is not None:
+        yield log_problem(loaded, error)
+
+
 def has_uvloop() -> bool:
     """Tell whether uvloop is installed."""
     return importlib.util.find_spec("uvloop") is not None
@@ -80,5 +92,6 @@ def _unusable(loaded: Loaded) -> Iterator[Problem]:
     if settings.admin.address and not all(map(importlib.util.find_spec, ("aiohttp", "prometheus_client"))):
         message = "aiohttp and prometheus-client are needed for it: pip install 'echod[admin]'"
         yield Problem(loaded.origins["admin", "address"], "admin.address", message)
-    if (reason := logs.unusable(settings.log.file)) is not None:
-        yield Problem(loaded.origins["log", "file"], "log.file", reason)
+    # A FIFO is not tried here: to open and close it would be the end of the input to its reader.
+    if not logs.is_fifo(settings.log.file):
+        yield from log_problems(loaded)

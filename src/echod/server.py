@@ -215,24 +215,28 @@ class Server:
             await self.shutdown()
             raise
 
-    def reconfigure(self, settings: ServerSettings, backlog: int) -> None:
+    def set_backlog(self, backlog: int) -> None:
+        """Set the backlog of the listening sockets, except inherited ones.
+
+        Raises:
+            OSError: the kernel refused; earlier sockets have the new one already.
+
+        """
+        for listening in self._sockets:
+            if not listening.inherited:
+                listening.sock.listen(backlog)
+
+    def reconfigure(self, settings: ServerSettings) -> None:
         """Take other settings from now on.
 
         Clients that are connected keep what they have begun with, a fault and a mode of their own above all, but for
         limits and timeouts. Nobody is dropped for a limit that has become lower.
-
-        Args:
-            settings: all of them.
-            backlog: of the listening sockets, but for inherited ones.
 
         """
         self.settings = settings
         self._quota.limit = settings.max_connections_per_client
         for client in self._clients.values():
             client.session.reconfigure(settings.session)
-        for listening in self._sockets:
-            if not listening.inherited:
-                listening.sock.listen(backlog)
         self._room.set()
 
     @property

@@ -190,7 +190,9 @@ class LogSettings(_Section):
     format: Literal["auto", "console", "json", "logfmt"] = Field(
         "auto", description="The form of a line. auto: console on a terminal, json elsewhere."
     )
-    file: FileName = Field("-", description='The file that lines are appended to. "-": standard error.')
+    file: FileName = Field(
+        "-", description='The file that lines are appended to. "-": standard error. "/dev/stdout": standard output.'
+    )
     connections: Literal["all", "nonempty", "failed", "none"] = Field(
         "nonempty",
         description="Which closed connections get a line. nonempty: those that sent a byte. failed: those that did "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin
 
@@ -55,12 +56,15 @@ class Loaded(NamedTuple):
     """`ECHOD_` variables that name no setting, as Kubernetes injects them for a service called echod."""
 
 
-def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loaded:
+def load(
+    options: Mapping[Key, tuple[str, object]], config: str | None, before: Mapping[Key, str] | None = None
+) -> Loaded:
     """Read and validate the settings: command line over environment over file over defaults.
 
     Args:
         options: the command line's values by key, each with the option as it was written.
         config: the file, or None.
+        before: for a reload, the origins of the settings in force.
 
     Raises:
         SettingsError: with every problem of every source.
@@ -70,7 +74,8 @@ def load(options: Mapping[Key, tuple[str, object]], config: str | None) -> Loade
     values: dict[str, Any] = {}
     origins: dict[Key, str] = {}
     if config is not None:
-        _overlay(values, origins, _read_file(config, problems), lambda _: config)
+        had_values = before is not None and config in before.values()
+        _overlay(values, origins, _read_file(config, problems, had_values=had_values), lambda _: config)
     variables = sorted(name for name in os.environ if name.startswith(PREFIX))
     names = {name.lower(): name for name in variables if _is_setting(name)}
     environment = _read_environment(names, problems)
@@ -111,7 +116,7 @@ def validate(values: Mapping[str, Any], origins: Mapping[Key, str], problems: It
 # The sources
 
 
-def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
+def _read_file(file: str, problems: list[Problem], *, had_values: bool) -> dict[str, Any]:
     if not file:
         problems.append(Problem("--config", "", "names no file"))
         return {}
@@ -120,8 +125,12 @@ def _read_file(file: str, problems: list[Problem]) -> dict[str, Any]:
     data = b""
     try:
         # At once, and not by way of pydantic-settings, which takes what is no regular file (a pipe) for an empty one.
-        data = Path(file).read_bytes()
-        return tomllib.loads(data.decode())
+        with Path(file).open("rb") as opened:
+            data = opened.read()
+            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        if data or regular or not had_values:
+            return tomllib.loads(data.decode())
+        message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
     except OSError as error:
         message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:

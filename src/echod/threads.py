@@ -1,0 +1,69 @@
+"""Threads beside the main one: no signals in them, and one error if the system refuses to start them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+class ThreadError(Exception):
+    """A thread could not be started."""
+
+
+def start(work: Callable[[], object], name: str) -> threading.Thread:
+    """Start a daemon thread that blocks all signals.
+
+    A signal that it took would not wake the main thread, which has the handlers.
+
+    Raises:
+        ThreadError: the system refused, because of a limit of processes or for want of memory.
+
+    """
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        work()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        msg = f"{error}: raise the limit of processes (ulimit -u, pids.max, TasksMax=), or free memory"
+        raise ThreadError(msg) from error
+    return thread
+
+
+def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Call a function in a thread of its own, and return the future of its result.
+
+    Unlike the threads of an executor, this one is not awaited at the end of the process.
+
+    Raises:
+        ThreadError: as `start`.
+
+    """
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(outcome: Callable[[], None]) -> None:
+        if not future.cancelled():
+            outcome()
+
+    def run() -> None:
+        try:
+            outcome = partial(future.set_result, work())
+        except Exception as error:  # noqa: BLE001  (the future raises it)
+            outcome = partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    start(run, name)
+    return future

@@ -1,0 +1,282 @@
+"""Reload: pipes that can be read only once, log files that are always reopened, and settings applied as a whole."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import PATIENCE, Daemon, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from harness import Start
+
+ONE_EACH = "[limits]\nmax_connections_per_client = 1\n"
+
+ONCE = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Return the ends of a pipe, its writing end first; the test closes that."""
+    reading, writing = os.pipe()
+    yield writing, reading
+    os.close(reading)
+
+
+def is_limited(daemon: Daemon) -> bool:
+    """Tell whether a second client of an address is closed at once, as ONE_EACH has it."""
+    with daemon.connect() as first, daemon.connect() as second:
+        for client in (first, second):
+            client.sendall(b"x")
+        assert first.recv(1) == b"x"
+        try:
+            return second.recv(1) == b""
+        except ConnectionResetError:  # the byte was not read
+            return True
+
+
+@pytest.mark.parametrize("way", ["option", "variable", "standard input"])
+def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> None:
+    """They are read at the start; a reload fails, and says why, and they stay in force."""
+    writing, reading = pipe
+    os.write(writing, ONE_EACH.encode())
+    os.close(writing)
+    file = f"/dev/fd/{reading}"
+    if way == "option":
+        daemon = start("--config", file, pass_fds=[reading])
+    elif way == "variable":
+        daemon = start(env={"ECHOD_CONFIG": file}, pass_fds=[reading])
+    else:
+        file = "/dev/stdin"
+        daemon = start("--config", file, prepare=lambda: os.dup2(reading, 0))
+    assert is_limited(daemon)
+    for count in (1, 2):
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.wait_for("reload_failed", count=count)["problems"] == [f"{file}: {ONCE}"]
+    assert is_limited(daemon)
+    assert daemon.stop() == 0
+    assert not daemon.all("reloaded")
+
+
+def test_terminal_as_settings(start: Start) -> None:
+    """What is typed at the start is gone at a reload, as the end of input is typed then."""
+    master, slave = os.openpty()
+    end = b"\x04"
+    os.write(master, ONE_EACH.encode() + end)
+    daemon = start("--config", "/dev/stdin", prepare=lambda: os.dup2(slave, 0))
+    os.write(master, end)
+    daemon.send_signal(signal.SIGHUP)
+    assert daemon.wait_for("reload_failed")["problems"] == [f"/dev/stdin: {ONCE}"]
+    assert is_limited(daemon)
+    for descriptor in (master, slave):
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "null", "file"])
+def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kind: str) -> None:
+    """What was empty at the start may be empty again, and a regular file may become empty."""
+    writing, reading = pipe
+    os.close(writing)
+    file = tmp_path / "echo.toml"
+    file.write_text(ONE_EACH)
+    path = {"pipe": f"/dev/fd/{reading}", "null": "/dev/null", "file": str(file)}[kind]
+    daemon = start("--config", path, pass_fds=[reading])
+    file.write_text("")
+    daemon.send_signal(signal.SIGHUP)
+    changed = ["limits.max_connections_per_client"] if kind == "file" else []
+    assert daemon.wait_for("reloaded")["changed"] == changed
+    assert not is_limited(daemon)
+
+
+class Logged:
+    """A daemon that logs to a file, and its file of settings."""
+
+    def __init__(self, start: Start, folder: Path) -> None:
+        self.log = folder / "log"
+        self.rotated = folder / "rotated"
+        self.config = folder / "echo.toml"
+        self.table = f'log.file = "{self.log}"\nlog.format = "json"\n'
+        self.config.write_text(self.table)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.address = sock.getsockname()
+        self.daemon = start(
+            "--config", str(self.config), "--listen", "{}:{}".format(*self.address), listen=None, read_log=False
+        )
+        self.wait_for("listening")
+
+    def wait_for(self, text: str) -> None:
+        until(lambda: self.log.exists() and text in self.log.read_text())
+
+    def rotate(self) -> None:
+        """Do as logrotate does."""
+        self.log.rename(self.rotated)
+        self.daemon.send_signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "limits.backlog = 0",
+        "this is not TOML",
+        'listeners.x = {address = "127.0.0.1:0", tls = {certificate = "none", private_key = "none"}}',
+        'log.file = "/none/log"',
+        None,
+    ],
+)
+def test_log_is_reopened_whatever_fails(start: Start, tmp_path: Path, change: str | None) -> None:
+    """After a rotation every line is in the new file, even if the settings are refused."""
+    logged = Logged(start, tmp_path)
+    if change is None:
+        logged.config.unlink()
+    elif change.startswith("log.file"):
+        logged.config.write_text(change)
+    else:
+        logged.config.write_text(logged.table + change)
+    logged.rotate()
+    logged.wait_for('"reload_failed"')
+    with socket.create_connection(logged.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    assert logged.daemon.stop() == 0
+    assert '"client_closed"' in logged.log.read_text()
+    assert '"stopped"' in logged.log.read_text()
+    assert logged.rotated.read_text().splitlines()[-1].count('"listening"') == 1
+
+
+def test_log_is_reopened_while_settings_are_read(start: Start, tmp_path: Path) -> None:
+    """A rotation does not wait for settings that are slow to read."""
+    logged = Logged(start, tmp_path)
+    logged.config.unlink()
+    os.mkfifo(logged.config)
+    logged.rotate()
+    until(logged.log.exists)  # so the two signals do not become one
+    logged.rotate()
+    logged.wait_for('"reload_queued"')
+    assert logged.daemon.stop() == 0
+    assert '"stopped"' in logged.log.read_text()
+
+
+def test_log_is_reopened_during_a_stop(start: Start, tmp_path: Path) -> None:
+    """A rotation in the middle of a long drain takes effect too."""
+    logged = Logged(start, tmp_path)
+    logged.config.write_text(logged.table + "shutdown = {quiet_period = 60, drain_timeout = 60}\n")
+    logged.daemon.send_signal(signal.SIGHUP)
+    logged.wait_for('"reloaded"')
+    with socket.create_connection(logged.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        logged.daemon.send_signal()
+        logged.wait_for('"draining"')
+        logged.rotate()
+        logged.wait_for('"reload_ignored"')
+    assert logged.daemon.wait() == 0
+    assert '"drained"' in logged.log.read_text()
+
+
+def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
+    """Lines still go to the file that is open, and say why."""
+    logged = Logged(start, tmp_path)
+    logged.log.rename(logged.rotated)
+    logged.log.mkdir()
+    logged.config.write_text("limits.backlog = 0")
+    logged.daemon.send_signal(signal.SIGHUP)
+    until(lambda: '"reload_failed"' in logged.rotated.read_text())
+    assert f'"log_reopen_failed", "file": "{logged.log}", "error": "Is a directory"' in logged.rotated.read_text()
+    logged.log.rmdir()
+    logged.daemon.send_signal(signal.SIGHUP)
+    logged.wait_for('"reload_failed"')
+    assert logged.daemon.stop() == 0
+
+
+def read_until(reader: int, text: bytes) -> None:
+    """Read a pipe until a text has come."""
+    data = b""
+    while text not in data:
+        assert select.select([reader], [], [], PATIENCE)[0]
+        data += os.read(reader, 65536)
+
+
+def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
+    """A FIFO that was replaced gets the lines from then on, those of listeners too, though the reload fails."""
+    fifo, config = tmp_path / "fifo", tmp_path / "echo.toml"
+    config.write_text("")
+    daemon = start("--config", str(config))
+    readers = []
+    for text in (f'log.file = "{fifo}"\nlog.format = "json"\n', "limits.backlog = 0"):
+        fifo.unlink(missing_ok=True)
+        os.mkfifo(fifo)
+        readers.append(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK))
+        config.write_text(text)
+        daemon.send_signal(signal.SIGHUP)
+        read_until(readers[-1], b'"reloaded"' if len(readers) == 1 else b'"reload_failed"')
+    daemon.echo(b"x")
+    read_until(readers[1], b'"client_closed"')
+    assert daemon.stop() == 0
+    assert os.read(readers[0], 65536) == b""
+    for reader in readers:
+        os.close(reader)
+
+
+FAILING_LISTEN = """
+import errno, json, os, socket, sys
+listen, refused = socket.socket.listen, 0
+def failing(self, backlog):
+    global refused
+    print(json.dumps({"event": "listen", "port": self.getsockname()[1], "backlog": backlog}), file=sys.stderr, flush=True)
+    if backlog == 77:
+        refused += 1
+        if refused == 2:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    listen(self, backlog)
+socket.socket.listen = failing
+from echod.cli import main
+sys.exit(main())
+"""
+
+
+def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
+    """If listen(2) fails for one of two listeners, the other gets its backlog back, and no setting changes."""
+    config, log = tmp_path / "echo.toml", tmp_path / "log"
+    listeners = "".join(f'[listeners.{name}]\naddress = "127.0.0.1:0"\n' for name in ("a", "b"))
+    config.write_text(f"limits.backlog = 11\n{listeners}")
+    text = f'log.file = "{log}"\nlimits = {{backlog = 77, max_connections_per_client = 1}}\n{listeners}'
+    arguments = ("--loop", loop_name, "--config", str(config))
+    with Daemon(*arguments, listen=None, module=("-c", FAILING_LISTEN)) as daemon:
+        daemon.wait_for("listening", listener="b")
+        ports = [event["port"] for event in daemon.all("listen")]
+        config.write_text(text)
+        daemon.send_signal(signal.SIGHUP)
+        problem = f"{config}: limits.backlog: cannot be set on b: Cannot allocate memory"
+        assert daemon.wait_for("reload_failed")["problems"] == [problem]
+        made = [(event["port"], event["backlog"]) for event in daemon.all("listen")]
+        in_force = {port: backlog for port, backlog in made if (port, backlog) != (ports[1], 77)}
+        assert in_force == dict.fromkeys(ports, 11)
+        assert made.count((ports[0], 77)) == 1
+        assert not log.exists()
+        assert not is_limited(daemon)
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: log.exists() and '"reloaded"' in log.read_text())
+        assert is_limited(daemon)
+        assert daemon.stop() == 0
+
+
+def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
+    """If the log file cannot be opened at last, the backlogs are as before."""
+    config, link = tmp_path / "echo.toml", tmp_path / "fifo"
+    config.write_text("limits.backlog = 11\n")
+    with Daemon("--loop", loop_name, "--config", str(config), module=("-c", FAILING_LISTEN)) as daemon:
+        os.mkfifo(link)  # only the opening finds that it has no reader
+        config.write_text(f'log.file = "{link}"\nlimits.backlog = 12\n')
+        daemon.send_signal(signal.SIGHUP)
+        problem = f"{config}: log.file: '{link}' cannot be written: No such device or address"
+        assert daemon.wait_for("reload_failed")["problems"] == [problem]
+        assert [event["backlog"] for event in daemon.all("listen")] == [11, 12, 11]
+        assert daemon.stop() == 0
