@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import structlog
 
 from echod import addresses, kernel, library
-from echod.client import Client, Entrance, Quota, Timeouts
+from echod.client import LAST_STEPS, Client, Entrance, Quota, Timeouts
 from echod.drain import Drain, DrainSettings
 from echod.faults import Fault, FaultLineSession, FaultSession
 from echod.ledger import Ledger, Receipt
@@ -222,7 +222,7 @@ class Server:
         self.settings = settings
         self._quota.limit = settings.max_connections_per_client
         for client in self._clients.values():
-            client.session.reconfigure(settings.session)
+            client.session.attempt(client.session.reconfigure, settings.session)
         for listening in self._sockets:
             if not listening.inherited:
                 listening.sock.listen(backlog)
@@ -298,6 +298,10 @@ class Server:
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
             for listening in self._sockets:
                 listening.close()
+        if self._clients:
+            await asyncio.wait(self._clients, timeout=LAST_STEPS)
+        for task in self._clients:
+            task.cancel()
         if self._clients:
             await asyncio.wait(self._clients)
         await _cancel(self._sweeper)
@@ -453,11 +457,15 @@ class Server:
                 # Of the others none can be late, and with ten thousand of them a look at each is a cost.
                 clients = [one for one in clients if one.session.paused or one.session.stage is not None]
             for client in clients:
-                reason = client.overdue(now, timeouts)
-                if reason == "stalled":
-                    client.session.abort(reason)
-                elif reason is not None:
-                    client.session.finish(reason)
+                client.session.attempt(_close_if_overdue, client, now, timeouts)
+
+
+def _close_if_overdue(client: Client, now: float, timeouts: Timeouts) -> None:
+    reason = client.overdue(now, timeouts)
+    if reason == "stalled":
+        client.session.abort(reason)
+    elif reason is not None:
+        client.session.finish(reason)
 
 
 if sys.version_info >= (3, 12):
