@@ -142,6 +142,10 @@ class Client:
         try:
             try:
                 await self._join(entrance, quota)
+            except asyncio.CancelledError:
+                # The loop has closed what it made of the socket. uvloop does not report that.
+                self.session.refuse("aborted", "")
+            try:
                 await self.session.ended
             except asyncio.CancelledError:
                 await self._reset()
@@ -155,13 +159,10 @@ class Client:
         if session.delivery is None:
             # The task is cancelled, and with it the future that it was waiting for.
             session.ended = asyncio.get_running_loop().create_future()
-            if session.transport is None:
-                session.refuse("aborted", "")
-            else:
-                session.abort("aborted")
-                await asyncio.wait([session.ended], timeout=LAST_STEPS)
-                if not session.ended.done():
-                    session.abandon()
+            session.abort("aborted")
+            await asyncio.wait([session.ended], timeout=LAST_STEPS)
+            if not session.ended.done():
+                session.abandon()
             await session.ended
 
     @property

@@ -209,7 +209,9 @@ class EchoSession(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the final counts, while the socket is still open, and report the end."""
+        """Take the final counts, while the socket is still open, and report the end. Idempotent."""
+        if self.delivery is not None:
+            return
         try:
             if exc is not None:
                 self._blame(exc)
@@ -419,9 +421,8 @@ class EchoSession(asyncio.Protocol):
             if not self._delivered:
                 waiting = kernel.unacknowledged(self.sock)
             self.tcp_info = kernel.tcp_info(self.sock)
-        except OSError as error:
-            cause = _describe("reading the kernel's counters", error)
-            self.detail = self.detail or f"sent and acked are estimates: {cause}"
+        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
+            self.detail = self.detail or f"sent and acked are estimates: {error}"
         if self.tcp_info is None:  # a unix socket, or no Linux
             sent = written - max(self.unsent(), self._dropped)
             # Who resets such a connection may have left anything unread, and the kernel has forgotten how much.
