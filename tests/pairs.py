@@ -39,7 +39,17 @@ class Pair:
             self.client.connect(listening.getsockname())
             self.sock, _ = listening.accept()
         self.sock.setblocking(False)
+        self.session: EchoSession
+        self.renew()
+
+    def renew(self) -> None:
+        """Make a session of the socket."""
         self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
+
+    def break_off(self, error: OSError) -> None:
+        """Have the transport fail as if a system call of its had failed."""
+        transport: Any = self.session.transport
+        transport._force_close(error)
 
     def life(self) -> Client:
         return Client(self.sock, ("127.0.0.1", 1), 0, lambda _, __: self.session)

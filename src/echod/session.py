@@ -215,7 +215,7 @@ class EchoSession(asyncio.Protocol):
         try:
             if exc is not None:
                 self._blame(exc)
-            self._settle()
+            self._settle(broken=exc is not None or self._lost)
             if self.reason == "io_error" and exc is not None:
                 self._explain(exc)
         except Exception as error:  # noqa: BLE001  (`ended` has to be done, and holds it)
@@ -414,7 +414,7 @@ class EchoSession(asyncio.Protocol):
         # Without TCP_INFO, what asyncio's transport had not sent is not known.
         self.detail = _describe(call if self.tcp_info is not None else "read or write", error)
 
-    def _settle(self) -> None:
+    def _settle(self, *, broken: bool) -> None:
         written = self.written if self.tls_layer is None else self.tls_layer.written
         waiting = 0 if self._delivered else written
         try:
@@ -425,8 +425,9 @@ class EchoSession(asyncio.Protocol):
             self.detail = self.detail or f"sent and acked are estimates: {error}"
         if self.tcp_info is None:  # a unix socket, or no Linux
             sent = written - max(self.unsent(), self._dropped)
-            # Who resets such a connection may have left anything unread, and the kernel has forgotten how much.
-            acked = 0 if self._lost else max(0, sent - waiting)
+            # A client that resets may have left anything unread, and the kernel has forgotten how much. asyncio's
+            # transport has forgotten too how much it had not sent.
+            acked = 0 if broken else max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
             sent = self.tcp_info.acked + waiting - self._fin_sent
