@@ -468,3 +468,69 @@ def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: p
             pair.client.recv(1)
 
     in_loop(scene)
+
+
+def patched(patch: str) -> tuple[str, ...]:
+    """Return what runs the command with something of it replaced."""
+    return ("-c", f"import asyncio, sys\nfrom echod import cli, daemon, drain\n{patch}\nsys.exit(cli.main())")
+
+
+ONE_DRAIN_FAILS = """
+run = drain.Drain.run
+drains = []
+async def fail_once(self):
+    drains.append(self)
+    if len(drains) == 1:
+        raise ArithmeticError
+    return await run(self)
+drain.Drain.run = fail_once
+"""
+
+ADMIN_HANGS = """
+from echod import admin
+async def hang(self):
+    await asyncio.Event().wait()
+admin.Admin.close = hang
+daemon._ADMIN_CLOSE = 0.01
+"""
+
+
+def test_stop_isolates_listeners(start: Start) -> None:
+    """One listener's stop fails: the others drain as usual, and the exit code tells."""
+    listeners = ("--listeners.one.address", "127.0.0.1:0", "--listeners.two.address", "127.0.0.1:0")
+    daemon = start(*listeners, *UNHURRIED, listen=None, module=patched(ONE_DRAIN_FAILS))
+    host, _, port = daemon.wait_for("listening", listener="two")["address"].rpartition(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as client:
+        daemon.send_signal()
+        daemon.wait_for("draining")
+        client.sendall(b"still served")
+        assert receive(client, 12) == b"still served"
+    assert daemon.wait() == 1
+    assert "ArithmeticError" in daemon.wait_for("stop_failed", listener="one")["exception"]
+    assert (daemon.receipt()["completed"], daemon.events[-1]["event"]) == (1, "stopped")
+
+
+def test_stop_outlasts_the_admin_listener(start: Start) -> None:
+    """The admin listener does not close: the stop ends all the same."""
+    daemon = start("--admin.address", "127.0.0.1:0", module=patched(ADMIN_HANGS))
+    assert daemon.stop() == 1
+    assert "TimeoutError" in daemon.wait_for("stop_failed", listener="admin")["exception"]
+    assert daemon.events[-1]["event"] == "stopped"
+
+
+def test_failure_after_the_end(start: Start) -> None:
+    """An exception that the loop reports for a client whose end is in the ledger already is logged by itself."""
+    patch = """
+from echod import session
+lost = session.EchoSession.connection_lost
+def fail(self, exc):
+    lost(self, exc)
+    context = {"message": "late", "exception": ArithmeticError(), "protocol": self}
+    asyncio.get_running_loop().call_exception_handler(context)
+session.EchoSession.connection_lost = fail
+"""
+    daemon = start(module=patched(patch))
+    daemon.echo(b"x")
+    assert "ArithmeticError" in daemon.wait_for("loop_error", message="late")["exception"]
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+    assert daemon.stop() == 0

@@ -568,6 +568,18 @@ def test_connections_that_are_gone(loop_name: str) -> None:
     serving(loop_name, scene)
 
 
+def test_connections_that_are_always_gone(loop_name: str) -> None:
+    """If accept(2) never succeeds, a stop gives up the backlog at the end of the drain."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        listening.gone = sys.maxsize
+        with socket.create_connection(listening.getsockname()):
+            assert (await server.shutdown()).clients == 0
+        assert listening.fileno() == -1
+
+    serving(loop_name, scene)
+
+
 def test_more_than_one_wake_up_takes(loop_name: str) -> None:
     """Who is left over when a wake-up has accepted its measure is for the next one."""
 

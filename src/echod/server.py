@@ -391,6 +391,7 @@ class Server:
         these clients have been let in by the kernel already. An inherited socket is only let go of: who holds it too
         keeps its backlog for the next process.
         """
+        gone = 0
         while self._sockets:
             listening = self._sockets[-1]
             try:
@@ -400,7 +401,9 @@ class Server:
             except BlockingIOError:
                 pass
             except OSError as error:
-                if error.errno in _GONE:
+                # Bounded, as a system call filter's EPERM concerns every connection, and leaves it in the queue.
+                if error.errno in _GONE and gone < _BATCH:
+                    gone += 1
                     continue
                 # Want of descriptors is told of before the queue is looked at: nobody may be in it.
                 if kernel.waiting_connections(listening.sock):
