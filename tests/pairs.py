@@ -26,7 +26,7 @@ class Pair:
     """A session on one end of a TCP connection, and a blocking socket on the other.
 
     Args:
-        receive_buffer: of the client, bytes: set before it connects, as the kernel drops what a window of before lets in.
+        receive_buffer: of the client, bytes. It is set before the client connects, as a larger window is never taken back.
 
     """
 

@@ -1,4 +1,4 @@
-"""The reason of an end is true: `eof` means that the client got all of its echo, and a failed call is not the network's."""
+"""The reason of an end is true: `eof` means that the client got all of its echo, and `io_error` that a call failed here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_close_after_close_notify(start: Start, certificates: Certificates, vers
 
 
 def test_close_without_a_byte(start: Start, certificates: Certificates) -> None:
-    """A client that closes behind its handshake, with our session tickets unread, has ended well too."""
+    """A client that closes after its handshake, with our session tickets unread, has ended well too."""
     daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
     client = certificates.join(daemon)
     with contextlib.closing(client):
@@ -100,8 +100,8 @@ def test_close_while_echo_is_held_back(start: Start, certificates: Certificates)
     assert (line["reason"], line["received"], line["acked"]) == ("reset", 8, 4)
 
 
-def test_reset_with_echo_held_back(in_loop: InLoop) -> None:
-    """What a fault holds back at the client's reset is echo that it did not get."""
+def test_end_with_echo_held_back(in_loop: InLoop) -> None:
+    """A client that closes has not got the echo that a fault still holds back."""
 
     async def scene(pair: Pair) -> None:
         pair.session = FaultSession(
@@ -207,7 +207,7 @@ def injected(daemon: Daemon, *injections: str) -> Iterator[None]:
 
 
 def test_write_fails(start: Start) -> None:
-    """A client whose echo cannot be sent is reset, as FIN behind a part would look complete; the reason names the call."""
+    """Reset a client whose echo cannot be sent, as FIN would make a part look complete. The detail names the call."""
     daemon = start(*UNHURRIED)
     with daemon.connect() as client, daemon.connect() as other:
         client.sendall(b"hello")
@@ -269,7 +269,7 @@ def test_write_fails_behind_the_end(in_loop: InLoop, reason: str, family: str) -
     ],
 )
 def test_errors_of_the_host_and_of_the_network(in_loop: InLoop, error: OSError, reason: str, detail: str) -> None:
-    """What the network does to a connection is `reset`; what this host fails to do is `io_error`."""
+    """An error of the network is `reset`; an error of this host is `io_error`."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()

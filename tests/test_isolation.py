@@ -236,7 +236,7 @@ def test_failure_in_a_step_of_its_own(in_loop: InLoop, monkeypatch: pytest.Monke
 
 
 def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does one in the timer that sends what a fault held back."""
+    """So does one in the timer that sends held echo."""
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -317,7 +317,7 @@ def test_drain_isolates_clients(in_loop: InLoop, settings: DrainSettings | None,
 def serve(
     loop_name: str, scene: Callable[[Server, list[Entry]], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> list[MutableMapping[str, Any]]:
-    """Run a scene with a server whose first client fails at each step; return what was logged."""
+    """Run a scene with a server whose first client fails at each step; return the logged events."""
     made = itertools.count()
 
     def new_session(_: Server, __: Client, sock: socket.socket) -> EchoSession:
@@ -471,7 +471,7 @@ def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: p
 
 
 def patched(patch: str) -> tuple[str, ...]:
-    """Return what runs the command with something of it replaced."""
+    """Return the interpreter's arguments that run the command with a part of it replaced."""
     return ("-c", f"import asyncio, sys\nfrom echod import cli, daemon, drain\n{patch}\nsys.exit(cli.main())")
 
 

@@ -143,7 +143,7 @@ class Client:
             try:
                 await self._join(entrance, quota)
             except asyncio.CancelledError:
-                # The loop has closed what it made of the socket. uvloop does not report that.
+                # The loop has closed the transport that it had made. uvloop does not report that.
                 self.session.refuse("aborted", "")
             try:
                 await self.session.ended

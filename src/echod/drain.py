@@ -103,7 +103,7 @@ class Drain:
         if session.heard != heard or session.paused or session.undelivered():
             self._silence[client] = (session.heard, now)
         elif now - since >= self._settings.quiet_period:
-            # After a stall of this process, what is waiting to be read is the proof that the client was not silent.
+            # After a stall of this process, unread input proves that the client was not silent.
             if session.unread():
                 self._silence[client] = (heard, now)
             else:

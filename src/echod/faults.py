@@ -23,8 +23,8 @@ Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", 
 # Those that spoil one message; after each of the others there is no echo any more.
 _SPOILING = frozenset({"corrupt", "duplicate", "truncate"})
 
-# Ends of the server's own choice: what is held back then goes out at once, as loss is worse than haste. After "tls"
-# nothing can be sent any more.
+# Reasons that release all held echo at once. The server does not wait for it any longer, and after "tls" it can send
+# nothing more.
 _HASTY: frozenset[Reason] = frozenset({"idle", "quiet", "cut", "tls"})
 
 # What a rate lets through at once after a silence, in seconds of it; without a slice, that is also its longest piece.

@@ -74,7 +74,7 @@ class Receipt:
     aborted: int
     """Closed or reset with echo that they did not take."""
     failed: int
-    """Closed for what they did, or because a system call or this program failed."""
+    """Closed for a violation of the protocol or a limit, by a fault profile, or because a call or this program failed."""
     unsent_bytes: int
     """Received, never taken by the kernel for sending."""
     unacked_bytes: int

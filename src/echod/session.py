@@ -42,8 +42,8 @@ Stage = Literal["proxy_header", "handshake"]
 # Ends for which a client is not to blame.
 _NO_FAULTS = frozenset({"eof", "idle", "quiet", "cut"})
 
-# Errors of a connected socket that report the network or the peer: RST, timeouts, and what ICMP messages become
-# (tcp(7), ip(7)). All others report this host.
+# Errors of a connected socket that report the network or the peer: RST, timeouts and the errors of ICMP messages
+# (tcp(7), ip(7)). All other errors report this host.
 _NETWORK_ERRORS = frozenset(
     {
         errno.ECONNRESET,
@@ -411,7 +411,7 @@ class EchoSession(asyncio.Protocol):
         assert isinstance(error, OSError)
         assert self.delivery is not None
         call = "write" if self.delivery.sent < self.written else "read"
-        # Without TCP_INFO, what asyncio's transport had not sent is not known.
+        # Without TCP_INFO it is not known whether asyncio's transport had unsent echo.
         self.detail = _describe(call if self.tcp_info is not None else "read or write", error)
 
     def _settle(self, *, broken: bool) -> None:
