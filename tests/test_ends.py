@@ -1,4 +1,4 @@
-"""The reason of an end is true: `eof` means that the client got all of its echo, and `io_error` that a call failed here."""
+"""The reason of an end is true: `eof` means all echo was acknowledged, and `io_error` that a call failed on this host."""
 
 from __future__ import annotations
 
