@@ -534,3 +534,31 @@ session.EchoSession.connection_lost = fail
     assert "ArithmeticError" in daemon.wait_for("loop_error", message="late")["exception"]
     assert daemon.wait_for("client_closed")["reason"] == "eof"
     assert daemon.stop() == 0
+
+
+def test_cancelled_twice(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's task that is cancelled again while it waits for its transport ends at once, without noise."""
+
+    async def join(_: object, factory: Callable[[], asyncio.Protocol], __: object) -> None:
+        factory().connection_made(Deaf())
+
+    async def main() -> None:
+        errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        server = Server.listen("127.0.0.1:0")
+        server.start()
+        address = server.addresses[0]
+        with socket.create_connection((address.host, address.port)):  # type: ignore[union-attr]
+            while not server.clients:  # noqa: ASYNC110  (no event tells)
+                await asyncio.sleep(0)
+            ((task, client),) = server._clients.items()
+            while server.clients:
+                task.cancel()
+                await asyncio.sleep(0)
+            client.session.sock.close()
+        assert (await server.shutdown()).clients == 0
+        assert (task.cancelled(), errors) == (True, [])
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        monkeypatch.setattr(type(runner.get_loop()), "connect_accepted_socket", join)
+        runner.run(main())
