@@ -15,11 +15,13 @@ from certificates import Certificates
 from echod import cli
 from echod.signals import HANDLED
 from harness import Daemon, clean_environment
+from pairs import runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from harness import Command, Start
+    from pairs import InLoop
 
 pytest_plugins = ["pytester"]
 
@@ -48,6 +50,12 @@ def start(loop_name: str) -> Iterator[Start]:
     yield start
     for daemon in daemons:
         daemon.end()
+
+
+@pytest.fixture
+def in_loop(loop_name: str) -> InLoop:
+    """Return a function that runs a scene in the loop under test, with no exception left to its handler."""
+    return runner(loop_name)
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from echod.session import EchoSession, Reason, Stage
 
 
+# Seconds that a client's last steps may take after it was told to end: its transport only has to report the end.
+LAST_STEPS = 1.0
+
+
 def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     """Register an accepted socket with asyncio's selector, before it has a transport.
 
@@ -147,7 +151,7 @@ class Client:
         return self.header.source if self.header is not None else None
 
     async def run(self, entrance: Entrance, quota: Quota) -> None:
-        """Serve the client until its connection is closed.
+        """Serve the client until its connection is closed. Cancelling it resets the client.
 
         Raises:
             Exception: whatever failed in the session, save what the network did.
@@ -161,11 +165,15 @@ class Client:
             self._refuse("client_limit", "")
             return
         try:
-            await self._join(entrance, quota)
+            try:
+                await self._join(entrance, quota)
+            except asyncio.CancelledError:
+                # The loop has closed the transport that it had made. uvloop does not report that.
+                self.session.refuse("aborted", "")
             try:
                 await self.session.ended
             except asyncio.CancelledError:
-                await self._end_with_the_loop()
+                await self._reset()
         finally:
             if self._entered:
                 quota.leave(self._counted)
@@ -174,12 +182,16 @@ class Client:
         unwatch(asyncio.get_running_loop(), self.session.sock)
         self.session.refuse(reason, detail)
 
-    async def _end_with_the_loop(self) -> None:
-        """Reset the client: the loop ends, and has cancelled all tasks, and with this one what it was waiting for."""
+    async def _reset(self) -> None:
+        """Reset the client, and report its end even if the transport does not."""
         session = self.session
         if session.delivery is None:
+            # The task is cancelled, and with it the future that it was waiting for.
             session.ended = asyncio.get_running_loop().create_future()
             session.abort("aborted")
+            await asyncio.wait([session.ended], timeout=LAST_STEPS)
+            if not session.ended.done():
+                session.abandon()
             await session.ended
 
     @property
@@ -203,24 +215,24 @@ class Client:
         session = self.session
         following: EchoSession | TlsLayer = session
         stage: Stage | None = None
-        if entrance.tls is not None:
-            following = TlsLayer(session, entrance.tls)
-            stage = "handshake"
-        front: EchoSession | TlsLayer | HeaderReader = following
-        if entrance.proxy_trusted is not None:
-            front = HeaderReader(session, following, partial(self._identify, quota))
-            stage = "proxy_header"
-        session.stage = stage
         loop = asyncio.get_running_loop()
         try:
+            if entrance.tls is not None:
+                following = TlsLayer(session, entrance.tls)
+                stage = "handshake"
+            front: EchoSession | TlsLayer | HeaderReader = following
+            if entrance.proxy_trusted is not None:
+                front = HeaderReader(session, following, partial(self._identify, quota))
+                stage = "proxy_header"
+            session.stage = stage
             await loop.connect_accepted_socket(lambda: front, session.sock)
-        except OSError as error:  # reset before its turn came, where the kernel tells so here
+        except Exception as error:  # noqa: BLE001  (the session reports it; a reset is one that arrived too early)
             unwatch(loop, session.sock)
             session.connection_lost(error)
             session.sock.close()
         else:
             if stage is None:
-                session.begin()
+                session.attempt(session.begin)
 
     def _is_trusted(self, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
         # Who may connect to a unix socket is for its file's permissions to say.

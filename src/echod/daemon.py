@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from echod.status import Subject
     from echod.systemd import Manager
 
+# Seconds that the admin listener may take to close.
+_ADMIN_CLOSE = 5.0
+
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
 
@@ -168,15 +171,33 @@ class _Daemon:
         servers = self._servers.values()
         clients = sum(server.begin_stop() for server in servers)
         self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
-        receipts = await asyncio.gather(*(server.shutdown() for server in servers))
-        receipt = asdict(Receipt.total(receipts))
+        failures = await self._shut_down()
+        signals.detach(loop)
+        return self._code or int(bool(failures))
+
+    async def _shut_down(self) -> dict[str, BaseException]:
+        """Stop all listeners side by side, log the receipt and the totals; return the listeners that failed."""
+        outcomes = dict(
+            zip(
+                self._servers,
+                await asyncio.gather(*(server.shutdown() for server in self._servers.values()), return_exceptions=True),
+                strict=True,
+            )
+        )
+        failures = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, BaseException)}
+        receipt = asdict(Receipt.total(outcome for outcome in outcomes.values() if isinstance(outcome, Receipt)))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
         if self._admin is not None:
-            await self._admin.close()
+            try:
+                async with asyncio.timeout(_ADMIN_CLOSE):
+                    await self._admin.close()
+            except Exception as error:  # noqa: BLE001  (it is logged)
+                failures["admin"] = error
+        for name, failure in failures.items():
+            self._logger.error("stop_failed", listener=name, exc_info=failure)
         self._logger.info("stopped", **self._totals())
-        signals.detach(loop)
-        return self._code
+        return failures
 
     @property
     def _logger(self) -> FilteringBoundLogger:
@@ -196,7 +217,7 @@ class _Daemon:
         protocol, error = context.get("protocol"), context.get("exception")
         # What stands between a transport and its session knows the session.
         session = getattr(protocol, "session", protocol)
-        if isinstance(session, EchoSession) and isinstance(error, Exception):
+        if isinstance(session, EchoSession) and isinstance(error, Exception) and not session.ended.done():
             session.fail(error)  # it comes out of the client's task, and is logged there
         else:
             self._logger.error("loop_error", message=context["message"], exc_info=error)

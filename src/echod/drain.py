@@ -83,31 +83,34 @@ class Drain:
             await self._wait_until(min(next_look, cut))
         if not self._hurried:
             for client in self._clients:
-                client.session.finish("cut")
+                client.session.attempt(client.session.finish, "cut")
         end = cut + self._settings.linger_timeout
         while self._clients and not self._hurried and self._clock.time() < end:
             await self._wait_until(min(end, self._clock.time() + tick))
         for client in self._clients:
             if self._hurried:
-                client.session.abort("aborted")
+                client.session.attempt(client.session.abort, "aborted")
             else:
-                client.session.end()
+                client.session.attempt(client.session.end)
         return self._emptied
 
     def _dismiss_quiet(self, now: float) -> None:
         for client in self._clients:
-            session = client.session
-            if session.reason is not None:
-                continue
-            heard, since = self._silence.get(client, (-1, now))
-            if session.heard != heard or session.paused or session.undelivered():
-                self._silence[client] = (session.heard, now)
-            elif now - since >= self._settings.quiet_period:
-                # After a pause of this process, unread input is the proof that the client was not silent.
-                if session.unread():
-                    self._silence[client] = (heard, now)
-                else:
-                    session.finish("quiet")
+            client.session.attempt(self._dismiss_if_quiet, client, now)
+
+    def _dismiss_if_quiet(self, client: Client, now: float) -> None:
+        session = client.session
+        if session.reason is not None:
+            return
+        heard, since = self._silence.get(client, (-1, now))
+        if session.heard != heard or session.paused or session.undelivered():
+            self._silence[client] = (session.heard, now)
+        elif now - since >= self._settings.quiet_period:
+            # After a stall of this process, unread input proves that the client was not silent.
+            if session.unread():
+                self._silence[client] = (heard, now)
+            else:
+                session.finish("quiet")
 
     async def _wait_until(self, when: float) -> None:
         seconds = max(0.0, when - self._clock.time())

@@ -23,8 +23,9 @@ Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", 
 # Those that spoil one message; after each of the others there is no echo any more.
 _SPOILING = frozenset({"corrupt", "duplicate", "truncate"})
 
-# Ends of the server's own choice: what is held back then goes out at once, as loss is worse than haste.
-_HASTY: frozenset[Reason] = frozenset({"idle", "quiet", "cut"})
+# Reasons that release all held echo at once. The server does not wait for it any longer, and after "tls" it can send
+# nothing more.
+_HASTY: frozenset[Reason] = frozenset({"idle", "quiet", "cut", "tls"})
 
 # What a rate lets through at once after a silence, in seconds of it; without a slice, that is also its longest piece.
 _BURST = 0.02
@@ -214,9 +215,9 @@ class FaultSession(EchoSession):
             if timer is not None:
                 timer.cancel()
         self._pump_timer = self._alarm = None
+        super().connection_lost(exc)
         self._queue.clear()
         self._held = 0
-        super().connection_lost(exc)
 
     # What the client's life calls
 
@@ -224,7 +225,7 @@ class FaultSession(EchoSession):
         """Count the seconds from now on."""
         super().begin()
         if self._fault.after_seconds is not None and self.reason is None:
-            self._alarm = self._loop.call_later(self._fault.after_seconds, self._on_time)
+            self._alarm = self._loop.call_later(self._fault.after_seconds, self.attempt, self._on_time)
 
     def finish(self, reason: Reason) -> None:
         """Begin the close that loses nothing, or hurry one that has begun and holds echo back.
@@ -250,6 +251,11 @@ class FaultSession(EchoSession):
     def written(self) -> int:
         """How many bytes were given to the transport so far."""
         return self._written
+
+    @property
+    def owed(self) -> int:
+        """Return how many bytes of echo the client has to get in all, those still held back included."""
+        return self._written + self._held
 
     def undelivered(self) -> int:
         """Return the number of bytes held back, or written and not yet acknowledged, a FIN counting as one."""
@@ -330,16 +336,16 @@ class FaultSession(EchoSession):
             case "stall":
                 self._stalled = True
                 self._gate()
-                self._alarm = self._loop.call_later(_WATCH, self._watch)
+                self._alarm = self._loop.call_later(_WATCH, self.attempt, self._watch)
             case _:
                 pass  # blackhole
 
     def _watch(self) -> None:
         """Notice the client's reset, which the transport of a session that neither reads nor writes does not."""
         if kernel.is_reset(self.sock):
-            self.abort("reset")
+            self.lose()
         else:
-            self._alarm = self._loop.call_later(_WATCH, self._watch)
+            self._alarm = self._loop.call_later(_WATCH, self.attempt, self._watch)
 
     def _send_fin(self) -> None:
         if self.reason is None:
@@ -348,9 +354,9 @@ class FaultSession(EchoSession):
             super()._send_fin()
 
     def _half_close(self) -> None:
-        """Send FIN, and go on reading, which will show if the client has reset the connection first."""
-        self._shut_down()
-        self._gate()
+        """Send FIN, and go on reading."""
+        if self._shut_down():
+            self._gate()
 
     # Holding echo back
 
@@ -378,9 +384,9 @@ class FaultSession(EchoSession):
             return
         _, at = self._next()
         if at - self._loop.time() < _PRECISION:
-            self._pump_timer = self._loop.call_soon(self._pump)
+            self._pump_timer = self._loop.call_soon(self.attempt, self._pump)
         else:
-            self._pump_timer = self._loop.call_at(at, self._pump)
+            self._pump_timer = self._loop.call_at(at, self.attempt, self._pump)
 
     def _next(self) -> tuple[int, float]:
         """Return the size of the next piece, and its time: with a rate, when the last of its bytes would have come."""
@@ -436,6 +442,9 @@ class FaultSession(EchoSession):
             self._write(data)
 
     def _write(self, data: bytes) -> None:
+        """Write, unless an earlier write of the same iteration has failed: asyncio logs each further one."""
+        if self._connected.is_closing():
+            return
         self._written += len(data)
         self._connected.write(data)
         if len(data) > self._large:

@@ -19,7 +19,7 @@ Choice = Literal["all", "nonempty", "failed", "none"]
 _GOOD_ENDS = frozenset({"eof", "quiet", "info"})
 
 # Ends that tell of more than their bytes do.
-_TELLING_ENDS = frozenset({"failed", "info", "handshake", "tls", "proxy_header", "client_limit"})
+_TELLING_ENDS = frozenset({"failed", "io_error", "info", "handshake", "tls", "proxy_header", "client_limit"})
 
 
 @dataclass(slots=True)
@@ -75,9 +75,9 @@ class Receipt:
     cut: int
     """Still at work at the deadline, and closed then, after all they had sent by then was echoed."""
     aborted: int
-    """Reset, because they did not take their echo."""
+    """Closed or reset with echo that they did not take."""
     failed: int
-    """Closed for what they did, or by an exception."""
+    """Closed for a violation of the protocol or a limit, by a fault profile, or because a call or this program failed."""
     unsent_bytes: int
     """Received, never taken by the kernel for sending."""
     unacked_bytes: int
@@ -118,6 +118,7 @@ class Receipt:
 
 _OUTCOMES: Mapping[Reason, str] = {
     "eof": "completed",
+    "undelivered": "aborted",
     "reset": "completed",
     "idle": "quiet",
     "info": "completed",
@@ -131,6 +132,7 @@ _OUTCOMES: Mapping[Reason, str] = {
     "stalled": "aborted",
     "aborted": "aborted",
     "fault": "failed",
+    "io_error": "failed",
     "failed": "failed",
 }
 
@@ -149,7 +151,7 @@ class Entry(NamedTuple):
     discarded_bytes: int
     reason: Reason
     detail: str | None
-    """What was wrong, where a client is to blame."""
+    """What was wrong, if the client or a system call is to blame."""
     fault: str | None
     """The profile that was set off, however the connection then ended."""
     tls: str | None

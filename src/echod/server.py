@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import structlog
 
 from echod import addresses, kernel, library
-from echod.client import Client, Entrance, Quota, Timeouts, unwatch, watch
+from echod.client import LAST_STEPS, Client, Entrance, Quota, Timeouts, unwatch, watch
 from echod.clock import Clock
 from echod.drain import Drain, DrainSettings
 from echod.faults import Fault, FaultLineSession, FaultSession
@@ -236,7 +236,7 @@ class Server:
         self.settings = settings
         self._quota.limit = settings.max_connections_per_client
         for client in self._clients.values():
-            client.session.reconfigure(settings.session)
+            client.session.attempt(client.session.reconfigure, settings.session)
         self._room.set()
 
     @property
@@ -318,6 +318,10 @@ class Server:
             if waiting := self._waiting():
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
             self._close_sockets()
+        if self._clients:
+            await asyncio.wait(self._clients, timeout=LAST_STEPS)
+        for task in self._clients:
+            task.cancel()
         if self._clients:
             await asyncio.wait(self._clients)
         await _cancel(self._sweeper)
@@ -434,6 +438,7 @@ class Server:
         these clients have been let in by the kernel already. An inherited socket is only let go of: who holds it too
         keeps its backlog for the next process.
         """
+        gone = 0
         while self._sockets:
             listening = self._sockets[-1]
             try:
@@ -443,7 +448,9 @@ class Server:
             except BlockingIOError:
                 pass
             except OSError as error:
-                if self._concerns_one_connection(error):
+                # Bounded, as a system call filter's EPERM concerns every connection, and leaves it in the queue.
+                if gone < _BATCH and self._concerns_one_connection(error):
+                    gone += 1
                     continue
                 # Without descriptors accept(2) fails before it looks at the queue, which may be empty.
                 if self._unwatched is not None or kernel.waiting_connections(listening.sock):
@@ -515,11 +522,15 @@ class Server:
                 # Of the others none can be late, and with ten thousand of them a look at each is a cost.
                 clients = [one for one in clients if one.session.paused or one.session.stage is not None]
             for client in clients:
-                reason = client.overdue(now, timeouts)
-                if reason == "stalled":
-                    client.session.abort(reason)
-                elif reason is not None:
-                    client.session.finish(reason)
+                client.session.attempt(_close_if_overdue, client, now, timeouts)
+
+
+def _close_if_overdue(client: Client, now: float, timeouts: Timeouts) -> None:
+    reason = client.overdue(now, timeouts)
+    if reason == "stalled":
+        client.session.abort(reason)
+    elif reason is not None:
+        client.session.finish(reason)
 
 
 if sys.version_info >= (3, 12):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import socket
 import ssl
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
@@ -11,12 +13,14 @@ from echod import kernel
 from echod.clock import Clock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
     from echod.tls_layer import TlsFacts, TlsLayer
 
 Reason = Literal[
     "eof",
+    "undelivered",
     "reset",
     "idle",
     "stalled",
@@ -30,6 +34,7 @@ Reason = Literal[
     "cut",
     "aborted",
     "fault",
+    "io_error",
     "failed",
 ]
 
@@ -37,6 +42,29 @@ Stage = Literal["proxy_header", "handshake"]
 
 # Ends for which a client is not to blame.
 _NO_FAULTS = frozenset({"eof", "idle", "quiet", "cut"})
+
+# Errors of a connected socket that report the network or the peer: RST, timeouts and the errors of ICMP messages
+# (tcp(7), ip(7)). All other errors report this host.
+_NETWORK_ERRORS = frozenset(
+    {
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EPIPE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EMSGSIZE,
+        errno.EACCES,
+    }
+)
 
 # The poll of a lingering connection: the kernel has no event for "all is acknowledged".
 _FIRST_POLL = 0.002
@@ -78,7 +106,9 @@ class EchoSession(asyncio.Protocol):
     - `abort`: RST at once.
     - the client resets the connection.
 
-    `ended` is done when the connection is closed; it holds an exception when that was no fault of the network's.
+    `ended` is done when the connection is closed, whatever fails on the way. It holds an exception if a defect ended it.
+
+    Every step that no transport calls goes through `attempt`: timers, and each client's turn in a loop over clients.
 
     Before the first byte of the client's own, a connection may have a PROXY header and a TLS handshake to come: its
     `stage`. The session has its transport already then, and can be ended in each of these ways.
@@ -89,6 +119,7 @@ class EchoSession(asyncio.Protocol):
         "_dropped",
         "_fin_sent",
         "_large",
+        "_lost",
         "delivery",
         "detail",
         "discarded",
@@ -114,6 +145,7 @@ class EchoSession(asyncio.Protocol):
         self._large = settings.write_buffer
         self._fin_sent = False
         self._delivered = False
+        self._lost = False
         self._dropped = 0
         self.ended = ended
         self.transport: asyncio.Transport | None = None
@@ -145,10 +177,8 @@ class EchoSession(asyncio.Protocol):
         transport.set_write_buffer_limits(high=self.settings.write_buffer)
         if (reason := self.reason) is not None:
             self.reason = None
-            if reason == "aborted":
-                self.abort(reason)
-            else:
-                self.finish(reason)
+            # asyncio and uvloop let an exception of this method leave the connection open and unread.
+            self.attempt(self.abort if reason in {"aborted", "failed"} else self.finish, reason)
 
     def data_received(self, data: bytes) -> None:
         """Echo. This method and the transport under it are all that a message costs."""
@@ -171,7 +201,7 @@ class EchoSession(asyncio.Protocol):
             self._connected.resume_reading()
         else:
             # Not now: asyncio's transport, which is calling, would report the end twice if it were closed here.
-            self.ended.get_loop().call_soon(self._send_fin)
+            self.ended.get_loop().call_soon(self.attempt, self._send_fin)
 
     def eof_received(self) -> bool:
         """Go on writing to a client that has closed its own direction."""
@@ -180,16 +210,21 @@ class EchoSession(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the final counts, while the socket is still open, and report the end."""
-        # An error of OpenSSL's is an OSError too, and is no fault of the network's.
-        if isinstance(exc, OSError) and not isinstance(exc, ssl.SSLError):
-            if self.reason in {None, "eof"}:
-                self.reason = "reset"
-        elif exc is not None:
-            self.reason, self.failure = "failed", exc
-        self._settle()
+        """Take the final counts, while the socket is still open, and report the end. Idempotent."""
+        if self.delivery is not None:
+            return
+        try:
+            if exc is not None:
+                self._blame(exc)
+            self._settle(broken=exc is not None or self._lost)
+            if self.reason == "io_error" and exc is not None:
+                self._explain(exc)
+        except Exception as error:  # noqa: BLE001  (`ended` has to be done, and holds it)
+            self.reason, self.failure = "failed", error
+            self.delivery = Delivery(self.received, 0, 0, self.discarded)
+        self.tls_layer = None  # a reference cycle otherwise
         self.transport = None
-        if self.ended.cancelled():  # by the end of the loop
+        if self.ended.done():  # cancelled at the end of the loop
             return
         if self.failure is not None:
             self.ended.set_exception(self.failure)
@@ -197,6 +232,13 @@ class EchoSession(asyncio.Protocol):
             self.ended.set_result(None)
 
     # What the client's life calls
+
+    def attempt(self, step: Callable[..., object], *arguments: object) -> None:
+        """Run one step for this client. If it raises, reset the client and let `ended` hold the exception."""
+        try:
+            step(*arguments)
+        except Exception as error:  # noqa: BLE001  (it comes out of the client's task)
+            self.fail(error)
 
     def reconfigure(self, settings: SessionSettings) -> None:
         """Go by other settings from now on."""
@@ -232,7 +274,7 @@ class EchoSession(asyncio.Protocol):
         if self._connected.get_write_buffer_size():
             self._connected.set_write_buffer_limits(high=0)  # resume_writing goes on from here
         else:
-            self._send_fin()
+            self.attempt(self._send_fin)
 
     def abort(self, reason: Reason) -> None:
         """Reset the connection now; what the client has not got is lost, and counted."""
@@ -242,8 +284,21 @@ class EchoSession(asyncio.Protocol):
         if self.transport is None:
             return  # connection_made goes on from here
         self._dropped = self.unsent()  # asyncio's transport will have emptied its buffer when it reports the end
-        kernel.reset_on_close(self.sock)
+        self._reset_on_close()
         self.transport.abort()
+
+    def lose(self) -> None:
+        """End a session whose connection the peer or the network has ended, if no transport reports that."""
+        self._lost = True
+        if self.reason != "eof" and self.reason in {None, *_NO_FAULTS}:
+            self.reason = "reset"
+        self._dropped = self.unsent()
+        self._connected.abort()
+
+    def abandon(self) -> None:
+        """Report the end of an aborted session whose transport does not: the last resort of a stop."""
+        msg = "the transport did not report the end of the connection"
+        self.connection_lost(RuntimeError(msg))
 
     def fail(self, error: Exception) -> None:
         """Reset the connection for a failure of our own, which `ended` then holds."""
@@ -269,6 +324,11 @@ class EchoSession(asyncio.Protocol):
     def written(self) -> int:
         """How many bytes were given to the transport so far."""
         return self.received
+
+    @property
+    def owed(self) -> int:
+        """Return how many bytes of echo the client has to get in all, those still held back included."""
+        return self.written
 
     def unsent(self) -> int:
         """Return the number of bytes written and not yet taken by the kernel."""
@@ -313,36 +373,81 @@ class EchoSession(asyncio.Protocol):
             self.transport.close()
         elif self._fin_sent or self._shut_down():
             Linger(self, self.transport)
-        else:
-            # What the client had done wrong before that stays its reason.
-            self.abort("reset" if self.reason in _NO_FAULTS else cast("Reason", self.reason))
 
     def _shut_down(self) -> bool:
-        """Close our direction; tell whether there was still a connection."""
+        """Send FIN. Return False if that fails, which has ended the session then."""
         # By the socket, not by write_eof(): the write buffer is empty, and uvloop would send it an iteration later.
         try:
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:  # ENOTCONN: the client's reset arrived first
+        except OSError as error:
+            if _is_from_network(error):  # ENOTCONN: the client's reset arrived first
+                self.lose()
+            else:
+                self.detail = _describe("shutdown", error)
+                self.abort("io_error")
             return False
         self._fin_sent = True
         return True
 
-    def _settle(self) -> None:
-        self.tcp_info = kernel.tcp_info(self.sock)
-        waiting = 0 if self._delivered else kernel.unacknowledged(self.sock)
+    def _reset_on_close(self) -> None:
+        with contextlib.suppress(OSError):  # the connection has to be closed all the same
+            kernel.reset_on_close(self.sock)
+
+    def _blame(self, error: Exception) -> None:
+        """Derive the reason from an error that a transport reports."""
+        # An error of OpenSSL's is an OSError too, and is a defect here.
+        if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
+            self.reason, self.failure = "failed", error
+        elif _is_from_network(error):
+            self._lost = True
+            self.reason = self.reason or "reset"
+            return
+        elif self.reason in {None, "info", *_NO_FAULTS}:
+            self.reason = "io_error"
+        # FIN would tell the client that it has all of its echo.
+        self._reset_on_close()
+
+    def _explain(self, error: Exception) -> None:
+        """Name the system call that failed. The transports do not: echo left unsent means that it was a write."""
+        assert isinstance(error, OSError)
+        assert self.delivery is not None
+        call = "write" if self.delivery.sent < self.written else "read"
+        # Without TCP_INFO it is not known whether asyncio's transport had unsent echo.
+        self.detail = _describe(call if self.tcp_info is not None else "read or write", error)
+
+    def _settle(self, *, broken: bool) -> None:
+        written = self.written if self.tls_layer is None else self.tls_layer.written
+        waiting = 0 if self._delivered else written
+        try:
+            if not self._delivered:
+                waiting = kernel.unacknowledged(self.sock)
+            self.tcp_info = kernel.tcp_info(self.sock)
+        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
+            self.detail = self.detail or f"sent and acked are estimates: {error}"
         if self.tcp_info is None:  # a unix socket, or no Linux
-            written = self.written if self.tls_layer is None else self.tls_layer.written
             sent = written - max(self.unsent(), self._dropped)
-            # Who resets such a connection may have left anything unread, and the kernel has forgotten how much.
-            acked = 0 if self.reason == "reset" else max(0, sent - waiting)
+            # A client that resets may have left anything unread, and the kernel has forgotten how much. asyncio's
+            # transport has forgotten too how much it had not sent.
+            acked = 0 if broken else max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
             sent = max(0, self.tcp_info.acked + waiting - self._fin_sent)
             acked = min(self.tcp_info.acked, sent)
         if self.tls_layer is not None:
             sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
-            self.tls_layer = None  # which has the session, and would keep it until the garbage collector comes
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
+        # Decided by the acknowledgements alone. A client that has all of its echo may reset then: over TLS, one that
+        # closes without waiting for our close_notify does (RFC 8446, section 6.1).
+        if self.reason == "eof" and not self._delivered and acked < self.owed:
+            self.reason = "reset" if self._lost else "undelivered"
+
+
+def _is_from_network(error: OSError) -> bool:
+    return isinstance(error, ConnectionError) or error.errno in _NETWORK_ERRORS
+
+
+def _describe(call: str, error: OSError) -> str:
+    return f"{call}: {errno.errorcode.get(error.errno or 0, str(error))}"
 
 
 class Linger(asyncio.Protocol):
@@ -374,8 +479,7 @@ class Linger(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Close, or wait on for the acknowledgement of our last bytes."""
         self.session.eof = True
-        if not kernel.unacknowledged(self.session.sock):
-            self._transport.close()
+        self.session.attempt(self._close_if_acknowledged)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -385,7 +489,11 @@ class Linger(asyncio.Protocol):
 
     def _schedule(self, seconds: float) -> None:
         self._clock.announce(seconds)
-        self._timer = self._loop.call_later(seconds, self._poll)
+        self._timer = self._loop.call_later(seconds, self.session.attempt, self._poll)
+
+    def _close_if_acknowledged(self) -> None:
+        if not kernel.unacknowledged(self.session.sock):
+            self._transport.close()
 
     def _poll(self) -> None:
         # In this order: a connection that is gone may have ended well, and what it leaves then changes no more.
@@ -399,7 +507,7 @@ class Linger(asyncio.Protocol):
             self._transport.close()
         elif gone:
             # The transport stopped polling the socket at its EOF, so nobody else will notice.
-            self.session.abort("reset")
+            self.session.lose()
         elif now >= self._expiry and not (self._clock.late and self.session.unread()):
             self._transport.close()
         else:

@@ -73,6 +73,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
 
     __slots__ = (
         "_begun",
+        "_broken",
         "_buffers",
         "_incoming",
         "_marks",
@@ -93,6 +94,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._object = end.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._tcp: asyncio.Transport | None = None
         self._begun = False
+        self._broken = False
         self._plain = 0
         # Ciphertext and plaintext up to the end of a write, and whether it is one write since the mark before.
         self._marks: list[tuple[int, int, bool]] = [(0, 0, False)]
@@ -125,7 +127,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             # times before anybody else has a turn.
             if len(data) > _RECORD and 2 * size < len(data) and self._reads():
                 self._transport.pause_reading()
-                self.session.ended.get_loop().call_soon(self._read_on)
+                self.session.ended.get_loop().call_soon(self.session.attempt, self._read_on)
 
     def eof_received(self) -> bool:
         """Take FIN for the end, with close_notify or without."""
@@ -150,7 +152,9 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     # What the session calls
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Encrypt and send."""
+        """Encrypt and send; drop the data after TLS has failed, as OpenSSL encrypts nothing any more then."""
+        if self._broken:
+            return
         self._object.write(data)
         self._plain += len(data)
         self._flush()
@@ -239,6 +243,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             self._flush()
             return False
         except ssl.SSLError as error:
+            self._broken = True
             self._flush()  # the alert, which says to the client what was wrong
             self._end_handshake(_explain(error))
             return False
@@ -280,7 +285,8 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
                 break
             size += cast("int", read)
         if failure is not None:
-            # After an error OpenSSL encrypts nothing any more, so what came just before it has no echo.
+            # What came just before it has no echo.
+            self._broken = True
             self.session.received += size
             self._flush()
             self.session.detail = _explain(failure)
