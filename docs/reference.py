@@ -72,7 +72,7 @@ TAIL = """\
 | 2 | the command line could not be parsed |
 | 69 | an address could not be opened; then none is |
 | 78 | the settings are invalid |
-| 130, 143 | a second SIGINT, SIGTERM forced the stop |
+| 130, 131, 143 | a second SIGINT, a SIGQUIT or a second SIGTERM forced the stop |
 """
 
 

@@ -157,7 +157,7 @@ def test_accepting_is_tried_again(loop_name: str, patch: str, cause: str) -> Non
 
 
 def test_gone_before_it_was_accepted(loop_name: str) -> None:
-    """A connection that is aborted in the backlog is no reason to pause."""
+    """A connection that is aborted in the backlog does not cause a pause."""
     patch = NO_DESCRIPTOR.replace("EMFILE", "ECONNABORTED")
     with Daemon("--loop", loop_name, *WATCHED, module=("-c", patch + MAIN)) as daemon:
         assert get(daemon, "/livez").status == 200

@@ -154,7 +154,7 @@ def parse_bindable(text: str) -> Address:
     """Read an address to listen on, as `parse` does.
 
     Raises:
-        AddressError: the text is no address, or one that the kernel binds no socket of ours to.
+        AddressError: the text is not an address, or one that no socket can be bound to.
 
     """
     address = parse(text)

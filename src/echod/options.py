@@ -21,7 +21,7 @@ Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEO
 the environment, then the file.
 
 exit codes: 0 stopped gracefully; 1 unexpected failure; 2 the command line could not be parsed; 69 an address could not be
-opened; 78 the settings are invalid; 130, 143 a second SIGINT, SIGTERM forced the stop
+opened; 78 the settings are invalid; 130, 131, 143 a second SIGINT, a SIGQUIT or a second SIGTERM forced the stop
 """
 
 

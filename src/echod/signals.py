@@ -38,7 +38,7 @@ class Signals:
         return bool(self._stops)
 
     def _note_stop(self, number: int, _: object) -> None:
-        if self._stops and not self._attached:  # a second one, and there is no client to reset
+        if self._stops and not self._attached:  # a second one, before or after there are clients
             os._exit(128 + number)
         self._stops.append(signal.Signals(number))
 
