@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
-    from echod.settings import LogSettings
+    from echod.settings.model import LogSettings
 
 STDERR = 2
 

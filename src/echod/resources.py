@@ -8,10 +8,12 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod import logs, tls
-from echod.sources import Loaded, Problem, SettingsError
+from echod.settings.problems import Problem, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from echod.settings.model import Loaded
 
 _DAY = 86400
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from echod.ledger import Entry
     from echod.library import Options
     from echod.listeners import ListeningSocket
-    from echod.settings import ListenerSettings, Settings
+    from echod.settings.model import ListenerSettings, Settings
 
 Mode = Literal["stream", "line", "info"]
 
@@ -99,7 +98,7 @@ class ServerSettings(NamedTuple):
         fault = settings.faults.get(table.fault)
         trusted = None
         if table.proxy_protocol == "require":
-            trusted = [ipaddress.ip_network(network) for network in table.proxy_trusted]
+            trusted = table.trusted_networks
         return cls(
             max_connections=max_connections,
             max_connections_per_client=limits.max_connections_per_client,
@@ -184,7 +183,7 @@ class Server:
         settings = found.loaded.settings
         table, tls = settings.listeners[library.NAME], found.tls.get(library.NAME)
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
-        wanted = Wanted(address, addresses.parse(table.address), int(table.socket_mode, 8))
+        wanted = Wanted(address, table.parsed_address, table.permissions)
         (listener,) = open_listeners([wanted], settings.limits.backlog)
         log = _SILENCE if logger is None else logger.bind(listener=address)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
