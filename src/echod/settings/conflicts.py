@@ -16,15 +16,37 @@ if TYPE_CHECKING:
 
     from echod.settings.types import Key
 
-CONFLICT = "conflict"
-"""The type of a conflict among the errors of a ValidationError."""
-
 
 class Conflict(NamedTuple):
     """A setting that conflicts with others."""
 
     key: Key
     message: str
+    depends_on: tuple[Key, ...] = ()
+    """Other settings that cause the conflict. If one of them is invalid, the conflict may be a consequence."""
+
+    def within(self, *table: str) -> Conflict:
+        """Return the conflict with the path of its table added to each key."""
+        return Conflict((*table, *self.key), self.message, tuple((*table, *key) for key in self.depends_on))
+
+    def is_consequence(self, wrong: Iterable[tuple[int | str, ...]]) -> bool:
+        """Tell whether the conflict depends on an invalid setting.
+
+        Args:
+            wrong: the locations of the invalid settings.
+
+        """
+        return any(_overlap(location, key) for location in wrong for key in self.depends_on)
+
+
+def _overlap(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    """Tell whether one of two paths leads to the other, or to a part of it."""
+    return all(name == other_name for name, other_name in zip(one, other, strict=False))
+
+
+def in_table(name: str, message: str, *depends_on: str) -> Conflict:
+    """Return a conflict of a key with other keys of its table, which are given by name."""
+    return Conflict((name,), message, tuple((other,) for other in (name, *depends_on)))
 
 
 def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorDetails] = ()) -> None:
@@ -44,7 +66,8 @@ def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorD
         for error in errors
     ]
     details += [
-        InitErrorDetails(type=PydanticCustomError(CONFLICT, message), loc=key, input=None) for key, message in conflicts
+        InitErrorDetails(type=PydanticCustomError("value_error", conflict.message), loc=conflict.key, input=None)
+        for conflict in conflicts
     ]
     if details:
         raise ValidationError.from_exception_data(title, details)

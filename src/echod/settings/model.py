@@ -3,15 +3,16 @@
 # Annotations are not deferred here: Pydantic would have to evaluate each of them again at every start.
 
 import ipaddress
-from collections.abc import Container, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from echod import addresses
-from echod.settings.conflicts import CONFLICT, Conflict, raise_all, repeated
+from echod.settings.conflicts import Conflict, in_table, raise_all, repeated
 from echod.settings.types import (
     ADMIN_FORMS,
     Address,
@@ -186,26 +187,22 @@ class FaultSettings(_Section):
         """Whether the first message meets all conditions."""
         return self.trigger is None and not (self.after_bytes or self.after_seconds) and self.probability in {None, 1}
 
-    @model_validator(mode="after")
-    def _check_conflicts(self) -> Self:
-        raise_all(type(self).__name__, self.conflicts())
-        return self
-
     def conflicts(self) -> Iterator[Conflict]:
         """Yield the keys that have no effect together with the others."""
         if self.action is None and not self.shapes:
-            yield Conflict(("action",), "is missing: without action, delay, rate or slice, a fault does nothing")
+            message = "is missing: without action, delay, rate or slice, a fault does nothing"
+            yield in_table("action", message, "delay", "rate", "slice")
         if self.jitter > self.delay:
-            yield Conflict(("jitter",), "varies the delay, so it cannot be greater than delay")
+            yield in_table("jitter", "varies the delay, so it cannot be greater than delay", "delay")
         if self.seed is not None and self.probability is None and not self.jitter and self.action != "corrupt":
             message = "has no effect without probability, jitter or action = 'corrupt': nothing else is random"
-            yield Conflict(("seed",), message)
+            yield in_table("seed", message, "probability", "jitter", "action")
         if self.shapes and self.ends_echo and self.fires_at_once:
             message = (
                 "ends the echo at the first message, so no echo is left to delay, slow or slice: set trigger, "
                 "after_bytes, after_seconds or probability, or remove delay, rate and slice"
             )
-            yield Conflict(("action",), message)
+            yield in_table("action", message, "trigger", "after_bytes", "after_seconds", "probability")
 
 
 class TlsSettings(_Section):
@@ -259,20 +256,12 @@ class ListenerSettings(_Section):
         """The permissions of a unix socket's file."""
         return int(self.socket_mode, 8)
 
-    @model_validator(mode="after")
-    def _check_conflicts(self) -> Self:
-        raise_all(type(self).__name__, self.conflicts())
-        return self
-
     def conflicts(self) -> Iterator[Conflict]:
         """Yield the keys that have no effect together with the others. Defaults are accepted: `echod config` prints them."""
         if self.proxy_trusted != _LOOPBACK and self.proxy_protocol == "off":
-            yield Conflict(("proxy_trusted",), "has no effect without proxy_protocol = 'require'")
-        if self.socket_mode != _SOCKET_MODE and not self._has_file():
-            yield Conflict(("socket_mode",), "has no effect on this address: only unix:PATH has a file")
-
-    def _has_file(self) -> bool:
-        return isinstance(self.parsed_address, addresses.UnixAddress) and not self.parsed_address.path.startswith("@")
+            yield in_table("proxy_trusted", "has no effect without proxy_protocol = 'require'", "proxy_protocol")
+        if self.socket_mode != _SOCKET_MODE and not re.match("unix:[^@]", self.address):
+            yield in_table("socket_mode", "has no effect on this address: only unix:PATH has a file", "address")
 
     def conflicts_with_fault(self, fault: FaultSettings) -> Iterator[str]:
         """Yield the reasons why this listener cannot show the fault."""
@@ -317,21 +306,24 @@ class Settings(_Section):
         if values.get("listeners"):
             values = {"listen": (), **values}
         errors: list[ErrorDetails] = []
+        wrong: set[tuple[int | str, ...]] = set()
         try:
             settings = handler(values)
         except ValidationError as error:
             errors = error.errors()
-            settings = _valid_part(values, {error["loc"] for error in errors if error["type"] != CONFLICT})
-        conflicts = list(settings.conflicts())
-        if not (settings.listen or settings.listeners or _concern(errors, "listen", "listeners")):
-            conflicts.append(
-                Conflict(("listen",), "there is no address to listen on: add one here or in a table [listeners.NAME]")
-            )
+            wrong = {details["loc"] for details in errors}
+            settings = handler(_valid_part(values, wrong))
+        conflicts = (conflict for conflict in settings.conflicts() if not conflict.is_consequence(wrong))
         raise_all(cls.__name__, conflicts, errors)
         return settings
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Yield the conflicts between sections and between named tables."""
+        """Yield all conflicts between settings."""
+        if not (self.listen or self.listeners):
+            message = "there is no address to listen on: add one here or in a table [listeners.NAME]"
+            yield Conflict(("listen",), message, (("listen",), ("listeners",)))
+        for name, fault in self.faults.items():
+            yield from (conflict.within("faults", name) for conflict in fault.conflicts())
         places: list[tuple[Key, str]] = [(("listen",), text) for text in self.listen]
         places += [(("listeners", name, "address"), listener.address) for name, listener in self.listeners.items()]
         places.append((("admin", "address"), self.admin.address))
@@ -342,16 +334,13 @@ class Settings(_Section):
         for name, listener in self.listeners.items():
             if name in taken:
                 yield Conflict(("listeners", name), taken[name])
-            if listener.fault:
-                for message in self._conflicts_with_fault(listener):
-                    yield Conflict(("listeners", name, "fault"), message)
-
-    def _conflicts_with_fault(self, listener: ListenerSettings) -> Iterator[str]:
-        fault = self.faults.get(listener.fault)
-        if fault is None:
-            yield f"no fault is named {listener.fault!r}; {hint(listener.fault, self.faults)}"
-        else:
-            yield from listener.conflicts_with_fault(fault)
+            yield from (conflict.within("listeners", name) for conflict in listener.conflicts())
+            if listener.fault in self.faults:
+                reasons = listener.conflicts_with_fault(self.faults[listener.fault])
+                yield from (Conflict(("listeners", name, "fault"), reason) for reason in reasons)
+            elif listener.fault:
+                message = f"no fault is named {listener.fault!r}; {hint(listener.fault, self.faults)}"
+                yield Conflict(("listeners", name, "fault"), message)
 
 
 class Loaded(NamedTuple):
@@ -364,50 +353,32 @@ class Loaded(NamedTuple):
     """`ECHOD_` variables that name no setting, such as those of Kubernetes for a service called echod."""
 
 
-def _valid_part(values: Mapping[str, Any], wrong: Container[tuple[int | str, ...]]) -> Settings:
-    """Return settings with the valid values that may conflict with each other. They are not validated again.
+def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
+    """Return the valid values that may conflict with each other.
+
+    A named table remains even if nothing in it is valid. A listener without a valid address gets one without conflicts.
 
     Args:
         values: tables of tables.
-        wrong: the locations of the invalid values.
+        locations: those of the invalid values.
 
     """
+    wrong = {location[:3] for location in locations}
+
+    def valid_keys(table: Any, *path: str) -> dict[str, Any]:
+        return {} if path in wrong else {name: table[name] for name in table if (*path, name) not in wrong}
+
+    def valid_tables(name: str) -> dict[str, dict[str, Any]]:
+        tables = {} if (name,) in wrong else values.get(name, {})
+        return {key: valid_keys(tables[key], name, key) for key in tables if (name, key, "[key]") not in wrong}
+
     listen: Any = () if ("listen",) in wrong else split(values.get("listen", Settings.model_fields["listen"].default))
-    return Settings.model_construct(
-        listen=tuple(text for index, text in enumerate(listen) if ("listen", index) not in wrong),
-        admin=_valid_keys(AdminSettings, ("admin",), values, wrong),
-        faults={name: _valid_keys(FaultSettings, ("faults", name), values, wrong) for name in _table(values, "faults")},
-        listeners={
-            name: _valid_keys(ListenerSettings, ("listeners", name), values, wrong)
-            for name in _table(values, "listeners")
-        },
-    )
-
-
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
-def _valid_keys(
-    model: type[_Model], path: Key, values: Mapping[str, Any], wrong: Container[tuple[int | str, ...]]
-) -> _Model:
-    """Return the table at the path with its known, valid keys. A required key without a valid value is empty."""
-    required = {name: "" for name, field in model.model_fields.items() if field.is_required()}
-    table = _table(values, *path)
-    valid = {name: table[name] for name in model.model_fields if name in table and (*path, name) not in wrong}
-    return model.model_construct(**required | valid)
-
-
-def _concern(errors: Iterable["ErrorDetails"], *names: str) -> bool:
-    """Tell whether an error concerns one of the sections."""
-    return any(error["loc"][:1] == (name,) for error in errors for name in names)
-
-
-def _table(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Return the table at the path, or an empty one if no table is there."""
-    for name in path:
-        value = values.get(name)
-        values = value if isinstance(value, dict) else {}
-    return values
+    return {
+        "listen": [address for index, address in enumerate(listen) if ("listen", index) not in wrong],
+        "admin": valid_keys(values.get("admin", {}), "admin"),
+        "faults": valid_tables("faults"),
+        "listeners": {name: {"address": ":0"} | table for name, table in valid_tables("listeners").items()},
+    }
 
 
 def section(field: FieldInfo) -> type[BaseModel] | None:

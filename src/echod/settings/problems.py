@@ -71,7 +71,7 @@ def _problem(details: ErrorDetails, origins: Mapping[Key, str]) -> Problem:
             message = "is missing"
         case "model_type" | "dict_type":
             message = "should be a table"
-        case "value_error" | "conflict":  # their messages name the value
+        case "value_error":  # the message names the value
             message = details["msg"].removeprefix("Value error, ")
         case "tuple_type":
             message = f"should be a list, not {details['input']!r}"
