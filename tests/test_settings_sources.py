@@ -98,7 +98,7 @@ def test_the_last_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_named_tables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named listeners are added to `listen`, whose default applies only without them."""
+    """Named listeners are added to `listen`. Its default applies only without named listeners."""
     monkeypatch.setenv("ECHOD_FAULTS__BOOM__TRIGGER", "boom")
     monkeypatch.setenv("ECHOD_FAULTS__BOOM__ACTION", "raise")
     config = write('[listeners."a b"]\naddress = "h:1"\nfault = "boom"')

@@ -405,7 +405,7 @@ def leaves(model: type[BaseModel] = Settings, path: Key = ()) -> Iterator[tuple[
 
 
 def changes(before: Settings, after: Settings) -> Iterator[Key]:
-    """Yield the keys whose values differ, in the model's order. A key that only one of the two has differs too."""
+    """Yield the keys of different values, in the model's order. A key in only one of the settings counts as different."""
     one, other = dict(flat(before.model_dump())), dict(flat(after.model_dump()))
     for key in one | other:
         if key not in one or key not in other or one[key] != other[key]:
