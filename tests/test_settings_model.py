@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from echod.addresses import TcpAddress, UnixAddress
-from echod.settings.model import FaultSettings, ListenerSettings, Settings
+from echod.settings.model import FaultSettings, ListenerSettings, Settings, changes
 from harness import PATIENCE, clean_environment
 from loading import loaded, problems
 
@@ -128,3 +128,13 @@ def test_defaults_do_not_conflict(write: Write) -> None:
     """Defaults are accepted without effect, because `echod config` prints them, and in either form of a list."""
     text = "[listeners.a]\naddress = 'h:1'\nsocket_mode = '0660'\nproxy_trusted = '127.0.0.0/8, ::1/128'"
     assert loaded(config=write(text)).settings.listeners["a"] == ListenerSettings(address="h:1")
+
+
+def test_changes() -> None:
+    """Changed values are found in sections and in named tables, and so are the keys of a new table."""
+    before = Settings(limits={"backlog": 1}, faults={"a": {"action": "close"}})
+    after = Settings(limits={"backlog": 2}, faults={"a": {"action": "reset"}}, listeners={"x": {"address": "h:1"}})
+    keys = list(changes(before, after))
+    assert keys[:3] == [("listen",), ("limits", "backlog"), ("faults", "a", "action")]
+    assert keys[3:] == [("listeners", "x", name) for name in ListenerSettings.model_fields]
+    assert list(changes(after, after)) == []
