@@ -23,7 +23,7 @@ class Conflict(NamedTuple):
     key: Key
     message: str
     depends_on: tuple[Key, ...] = ()
-    """Other settings that cause the conflict. If one of them is invalid, the conflict may be a consequence."""
+    """Settings that take part in the conflict. If one of them is invalid, the conflict may be a consequence."""
 
     def within(self, *table: str) -> Conflict:
         """Return the conflict with the path of its table added to each key."""
@@ -49,7 +49,7 @@ def in_table(name: str, message: str, *depends_on: str) -> Conflict:
     return Conflict((name,), message, tuple((other,) for other in (name, *depends_on)))
 
 
-def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorDetails] = ()) -> None:
+def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorDetails]) -> None:
     """Raise one ValidationError for all errors and conflicts, if there are any.
 
     Args:
@@ -58,7 +58,7 @@ def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorD
         errors: those of an earlier ValidationError.
 
     Raises:
-        ValidationError: there is an error or a conflict.
+        ValidationError: with all of them.
 
     """
     details = [
