@@ -104,6 +104,16 @@ fault = "c"
     ]
 
 
+@pytest.mark.parametrize("key", ["", "limits.", "admin.", "faults.b.", "listeners.a.", "faults.", "listeners."])
+def test_keys_that_are_not_utf8_do_not_hide_problems(key: str) -> None:
+    """A key with invalid bytes is reported together with wrong values and conflicts in other sections."""
+    lines = problems(f"--{key}\udcff.x=1", "--listen=h:1,h:1", "--shutdown.delay=x")
+    assert "not '\\udcff'" in "".join(lines)
+    assert "--listen: listen: 'h:1' is already listened on: choose another address" in lines
+    # Pydantic validates no field of a table with such a key.
+    assert "--shutdown.delay: shutdown.delay: should be a valid number, not 'x'" in lines or not key
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

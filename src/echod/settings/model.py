@@ -31,6 +31,7 @@ from echod.settings.types import (
     Size,
     Text,
     Trigger,
+    is_utf8,
     split,
 )
 from echod.text import hint
@@ -371,7 +372,7 @@ def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, 
 
     def valid_tables(name: str) -> dict[str, dict[str, Any]]:
         tables = {} if (name,) in wrong else values.get(name, {})
-        return {key: valid_keys(tables[key], name, key) for key in tables if (name, key, "[key]") not in wrong}
+        return {key: valid_keys(tables[key], name, key) for key in tables if is_utf8(key)}
 
     listen: Any = () if ("listen",) in wrong else split(values.get("listen", Settings.model_fields["listen"].default))
     return {

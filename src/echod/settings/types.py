@@ -36,12 +36,19 @@ def _finite(value: float) -> float:
     return value
 
 
-def _text(text: str) -> str:
+def is_utf8(text: str) -> bool:
+    """Tell whether a text can be encoded. The command line and the environment may contain any bytes."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # the command line and the environment may contain any bytes
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(text: str) -> str:
+    if not is_utf8(text):
         kind = "text"
-        raise PydanticCustomError(kind, "Input should be UTF-8 text") from None
+        raise PydanticCustomError(kind, "Input should be UTF-8 text")
     return text
 
 
