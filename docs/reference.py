@@ -1,4 +1,4 @@
-"""Write docs/configuration.md: the reference page of the settings, from their model."""
+"""Write docs/configuration.md, the reference page of the settings, from their model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from echod import render
-from echod.settings import FaultSettings, ListenerSettings, Settings, TlsSettings, leaves, section
+from echod.settings import toml
+from echod.settings.model import FaultSettings, ListenerSettings, Settings, TlsSettings, leaves, section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,39 +18,40 @@ if TYPE_CHECKING:
 HEAD = """\
 # Configuration
 
-<!-- Written by `make docs` from the model in src/echod/settings.py: change that. -->
+<!-- Written by `make docs` from the model in src/echod/settings/model.py: change that. -->
 
-Each setting has one name, and three places where it can be given. The first that has it wins:
+Each setting has one name and three sources. The first source that contains it wins:
 
-1. the command line: `--limits.idle-timeout 60` (or `--limits.idle_timeout=60`); of an option given twice, the last
-   counts; a value that begins with a dash needs the form with `=`;
-2. the environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`, the parts of the name joined by two underscores; a variable that is
-   set to nothing is a value too;
-3. the file, TOML, that `--config` or else the variable `ECHOD_CONFIG` names: `idle_timeout = 60` under `[limits]`; a
-   pipe such as `/dev/stdin` can be read only once, so a [reload](reload.md) of it fails;
-4. otherwise it has its default.
+1. The command line: `--limits.idle-timeout 60` or `--limits.idle_timeout=60`. If an option is repeated, the last one
+   counts. A value that begins with a dash needs the form with `=`.
+2. The environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`. Two underscores join the parts of the name. An empty variable is a
+   value too.
+3. The TOML file named by `--config`, or else by the variable `ECHOD_CONFIG`: `idle_timeout = 60` under `[limits]`. A pipe
+   such as `/dev/stdin` can be read only once, so a [reload](reload.md) of it fails.
 
-`--listen` may be repeated, and takes several addresses separated by commas, as `ECHOD_LISTEN` does. Addresses from one of
-these places replace those from the next, and so does every other value; only the tables of names (`listeners`, `faults`)
-are put together from all of them, key by key.
+A setting without a source has its default.
 
-`echod check` takes the same options as `echod serve`, reports everything that is wrong, one problem a line, and opens
-no address; its exit code is 78 then, and 0 when all is well. It opens and closes `log.file` if that exists, and creates
-none. A reader that waits for the first writer of a FIFO therefore sees the end of its input. `echod config` prints the
-settings in force as a TOML file, each line with where its value came from.
+`--listen` may be repeated. Like `ECHOD_LISTEN`, it accepts several addresses separated by commas. Every value replaces
+that of the next source, and so do the addresses of `listen`. Only named tables (`listeners`, `faults`) are merged key by
+key.
 
-An unknown key is an error, in the file, on the command line, and in the environment where its section is known. An
-unknown variable, such as `ECHOD_PORT`, which Kubernetes injects for a service named echod, is a warning.
+`echod check` accepts the same options as `echod serve` and opens no address. It reports every problem on a line of its own
+and exits with code 78, or with 0 if there is no problem. It opens and closes `log.file` if that exists, and creates none. So
+a process that reads from a FIFO, and waits for its first writer, sees the end of its input. `echod config` prints the settings in force as a TOML file, each
+line with the origin of its value.
 
-Durations are seconds from 0 up, with a fraction if need be. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`. An
-address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. A host
-name that has several addresses, such as localhost, is listened on at each. `unix:PATH` is a unix socket, `unix:@NAME` one
-in the abstract namespace, and `systemd:NAME` stands for the sockets of that name that echod inherits
+An unknown key is an error in the file and on the command line. In the environment, it is an error if its section is known.
+Other unknown variables are warnings: Kubernetes injects `ECHOD_PORT` for a service named echod.
+
+Durations are seconds, at least 0, fractions allowed. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`. An
+address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. If a
+host name has several addresses, such as localhost, echod listens on each of them. `unix:PATH` is a unix socket, and
+`unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` stands for the inherited sockets of that name
 ([sockets.md](sockets.md)).
 
-SIGHUP has all of this read again ([reload.md](reload.md)).
+SIGHUP makes echod read all sources again ([reload.md](reload.md)).
 
-`config.example.toml` has every key with its default.
+`config.example.toml` contains every key with its default.
 """
 
 NAMED = """\
@@ -58,8 +59,9 @@ NAMED = """\
 
 {text}
 
-The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} …` on the command line, where it has no dot,
-and `ECHOD_{variable}__NAME__{key_variable}` in the environment, where it becomes lower case and has no double underscore.
+The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} …` on the command line, and
+`ECHOD_{variable}__NAME__{key_variable}` in the environment. On the command line, the name cannot contain a dot. In the
+environment, it cannot contain a double underscore and becomes lower case.
 """
 
 TAIL = """\
@@ -67,7 +69,7 @@ TAIL = """\
 
 | code | when |
 | --- | --- |
-| 0 | a graceful stop, also one whose deadline cut clients off (the receipt says how many) |
+| 0 | a graceful stop, even if its deadline cut clients off (the receipt says how many) |
 | 1 | an unexpected failure, or the system refuses the thread that writes the log |
 | 2 | the command line could not be parsed |
 | 69 | an address could not be opened; then none is |
@@ -108,13 +110,13 @@ def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:
         if field.is_required():
             default = "required"
         else:
-            default = "none" if field.default is None else f"`{render.value(field.default)}`"
+            default = "none" if field.default is None else f"`{toml.value(field.default)}`"
         rows.append(f"| `{name}` | {kind(*bare(field))} | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
 def bare(field: FieldInfo) -> tuple[object, dict[str, float]]:
-    """Return a field's type and its bounds, also where there need not be a value."""
+    """Return the type and the bounds of a field, which may be optional."""
     annotation: Any = field.annotation
     metadata: list[object] = field.metadata
     if get_origin(annotation) in {Union, UnionType}:
@@ -128,7 +130,7 @@ def bare(field: FieldInfo) -> tuple[object, dict[str, float]]:
 
 
 def kind(annotation: object, bound: dict[str, float]) -> str:
-    """Return a type in a reader's words, with the range of a number, where it is no matter of course."""
+    """Describe a type, with the range of a number unless it is obvious."""
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -138,7 +140,7 @@ def kind(annotation: object, bound: dict[str, float]) -> str:
     name = {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]
     if "le" in bound:
         low, high = (ByteSize(bound[end]) if annotation is ByteSize else bound[end] for end in ("ge", "le"))
-        return f"{name}, {render.value(low)} to {render.value(high)}".replace('"', "")
+        return f"{name}, {toml.value(low)} to {toml.value(high)}".replace('"', "")
     return f"{name}, above {bound['gt']}" if "gt" in bound else name
 
 

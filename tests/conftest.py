@@ -19,8 +19,10 @@ from pairs import runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from harness import Command, Start
+    from loading import Write
     from pairs import InLoop
 
 pytest_plugins = ["pytester"]
@@ -85,3 +87,23 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Return certificates, made once."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the settings in the environment of the test run."""
+    for name in list(os.environ):
+        if name.startswith("ECHOD_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes a settings file and returns its name."""
+    path = tmp_path / "echo.toml"
+
+    def write(text: str) -> str:
+        path.write_text(text)
+        return str(path)
+
+    return write

@@ -792,7 +792,7 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
     from echod.logs import Log  # noqa: PLC0415
     from echod.resources import loop_factory  # noqa: PLC0415
     from echod.session import SessionSettings  # noqa: PLC0415
-    from echod.settings import LogSettings  # noqa: PLC0415
+    from echod.settings.model import LogSettings  # noqa: PLC0415
 
     clients = 600
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import echod
-from echod import render
-from echod.settings import leaves
+from echod.settings import toml
+from echod.settings.model import leaves
 from harness import PATIENCE, Daemon, clean_environment, run
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_help() -> None:
     text = " ".join(result.stdout.split())  # however the lines are broken
     for key, field in leaves():
         assert f" --{'.'.join(key)}".replace("_", "-") in text
-        assert f" {field.description} (default: {render.value(field.default)}) " in text
+        assert f" {field.description} (default: {toml.value(field.default)}) " in text
     for part in ("serve | check | config", "exit codes: 0 stopped", "--faults.NAME.trigger TEXT", "ECHOD_CONFIG"):
         assert part in text
 

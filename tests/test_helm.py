@@ -19,7 +19,7 @@ import yaml
 
 import echod
 import policy
-from echod.settings import LimitsSettings, ListenerSettings, LogSettings, Settings, ShutdownSettings
+from echod.settings.model import LimitsSettings, ListenerSettings, LogSettings, Settings, ShutdownSettings
 from harness import run
 
 if TYPE_CHECKING:

@@ -333,7 +333,7 @@ TLS = {"certificate": "/nowhere/c.pem", "private_key": "/nowhere/k.pem"}
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "address": ("nowhere", {}, "address: 'nowhere' has no port: write HOST:PORT, .*"),
     "option": ("127.0.0.1:0", {"mod": "line"}, "mod: unknown option; did you mean 'mode'\\?"),
-    "not for one server": ("127.0.0.1:0", {"loop": "asyncio"}, "loop: unknown option; there are: fault, limits, .*"),
+    "not for one server": ("127.0.0.1:0", {"loop": "asyncio"}, "loop: unknown option; use one of: fault, limits, .*"),
     "value": ("127.0.0.1:0", {"mode": "lines"}, "mode: should be 'stream', 'line' or 'info', not 'lines'"),
     "key": (
         "127.0.0.1:0",
@@ -348,7 +348,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "together": (
         "127.0.0.1:0",
         {"proxy_trusted": ["::1"]},
-        "proxy_trusted: is of use with proxy_protocol = 'require' only",
+        "proxy_trusted: has no effect without proxy_protocol = 'require'",
     ),
     "file": ("127.0.0.1:0", {"tls": TLS}, "tls.certificate: '/nowhere/c.pem' cannot be read: No such file.*"),
     "tls is no table": ("127.0.0.1:0", {"tls": "c.pem"}, "tls: should be a table"),

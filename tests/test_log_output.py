@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from echod.logs import Log, refusal
-from echod.settings import LogSettings
+from echod.settings.model import LogSettings
 from harness import PATIENCE, clean_environment
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_pipe_of_another_user() -> None:
     program = """
 import ctypes, os
 from echod.logs import Log
-from echod.settings import LogSettings
+from echod.settings.model import LogSettings
 os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: as after an execve(2), /proc/self is this user's
 log = Log(LogSettings(file="/dev/stdout", format="logfmt"))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from echod.logs import Log, LogWriter
-from echod.settings import LogSettings
+from echod.settings.model import LogSettings
 from harness import PATIENCE, clean_environment, receive, reset
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def test_ledger_line(start: Start) -> None:
 SCRIPT = """
 import asyncio, logging, sys, warnings
 from echod.logs import Log
-from echod.settings import LogSettings
+from echod.settings.model import LogSettings
 log = Log(LogSettings(format={form!r}))
 log.capture()
 {body}
@@ -322,7 +322,7 @@ def log_on_a_full_disk(path: Path, size: int, body: str) -> bytes:
     program = f"""
 import resource, signal, sys
 from echod.logs import Log, LogWriter
-from echod.settings import LogSettings
+from echod.settings.model import LogSettings
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
 out = open(sys.argv[1], "ab", buffering=0)

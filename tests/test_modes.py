@@ -260,11 +260,11 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
     [
         (
             ("--listeners.x.proxy-trusted", "10.0.0.0/8"),
-            "--listeners.x.proxy-trusted: listeners.x.proxy_trusted: is of use with proxy_protocol = 'require' only",
+            "--listeners.x.proxy-trusted: listeners.x.proxy_trusted: has no effect without proxy_protocol = 'require'",
         ),
         (
             ("--listeners.x.socket-mode", "0600"),
-            "--listeners.x.socket-mode: listeners.x.socket_mode: is for the file of unix:PATH only",
+            "--listeners.x.socket-mode: listeners.x.socket_mode: has no effect on this address: only unix:PATH has a file",
         ),
         (
             ("--listeners.x.socket-mode", "888"),
@@ -288,7 +288,7 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
                 "--faults.b.action",
                 "raise",
             ),
-            "--listeners.x.fault: listeners.x.fault: in mode info there is no echo that could be wrong: choose stream or line",
+            "--listeners.x.fault: listeners.x.fault: has no effect in mode info, which does not echo: choose stream or line",
         ),
         (
             ("--listeners.x.tls.certificate", "c"),

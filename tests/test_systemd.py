@@ -22,7 +22,7 @@ import pytest
 import structlog
 
 from crowd import Crowd
-from echod.settings import Settings
+from echod.settings.model import Settings
 from echod.systemd import Manager, Notifier, count, find_manager, message
 from harness import PATIENCE, receive, run, until
 from nspawn import Container, wait, why_not

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from echod.ledger import Entry, Receipt
     from echod.listeners import ListenError
     from echod.server import Server
-    from echod.sources import SettingsError
+    from echod.settings.problems import SettingsError
 else:
     _MODULES = {
         "Entry": "ledger",
         "ListenError": "listeners",
         "Receipt": "ledger",
         "Server": "server",
-        "SettingsError": "sources",
+        "SettingsError": "settings.problems",
         "TcpAddress": "addresses",
         "UnixAddress": "addresses",
     }

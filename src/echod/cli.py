@@ -42,9 +42,12 @@ def main() -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
-    from echod import options, resources, sources  # noqa: PLC0415
+    import echod  # noqa: PLC0415
+    from echod import resources  # noqa: PLC0415
+    from echod.settings import options, sources  # noqa: PLC0415
+    from echod.settings.problems import SettingsError  # noqa: PLC0415
 
-    command, config, values = options.parse(sys.argv[1:])
+    command, config, values = options.parse(sys.argv[1:], echod.__version__)
     if command != "serve":
         signals.release()
     if config is None:
@@ -55,7 +58,7 @@ def main() -> int:
 
     try:
         found = load()
-    except sources.SettingsError as error:
+    except SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
     if command == "serve":
         return _serve(found, signals, load)
@@ -65,16 +68,21 @@ def main() -> int:
 def _tell(found: Resources, command: str) -> int:
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from echod import render, resources  # noqa: PLC0415
+    from echod import resources  # noqa: PLC0415
+    from echod.settings import toml  # noqa: PLC0415
+    from echod.text import printable  # noqa: PLC0415
 
     if command == "check" and (problems := list(resources.log_problems(found.loaded))):
         return _fail(EXIT_CONFIG, problems)
     for variable in found.loaded.unknown_variables:
-        _say(render.printable(f"warning: {variable} names no setting"))
+        _say(printable(f"warning: {variable} names no setting"))
     for listener, warning in found.warnings(datetime.now(UTC)):
-        _say(render.printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
+        _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
     try:
-        _write(_STDOUT, "configuration OK\n" if command == "check" else render.toml(found.loaded))
+        _write(
+            _STDOUT,
+            "configuration OK\n" if command == "check" else toml.document(found.loaded.settings, found.loaded.origins),
+        )
     except OSError as error:
         return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
     return EXIT_OK

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from echod import addresses, kernel, proxy
 from echod.addresses import TcpAddress
 from echod.proxy_layer import HeaderReader
-from echod.render import printable
+from echod.text import printable
 from echod.tls_layer import TlsEnd, TlsLayer
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from echod.logs import STDERR
 from echod.resources import log_problem, loop_factory
 from echod.server import Server, ServerSettings
 from echod.session import EchoSession
-from echod.settings import ListenerSettings, changes
-from echod.sources import Problem, SettingsError
+from echod.settings.model import ListenerSettings, changes
+from echod.settings.problems import Problem, SettingsError
 from echod.systemd import Notifier, count
 from echod.threads import ThreadError
 from echod.tls_layer import TlsBuffers, TlsEnd
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from echod.listeners import Listener
     from echod.logs import Log
     from echod.resources import Resources
-    from echod.settings import Key
+    from echod.settings.model import Loaded
+    from echod.settings.types import Key
     from echod.signals import Signals
-    from echod.sources import Loaded
     from echod.status import Subject
     from echod.systemd import Manager
 
@@ -73,7 +73,7 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[Resource
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
     tables = _tables(found.loaded, inherited)
-    wanted = [Wanted(name, addresses.parse(table.address), int(table.socket_mode, 8)) for name, table in tables.items()]
+    wanted = [Wanted(name, table.parsed_address, table.permissions) for name, table in tables.items()]
     if settings.admin.address:
         # Before anything listens: it takes its time to import.
         from echod.admin import Admin  # noqa: PLC0415  (an extra)

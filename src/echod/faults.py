@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from typing import Self
 
-    from echod.settings import FaultSettings
+    from echod.settings.model import FaultSettings
 
 Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
 
@@ -74,7 +74,7 @@ class Fault(NamedTuple):
         """Return the profile of a fault's settings."""
         return cls(
             name=name,
-            trigger=None if settings.trigger is None else settings.trigger.encode(),
+            trigger=settings.trigger_bytes,
             after_bytes=settings.after_bytes or 0,
             after_seconds=settings.after_seconds,
             probability=settings.probability,

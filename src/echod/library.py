@@ -6,14 +6,16 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from echod import resources, sources
-from echod.sources import Loaded, Problem, SettingsError
+from echod import resources
+from echod.settings.model import Loaded
+from echod.settings.problems import Problem, SettingsError, validate
+from echod.text import hint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from echod.resources import Resources
-    from echod.settings import Key
+    from echod.settings.types import Key
 
 # The names that the tables of settings have here; in what a user is told they are left out.
 NAME = "server"
@@ -87,13 +89,13 @@ def check_names(options: Collection[str], known: Collection[str]) -> None:
     unknown = [name for name in options if name not in known]
     if unknown:
         names = sorted(known)
-        raise SettingsError([Problem("", name, f"unknown option; {sources.hint(name, names)}") for name in unknown])
+        raise SettingsError([Problem("", name, f"unknown option; {hint(name, names)}") for name in unknown])
 
 
 def _acquire(values: Mapping[str, Any]) -> Resources:
     # Where each comes from is no question: all are arguments of one call.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Loaded(sources.validate(values, origins), origins, ()))
+    return resources.acquire(Loaded(validate(values, origins), origins, ()))
 
 
 def _own(key: str) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from echod import threads
-from echod.render import printable
+from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor
 
-    from echod.settings import LogSettings
+    from echod.settings.model import LogSettings
 
 STDERR = 2
 _STDOUT = 1

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from echod import addresses, channel, units
 from echod.addresses import TcpAddress, UnixAddress
+from echod.text import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -303,13 +304,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
-    import difflib  # noqa: PLC0415  (a right command line has no need of it)
-
     if not argument.startswith("-"):
         parser.error(f"there is one TARGET, and {argument!r} is a second one")
     option = argument.partition("=")[0]
-    near = difflib.get_close_matches(option, parser._option_string_actions, 1)  # noqa: SLF001  (no public way to ask)
-    parser.error(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+    near = closest(option, parser._option_string_actions)  # noqa: SLF001  (argparse has no public list of options)
+    parser.error(f"unknown option {option}" + (f"; did you mean {near}?" if near else ""))
 
 
 def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:

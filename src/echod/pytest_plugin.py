@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from echod.sources import Problem
+    from echod.settings.problems import Problem
     from echod.testing import ServerThread, ThreadOptions
 
 _MARKER = (
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def echod(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
     """Start an echod on a free port, in a thread: `echod.address`, `echod.connections`; `@pytest.mark.echod` sets it up."""
-    from echod.sources import SettingsError  # noqa: PLC0415
+    from echod.settings.problems import SettingsError  # noqa: PLC0415
     from echod.testing import ServerThread  # noqa: PLC0415
 
     wrong: list[Problem] = []

@@ -8,12 +8,13 @@ import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod import logs, tls
-from echod.sources import Loaded, Problem, SettingsError
+from echod.settings.problems import Problem, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
 
+    from echod.settings.model import Loaded
     from echod.tls import Warned
 
 

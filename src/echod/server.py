@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from echod.ledger import Account, Entry
     from echod.library import Options
     from echod.listeners import ListeningSocket
-    from echod.settings import ListenerSettings, Settings
+    from echod.settings.model import ListenerSettings, Settings
 
 Mode = Literal["stream", "line", "info"]
 
@@ -100,7 +100,7 @@ class ServerSettings(NamedTuple):
         fault = settings.faults.get(table.fault)
         trusted = None
         if table.proxy_protocol == "require":
-            trusted = [addresses.network(network) for network in table.proxy_trusted]
+            trusted = table.trusted_networks
         return cls(
             max_connections=max_connections,
             max_connections_per_client=limits.max_connections_per_client,
@@ -189,7 +189,7 @@ class Server:
         settings = found.loaded.settings
         table, tls = settings.listeners[library.NAME], found.tls.get(library.NAME)
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
-        wanted = Wanted(address, addresses.parse(table.address), int(table.socket_mode, 8))
+        wanted = Wanted(address, table.parsed_address, table.permissions)
         (listener,) = open_listeners([wanted], settings.limits.backlog)
         log = _SILENCE if logger is None else logger.bind(listener=address)
         for _, warning in found.warnings(datetime.now(UTC)):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import echod
-from echod.settings import Settings, flat
+from echod.settings.model import Settings, flat
 from echod.tls import iso
 
 if TYPE_CHECKING:

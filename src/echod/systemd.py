@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod.logs import STDERR
-from echod.render import printable
+from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

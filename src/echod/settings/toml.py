@@ -1,4 +1,4 @@
-"""The settings in force as TOML that `--config` reads back, each line with where its value came from."""
+"""The settings as TOML that `--config` reads back."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ByteSize
 
+from echod.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from echod.settings import Key
-    from echod.sources import Loaded
+    from echod.settings.types import Key
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def toml(loaded: Loaded) -> str:
-    """Return the settings as a TOML document, tables last, as TOML wants it."""
-    return "\n".join(_table(loaded.settings, (), loaded.origins)) + "\n"
+def document(settings: BaseModel, origins: Mapping[Key, str]) -> str:
+    """Return the settings as a TOML document, each line with its value's origin as a comment."""
+    return "\n".join(_table(settings, (), origins)) + "\n"
 
 
 def value(setting: object) -> str:
     """Return one setting as a TOML value.
 
     Raises:
-        TypeError: the settings have no values of that type.
+        TypeError: no setting has a value of that type.
 
     """
     match setting:
@@ -43,18 +44,12 @@ def value(setting: object) -> str:
             raise TypeError(type(setting).__name__)
 
 
-def printable(text: str) -> str:
-    """Return a text as part of one line: a line break, or another character that is no sign, as its escape."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
-    for name, item in table.items() if isinstance(table, dict) else table:
+    items = table if isinstance(table, dict) else {name: getattr(table, name) for name in type(table).model_fields}
+    for name, item in items.items():
         key = (*path, name)
         if item is None:
-            continue  # a table that is not there
+            continue  # TOML has no null
         if isinstance(item, BaseModel | dict):
             if not isinstance(item, dict):
                 yield f"\n[{'.'.join(map(_key, key))}]"
@@ -64,7 +59,7 @@ def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[
 
 
 def _size(size: int) -> str:
-    """Return the largest unit that leaves a whole number."""
+    """Return a size in the largest unit that leaves a whole number."""
     power = 0
     while size % 1024 == 0 and power + 1 < len(_UNITS):
         size //= 1024
@@ -73,7 +68,7 @@ def _size(size: int) -> str:
 
 
 def _string(text: str) -> str:
-    # JSON's escapes are TOML's too, but for the one character that JSON leaves as it is.
+    # JSON's escapes are valid in TOML. JSON leaves DEL as it is, which TOML forbids.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,21 +1,23 @@
-"""The command line's grammar, built from the settings' model."""
+"""The syntax of the command line, derived from the model."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import echod
-from echod import render
-from echod.settings import Key, Settings, leaves
+from echod.settings import toml
+from echod.settings.model import Settings, has_named_tables, leaves
+from echod.text import closest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_EPILOG = """\
-A client is `echod probe TARGET`, which tells whether an echo is right, and how fast: see `echod probe --help`.
+    from echod.settings.types import Key
 
-Faults and listeners have names, so their options do too: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS,
+_EPILOG = """\
+To check and measure an echo server, use `echod probe TARGET`: see `echod probe --help`.
+
+The options of faults and listeners contain their name: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS,
 --listeners.NAME.tls.certificate FILE.
 Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEOUT. The command line has precedence, then
 the environment, then the file.
@@ -31,24 +33,25 @@ class CommandLine(NamedTuple):
     command: str
     config: str | None
     options: dict[Key, tuple[str, object]]
-    """The settings given, by key, each with its option as it was written."""
+    """The given settings by key, each with its option as the user wrote it."""
 
 
-def parse(arguments: Sequence[str]) -> CommandLine:
+def parse(arguments: Sequence[str], version: str) -> CommandLine:
     """Parse the arguments.
 
-    A setting's option is `--` and its dotted key, with dashes or underscores. Whether there is such a key, and whether
-    the value is right, is for the settings to say.
+    A setting's option is `--` and its dotted key, with dashes or underscores. Neither the key nor the value is checked
+    here: the model does that.
 
     Args:
         arguments: those after the command's name.
+        version: the version that --version prints.
 
     Raises:
-        SystemExit: with 2 for what cannot be parsed, with 0 after --help and --version.
+        SystemExit: with 2 if the arguments cannot be parsed, with 0 after --help and --version.
 
     """
-    parser = _parser()
-    known = parser._option_string_actions  # noqa: SLF001  (there is no public way to ask)
+    parser = _parser(version)
+    known = parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
     for argument in arguments:
         option = argument.partition("=")[0]
         if not option.startswith("--") or option in known:
@@ -56,19 +59,17 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         if "." in option:
             parser.add_argument(option, dest="options", action=_Set, help=argparse.SUPPRESS)
         else:
-            import difflib  # noqa: PLC0415  (of use to an error only)
-
-            near = difflib.get_close_matches(option, known, 1)
-            parser.error(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = closest(option, known)
+            parser.error(f"unknown option {option}" + (f"; did you mean {near}?" if near else ""))
     parsed = parser.parse_args(arguments)
     return CommandLine(parsed.command, parsed.config, parsed.options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="echod",
         usage="%(prog)s [serve | check | config] [--config FILE] [--listen ADDRESS]... [--SECTION.KEY VALUE]...",
-        description="A TCP echo daemon (RFC 862) that returns every byte and says exactly what it did.",
+        description="A TCP echo daemon (RFC 862) that returns every byte and reports exactly what it did.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -79,12 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("serve", "check", "config"),
         default="serve",
-        help="serve (the default): be the daemon; check: tell what is wrong with the settings; config: show the "
+        help="serve (the default): run the daemon; check: report all problems with the settings; config: print the "
         "settings in force",
     )
-    parser.add_argument("--version", action="version", version=f"echod {echod.__version__}")
+    parser.add_argument("--version", action="version", version=f"echod {version}")
     parser.add_argument(
-        "--config", metavar="FILE", help="the settings' file, TOML (default: the variable ECHOD_CONFIG, else none)"
+        "--config", metavar="FILE", help="the TOML file of settings (default: the variable ECHOD_CONFIG, else none)"
     )
     for group, keys in _groups():
         section = parser.add_argument_group(group)
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def _groups() -> Iterator[tuple[str, list[tuple[Key, str]]]]:
     groups: dict[str, list[tuple[Key, str]]] = {}
     for key, field in leaves():
-        text = f"{field.description} (default: {render.value(field.default)})".replace("%", "%%")
+        text = f"{field.description} (default: {toml.value(field.default)})".replace("%", "%%")
         title = Settings.model_fields[key[0]].description if len(key) > 1 else "settings"
         groups.setdefault(f"{key[0]}: {title}" if len(key) > 1 else "settings", []).append((key, text))
     yield from groups.items()
@@ -121,6 +122,6 @@ class _Append(argparse.Action):
 def _key(option: str) -> Key:
     parts = option.removeprefix("--").split(".")
     field = Settings.model_fields.get(parts[0])
-    # What is a name, in a table of names, is kept as written.
-    names = {1} if field is not None and field.default == {} else set()
+    # The name of a named table is kept as the user wrote it.
+    names = {1} if field is not None and has_named_tables(field) else set()
     return tuple(part if index in names else part.replace("-", "_") for index, part in enumerate(parts))

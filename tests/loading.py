@@ -1,0 +1,32 @@
+"""Settings loaded from a command line and a file, for the tests of their sources and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from echod.settings.options import parse
+from echod.settings.problems import SettingsError
+from echod.settings.sources import load
+
+if TYPE_CHECKING:
+    from echod.settings.model import Loaded
+
+Write = Callable[[str], str]
+
+
+def loaded(*arguments: str, config: str | None = None) -> Loaded:
+    """Return the settings of a command line."""
+    line = parse([*arguments, *(("--config", config) if config else ())], "0.0.0")
+    return load(line.options, line.config)
+
+
+def problems(*arguments: str, config: str | None = None) -> list[str]:
+    """Return the problems with the settings of a command line."""
+    with pytest.raises(SettingsError) as caught:
+        loaded(*arguments, config=config)
+    lines = [str(problem) for problem in caught.value.problems]
+    assert str(caught.value) == "\n".join(lines)
+    return [line.replace(config, "FILE") if config else line for line in lines]
