@@ -67,7 +67,7 @@ def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> 
 
 
 def test_terminal_as_settings(start: Start) -> None:
-    """What is typed at the start is gone at a reload, as the end of input is typed then."""
+    """Settings typed at the start stay in force if a reload reads the end of input only."""
     master, slave = os.openpty()
     end = b"\x04"
     os.write(master, ONE_EACH.encode() + end)
@@ -82,7 +82,7 @@ def test_terminal_as_settings(start: Start) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "null", "file"])
 def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kind: str) -> None:
-    """What was empty at the start may be empty again, and a regular file may become empty."""
+    """A source that was empty at the start may be empty again, and a regular file may become empty."""
     writing, reading = pipe
     os.close(writing)
     file = tmp_path / "echo.toml"

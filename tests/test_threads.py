@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -93,6 +94,32 @@ def test_rotation(loop_name: str, tmp_path: Path) -> None:
         assert "reload" not in (tmp_path / "rotated").read_text()
         assert daemon.stop() == 0
         assert '"stopped"' in log.read_text()
+
+
+def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
+    """A FIFO is reopened by a new thread. Without one, lines still go to the old thread, and the reload goes on."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    arguments = ("--loop", loop_name, "--log.file", str(fifo), "--log.format", "json")
+    data = b""
+
+    def has(text: bytes) -> bool:
+        nonlocal data
+        assert select.select([reader], [], [], PATIENCE)[0]
+        data += os.read(reader, 65536)
+        return text in data
+
+    with Daemon(*arguments, listen=listen, module=refusing(log="+-"), read_log=False) as daemon:
+        until(lambda: has(b'"listening"'))
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: has(b'"reloaded"'))
+        assert f'"log_reopen_failed", "file": "{fifo}", "error": "{REFUSED}"'.encode() in data
+        assert daemon.stop() == 0
+        until(lambda: has(b'"stopped"'))
+    os.close(reader)
 
 
 def test_metrics(loop_name: str) -> None:

@@ -291,7 +291,7 @@ class _Daemon:
         """
         loaded, settings = found.loaded, found.loaded.settings
         before, tables = self._found.loaded.settings, _tables(loaded, self._inherited)
-        # What can fail comes first, and is undone if something after it fails.
+        # Steps that can fail come first, and are undone if a later one fails.
         with contextlib.ExitStack() as undo:
             for name, server in self._servers.items():
                 if name not in tables:

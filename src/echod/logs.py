@@ -187,8 +187,7 @@ class _Target:
         self._descriptor = descriptor
         self.processors: list[Processor] = []
         try:
-            # Closed by the thread alone: it may be in the midst of a write to something that takes nothing, and the
-            # number would be the next client's.
+            # Closed by the thread only: during a write that blocks, the number would become the next client's.
             self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor))
         except threads.ThreadError:
             os.close(descriptor)
@@ -281,7 +280,7 @@ class Log:
         if before.prompt:
             before.redirect(descriptor)
         else:
-            # Its thread may be waiting for a reader. It writes its queue yet, and new lines need a thread of their own.
+            # Its thread may wait for a reader for ever, so new lines need another one. The old one writes its queue.
             self._target = _Target(descriptor)
             self._lost_before += before.lost
             before.end()
