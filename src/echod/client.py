@@ -44,7 +44,7 @@ def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
 
 def unwatch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     """Undo `watch`, which is necessary before the socket is closed without a transport."""
-    if isinstance(loop, asyncio.SelectorEventLoop):
+    if isinstance(loop, asyncio.SelectorEventLoop) and sock.fileno() >= 0:
         loop.remove_reader(sock.fileno())
 
 

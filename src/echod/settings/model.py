@@ -117,7 +117,9 @@ class LogSettings(_Section):
     format: Literal["auto", "console", "json", "logfmt"] = Field(
         "auto", description="Format of a line. auto: console on a terminal, otherwise json."
     )
-    file: FileName = Field("-", description='File that lines are appended to. "-": standard error. "/dev/stdout": standard output.')
+    file: FileName = Field(
+        "-", description='File that lines are appended to. "-": standard error. "/dev/stdout": standard output.'
+    )
     connections: Literal["all", "nonempty", "failed", "none"] = Field(
         "nonempty",
         description="Closed connections that are logged. nonempty: those that sent a byte. failed: those that did not "
