@@ -112,11 +112,11 @@ def test_writes_after_a_reset_are_not_logged(
             pair.session = kind(pair.sock, SETTINGS, future, fault, 1)
         await pair.connect()
         reset(pair.client)
-        pair.session.data_received(b"x\n" * 100_000)
+        pair.session.data_received(b"x\n" * 1000)
         await pair.session.ended
         assert pair.session.reason == "reset"
         assert pair.session.delivery is not None
-        assert (pair.session.delivery.received, pair.session.delivery.acked) == (200_000, 0)
+        assert (pair.session.delivery.received, pair.session.delivery.acked) == (2000, 0)
 
     with caplog.at_level(logging.WARNING, "asyncio"):
         in_loop(scene)
