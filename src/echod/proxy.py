@@ -165,7 +165,7 @@ def _addresses(family: int) -> struct.Struct:
 
 
 def parse(data: bytes) -> Header:
-    """Parse exactly one header, whose length is the one that `size` returns.
+    """Parse exactly one header. Its length must be the one that `size` returns.
 
     A checksum is verified if present. A transmission error that changes the type of its TLV therefore goes undetected.
 
