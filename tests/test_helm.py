@@ -334,7 +334,10 @@ def test_notes(delay: str, warned: bool) -> None:
         ),
         ("listeners.more.port=8001,listeners.more.servicePort=8000", "servicePort: 8000 is already the port of echo"),
         ("admin.port=8000", "listeners.echo.port: 8000 is already the port of admin"),
-        ("autoscaling.enabled=true,autoscaling.minReplicas=11", "minReplicas (11) is above autoscaling.maxReplicas"),
+        (
+            "autoscaling.enabled=true,autoscaling.minReplicas=11",
+            "minReplicas (11) must not be above autoscaling.maxReplicas",
+        ),
     ],
 )
 def test_bad_values(given: str, said: str) -> None:
