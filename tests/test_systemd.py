@@ -1,4 +1,4 @@
-"""Test the messages to systemd with a socket that takes its place, and the daemon's use of sockets and the journal."""
+"""Test the messages to systemd with a socket in its place, the inherited sockets, and the journal's levels."""
 
 from __future__ import annotations
 

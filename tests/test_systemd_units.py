@@ -142,7 +142,7 @@ def security(container: Container) -> str:
 
 
 def started(container: Container) -> None:
-    """Check that the service echoes on port 7 in both families, with its own user, one capability and a seccomp filter."""
+    """Check that the service echoes on port 7 of both families, and check its user, capability and seccomp filter."""
     assert container.property("ActiveState") == "active"
     echo(container.connect("127.0.0.1"), b"four")
     echo(container.connect("::1"), b"six")
@@ -179,7 +179,7 @@ def stuck(container: Container) -> None:
     drop_in(container, "[Service]\nWatchdogSec=1\n")
     pid = container.property("MainPID")
     echo(container.connect(), b"before")
-    # A thread that writes to the log during the abort would garble the stack, so wait until the line is written.
+    # Wait until the line is written, because a log write during the abort would garble the stack.
     wait(lambda: container.events("client_closed", f"_PID={pid}"))
     container.run("kill", "-STOP", pid)
     wait(lambda: container.property("NRestarts") == "1")

@@ -347,8 +347,8 @@ def describe(header: Header) -> dict[str, object]:
     """Return the header as values that can be written as JSON.
 
     A TLV is `{"type": NAME, "text": ...}` if its type is textual and its value is printable text. Otherwise it is
-    `{"type": NAME, "hex": ...}`. An unknown type has its number instead of a name. The TLV of type SSL has `client`
-    (the names of the set bits), `verify` (0 if the client's certificate was verified) and `tlvs`.
+    `{"type": NAME, "hex": ...}`. An unknown type has its number instead of a name. The TLV of type SSL has
+    `client` with the names of the set bits, `verify`, and `tlvs`. `verify` is 0 if the client's certificate was verified.
 
     Raises:
         ProxyError: the header was not made by `parse`, and its SSL TLV is malformed.
