@@ -156,6 +156,6 @@ def test_the_checksum_detects_a_flipped_bit(pair: tuple[Address, Address], tlvs:
         if header is not None:
             assert 0x03 not in [tlv.type for tlv in header.tlvs]
             assert header.family == "UNKNOWN" or (header.source, header.destination) == pair
-            # The bit was in the family, which sets the length of the addresses, or in the type of the checksum's TLV.
+            # The bit was in the family, which determines the address length, or in the type of the checksum's TLV.
             # LOCAL must be accepted with any block, even one that does not consist of TLVs.
             assert at in {13, 16 + addresses} or (pair == (None, None) and header.tlvs == ())

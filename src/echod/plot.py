@@ -68,11 +68,7 @@ def svg(title: str, latencies: Mapping[float, float]) -> str:
         percent = 100 - 100 * 10.0**-nine
         parts.append(_line(x(percent), _TOP, x(percent), _HEIGHT - _BOTTOM))
         parts.append(_text(x(percent), _HEIGHT - _BOTTOM + 22, f"{percent:.{max(nine - 2, 0)}f}%", "middle"))
-    parts.append(
-        _text(
-            (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "percentage of messages that took at most this long", "middle"
-        )
-    )
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "of all messages took at most this long", "middle"))
     for seconds in lines if len(lines) <= _LINES else lines[:: math.ceil(len(lines) / _LINES)]:
         parts.append(_line(_LEFT, y(seconds), _WIDTH - _RIGHT, y(seconds)))
         parts.append(_text(_LEFT - 10, y(seconds) + 5, seconds_text(seconds), "end"))

@@ -211,7 +211,7 @@ def _host(text: str, family: str, which: str) -> str:
 
 
 def _text(packed: bytes) -> str:
-    # The ipaddress module formats mapped IPv4 addresses differently in each version of Python. inet_ntop also gives the
+    # The ipaddress module formats mapped IPv4 addresses differently between versions of Python. inet_ntop also gives the
     # same text as the peer address of a direct connection.
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
