@@ -92,9 +92,8 @@ class TlsSocket:
                 self._ready += data
         with contextlib.suppress(ssl.SSLWantReadError):
             self.object.unwrap()
-        with contextlib.suppress(
-            BlockingIOError
-        ):  # the next recv sends it, and that call is certain because echo is pending
+        # If the socket is full, echo is pending, and the recv that reads it sends the rest.
+        with contextlib.suppress(BlockingIOError):
             self._flush()
 
     def _flush(self) -> None:

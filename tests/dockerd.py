@@ -45,9 +45,8 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="echod-docker-")
-        )  # a short path, as the length of a socket's path is limited
+        # A short path, because the folder contains a socket, and the length of its path is limited.
+        self._folder = Path(tempfile.mkdtemp(prefix="echod-docker-"))
         host = f"unix://{self._folder}/socket"
         # Every version of docker has the legacy builder.
         self._env = os.environ | {"DOCKER_HOST": host, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self._folder)}

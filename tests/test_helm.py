@@ -230,12 +230,12 @@ def test_ports_are_consistent(values: str) -> None:
 def test_monitor_finds_its_service() -> None:
     found = manifests("--set=serviceMonitor.enabled=true", "--set=serviceMonitor.labels.release=prometheus")
     monitor = one(found, "ServiceMonitor")
-    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    selector = monitor["spec"]["selector"]["matchLabels"].items()
     services = [manifest for manifest in found if manifest["kind"] == "Service"]
-    chosen = [service for service in services if service["metadata"]["labels"].items() >= wanted]
-    assert [service["metadata"]["name"] for service in chosen] == ["rel-echod-metrics"]
+    selected = [service for service in services if service["metadata"]["labels"].items() >= selector]
+    assert [service["metadata"]["name"] for service in selected] == ["rel-echod-metrics"]
     endpoint = monitor["spec"]["endpoints"][0]
-    assert [port["name"] for port in chosen[0]["spec"]["ports"]] == [endpoint["port"]]
+    assert [port["name"] for port in selected[0]["spec"]["ports"]] == [endpoint["port"]]
     assert endpoint["path"] == "/metrics"
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
@@ -304,7 +304,7 @@ def test_notes(delay: str, warned: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("setting", "message"),
     [
         ("replicas=3", "replicas"),
         ("replicaCount=-1", "replicaCount"),
@@ -340,10 +340,10 @@ def test_notes(delay: str, warned: bool) -> None:
         ),
     ],
 )
-def test_bad_values(given: str, said: str) -> None:
-    done = HELM.run("template", "rel", str(CHART), f"--set={given}")
+def test_invalid_values(setting: str, message: str) -> None:
+    done = HELM.run("template", "rel", str(CHART), f"--set={setting}")
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_schema_follows_the_settings() -> None:

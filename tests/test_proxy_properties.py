@@ -103,10 +103,10 @@ def test_round_trip_v2(pair: tuple[Address, Address], tlvs: list[Tlv], checksum:
 @example(b"PROXY UNKNOWN " + b"x" * 91 + b"\r\n", b"\r\n")
 @example(b"PROXY UNKNOWN \r\r\n", b"")
 def test_size_at_any_split(data: bytes, after: bytes) -> None:
-    told = [size(data[:end]) for end in range(len(data) + 1)]
-    assert told[-1] == len(data)
-    first = told.index(len(data))
-    assert told == [None] * first + [len(data)] * (len(told) - first)
+    sizes = [size(data[:end]) for end in range(len(data) + 1)]
+    assert sizes[-1] == len(data)
+    first = sizes.index(len(data))
+    assert sizes == [None] * first + [len(data)] * (len(sizes) - first)
     assert first == (16 if data.startswith(SIGNATURE) else len(data))
     assert size(data + after) == len(data)
 
@@ -117,14 +117,14 @@ def test_more_bytes_do_not_change_the_outcome(data: bytes) -> None:
     known: int | None = None
     for end in range(len(data) + 1):
         try:
-            told = size(data[:end])
+            result = size(data[:end])
         except ProxyError:
             for more in (data, data + b"\r\n"):
                 rejection(size, more)
             assert known is None
             return
-        assert known in {None, told}
-        known = told
+        assert known in {None, result}
+        known = result
 
 
 @given(NEARLY | HEADERS)

@@ -42,8 +42,8 @@ sys.exit(cli.main())
 # A daemon with its standard error connected to the journal.
 JOURNAL = """
 import os, sys
-found = os.fstat(2)
-os.environ["JOURNAL_STREAM"] = f"{found.st_dev}:{found.st_ino}"
+stat = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}"
 from echod import cli
 sys.exit(cli.main())
 """
@@ -91,10 +91,10 @@ class FakeManager:
 
     def rest(self) -> list[dict[str, str]]:
         """Return all messages in the queue."""
-        found = []
+        messages = []
         while select.select([self._socket], [], [], 0)[0]:
-            found.append(self.receive())
-        return found
+            messages.append(self.receive())
+        return messages
 
     def keeps_receiving(self, watchdog: float) -> bool:
         """Return whether ten messages arrive, each within `watchdog` seconds of the previous one."""
@@ -127,8 +127,8 @@ def test_phases(start: Start, manager: FakeManager, tmp_path: Path) -> None:
     config = tmp_path / "echod.toml"
     config.write_text("")
     daemon = start("--config", str(config), env=environment(manager))
-    nothing = "0 clients now, 0 connections so far, 0 bytes received"
-    assert manager.receive() == {"READY": "1", "STATUS": f"Serving: {nothing}"}
+    figures = "0 clients now, 0 connections so far, 0 bytes received"
+    assert manager.receive() == {"READY": "1", "STATUS": f"Serving: {figures}"}
     daemon.echo(b"hello")
     daemon.wait_for("client_closed")
 
@@ -155,8 +155,8 @@ def test_phases(start: Start, manager: FakeManager, tmp_path: Path) -> None:
     assert (stopping["STOPPING"], stopping["STATUS"]) == ("1", f"Draining: 0 clients now, {done}")
     assert int(stopping["EXTEND_TIMEOUT_USEC"]) >= 10_000_000
     receipt = daemon.receipt()
-    words = (f"{name}={value}" for name, value in receipt.items() if name not in {"timestamp", "level", "event"})
-    assert manager.receive()["STATUS"] == f"Drained: {' '.join(words)}"
+    fields = (f"{name}={value}" for name, value in receipt.items() if name not in {"timestamp", "level", "event"})
+    assert manager.receive()["STATUS"] == f"Drained: {' '.join(fields)}"
     assert manager.rest() == []
 
 
