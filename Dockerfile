@@ -4,7 +4,7 @@ ARG BASE_IMAGE=docker.io/library/python:3.13-slim
 
 FROM ${BASE_IMAGE} AS build
 
-# What the label says; the build fails where the package says otherwise.
+# The version for the label. The build fails if the package has a different one.
 ARG VERSION=0.1.0
 
 WORKDIR /source
@@ -13,21 +13,21 @@ RUN set -eu; \
     python3 -m venv /build; \
     /build/bin/pip --no-cache-dir wheel --quiet --no-deps --wheel-dir /wheel .; \
     python3 -m venv --without-pip /opt/echod; \
-    # Paths in scripts stay right, as the environment does not move.
+    # Scripts contain absolute paths, so the environment is created at its final place.
     /build/bin/pip --python /opt/echod/bin/python --no-cache-dir install --quiet --no-compile \
         "echod[admin] @ file://$(echo /wheel/echod-*.whl)"; \
-    # The root file system is read-only later. Time stamps do not say whether a file is current, so that copying is safe.
+    # Compile now, as the root file system will be read-only. Hash-based files stay valid when copying changes time stamps.
     /opt/echod/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/echod/lib; \
     test "$(/opt/echod/bin/echod --version)" = "echod $VERSION"
 
 
 FROM ${BASE_IMAGE} AS trimmed
 
-# A compiler would be too many packages to take out. pip and its kin go; the standard library is compiled, which some
-# base images leave to a first run that may write.
+# Remove pip and related packages. A base image with a compiler is rejected, as removing one is not practicable.
+# Compile the standard library too, because some base images do that only at the first run.
 RUN set -eu; \
     for tool in cc gcc clang; do \
-        if command -v "$tool"; then echo "BASE_IMAGE has a compiler: take one without, such as python:3.13-slim"; exit 1; fi; \
+        if command -v "$tool"; then echo "BASE_IMAGE has a compiler: use an image without one, such as python:3.13-slim"; exit 1; fi; \
     done; \
     library=$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))'); \
     rm -rf "$library/ensurepip" "$library/idlelib" "$library/lib2to3" "$library/test" "$library/turtledemo"; \
@@ -37,7 +37,7 @@ RUN set -eu; \
     done; \
     find / -xdev -type f \( -name 'pip' -o -name 'pip3*' -o -name 'wheel' -o -name 'easy_install*' \) -path '*/bin/*' -delete; \
     rm -rf /usr/share/python-wheels /root/.cache /var/cache/* /var/lib/apt/lists/* /var/log/* /tmp/*; \
-    # Nothing in it needs another user's rights.
+    # Nothing in the image needs setuid or setgid.
     find / -xdev -type f -perm /6000 -exec chmod ug-s {} +; \
     python3 -m compileall -q -j 0 "$library"
 
@@ -45,7 +45,7 @@ COPY --from=build /opt/echod /opt/echod
 COPY packaging/docker/echod.toml /etc/echod/echod.toml
 
 
-# From nothing, so that what was removed is in no layer either.
+# Start from scratch, so that no layer contains the removed files.
 FROM scratch
 
 COPY --from=trimmed / /
@@ -64,13 +64,13 @@ ENV PATH=/opt/echod/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     ECHOD_CONFIG=/etc/echod/echod.toml
 
-# Nobody; as a number, which Kubernetes can tell from root.
+# The user nobody, as a number, because Kubernetes checks that it is not root.
 USER 65534:65534
 WORKDIR /
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 
-# The address follows ECHOD_LISTEN; where a file or an argument sets another, --health-cmd says it.
+# The address comes from ECHOD_LISTEN. If a file or an argument sets another, override this with --health-cmd.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5s --retries=3 \
     CMD ["/bin/sh", "-c", "set -f; IFS=', '; set -- ${ECHOD_LISTEN:-:8000}; exec echod probe --timeout 3 \"$1\""]
 

@@ -1,11 +1,11 @@
-# Two commands do all the set-up: `make run` runs the daemon, `make test` passes the tests.
+# `make run` runs the daemon and `make test` runs all checks. Both create the environments that they need.
 
 PYTHON ?= python3
-# The interpreters that the tests run on; those that are not installed are left out, with a word.
+# The versions of Python to test on. Versions that are not installed are skipped with a message.
 VERSIONS ?= 3.11 3.12 3.13
 ARGUMENTS ?= --config config.example.toml
 
-# The restarts of `make soak`.
+# The number of restarts of `make soak`.
 RESTARTS ?= 200
 
 .PHONY: run test soak docs evolution bench bench-quick clean
@@ -16,7 +16,7 @@ run: .venv/installed
 test:
 	PYTHON="$(PYTHON)" VERSIONS="$(VERSIONS)" sh tests/run.sh
 
-# A daemon after the other on one inherited socket, under 200 connects a second, on both loops: four minutes each.
+# Restart the daemon on an inherited socket under 200 connects per second. Each of the two loops takes four minutes.
 soak: .venv/installed
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/test_sockets.py -k restarts_under_load -s
@@ -24,12 +24,12 @@ soak: .venv/installed
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/configuration.md
 
-# The figures of docs/evolution.md; two minutes and more, on a machine that has nothing else to do.
+# Measure the figures of docs/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed
 	PYTHONPATH=tests .venv/bin/python examples/evolution/measure.py
 
-# echod beside its peers: all that can be built here, half an hour; and who is in the targets, under 90 seconds.
-# benchmarks/servers.py says what each peer needs.
+# Compare echod with its peers. `bench` runs all that can be built here and takes half an hour. `bench-quick` runs only
+# those with targets and takes less than 90 seconds. benchmarks/servers.py lists the requirements of each peer.
 bench: .venv/installed
 	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	.venv/bin/python benchmarks/run.py --output benchmarks/results/full.json

@@ -1,4 +1,4 @@
-"""Certificates made for a test run, and clients that trust them."""
+"""Issue certificates for a test run, and connect clients that trust them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _RECORD = 16384
 
 
 class TlsSocket:
-    """The part of a socket that the tests use, over TLS: its ends are close_notify, and FIN without it is an error.
+    """The subset of the socket interface that the tests use, over TLS.
 
-    ssl.SSLSocket cannot half-close while echo is on its way to it: it would drop that.
+    A half-close sends close_notify, and FIN without close_notify is an error. ssl.SSLSocket cannot be used, because it
+    drops data that arrives after a half-close.
 
     Args:
-        sock: connected, with a timeout for the handshake.
-        context: the client's.
-        name: the server's.
+        sock: a connected socket with a timeout for the handshake.
+        context: the client's context.
+        name: the server's name.
 
     """
 
@@ -61,14 +62,14 @@ class TlsSocket:
         self.close()
 
     def send(self, data: bytes | memoryview) -> int:
-        """Send a record, or go on with one that did not fit: then the bytes have to be the same."""
+        """Send a record. After BlockingIOError, call again with the same bytes to continue."""
         if not self._unsent:
             self._size = self.object.write(data[:_RECORD])
         self._flush()
         return self._size
 
     def recv(self, size: int) -> bytes:
-        """Receive; at a close_notify return nothing."""
+        """Receive data, or nothing after close_notify."""
         if self._unsent:
             with contextlib.suppress(BlockingIOError):
                 self._flush()
@@ -81,17 +82,18 @@ class TlsSocket:
             except ssl.SSLWantReadError:
                 if not self._fill():
                     raise ssl.SSLEOFError from None
-            except ssl.SSLZeroReturnError:  # the server's close_notify, after our own
+            except ssl.SSLZeroReturnError:  # the server's close_notify, in reply to ours
                 return b""
 
     def shutdown(self, _: int) -> None:
-        """Send a close_notify. What has come is taken first, or OpenSSL would stumble over it."""
+        """Send close_notify. Received data is read first, because unwrap fails on it."""
         with contextlib.suppress(ssl.SSLWantReadError):
             while data := self.object.read(_RECORD):
                 self._ready += data
         with contextlib.suppress(ssl.SSLWantReadError):
             self.object.unwrap()
-        with contextlib.suppress(BlockingIOError):  # goes out with the next recv, before which there is echo to come
+        # If the socket is full, echo is pending, and the recv that reads it sends the rest.
+        with contextlib.suppress(BlockingIOError):
             self._flush()
 
     def _flush(self) -> None:
@@ -104,10 +106,10 @@ class TlsSocket:
 
 
 class Certificates:
-    """An authority, a server's certificate and a client's, as files and as a client's context.
+    """A certificate authority with a server certificate and a client certificate, as files and contexts.
 
     Args:
-        folder: where the files are made.
+        folder: the folder for the files.
 
     """
 
@@ -122,7 +124,15 @@ class Certificates:
         client.private_key_and_cert_chain_pem.write_to_path(self.client)
 
     def issue(self, name: str, *identities: str, days: float = 90, since: float = -1) -> tuple[Path, Path]:
-        """Make a certificate that is valid for so many days from now, and since so many; return it and its key."""
+        """Issue a server certificate. Return its file and the file of its key.
+
+        Args:
+            name: the name of the files.
+            identities: the names and addresses of the server.
+            days: the end of its validity, in days from now.
+            since: the start of its validity, in days from now.
+
+        """
         now = datetime.now(UTC)
         made = self.authority.issue_cert(
             *identities, not_before=now + timedelta(days=since), not_after=now + timedelta(days=days)
@@ -133,7 +143,7 @@ class Certificates:
         return certificate, key
 
     def options(self, name: str = "tls", address: str = "127.0.0.1:0") -> tuple[str, ...]:
-        """Return the command line's options of a listener with the server's certificate."""
+        """Return command-line options for a listener with the server certificate."""
         return (
             *(f"--listeners.{name}.address", address),
             *(f"--listeners.{name}.tls.certificate", str(self.certificate)),
@@ -141,7 +151,7 @@ class Certificates:
         )
 
     def context(self, *, client: bool = False, version: str = "") -> ssl.SSLContext:
-        """Return a context that trusts the authority, with the client's certificate if that is wanted."""
+        """Return a context that trusts the authority, with the client certificate if `client` is true."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.ca)
         if client:
@@ -151,13 +161,13 @@ class Certificates:
         return context
 
     def over(self, sock: socket.socket) -> TlsSocket:
-        """Return a client for a crowd, over a connected socket."""
+        """Return a TLS client for a crowd over a connected socket."""
         return TlsSocket(sock, self.context(), "localhost")
 
     def join(
         self, daemon: Daemon, context: ssl.SSLContext | None = None, *, receive_buffer: int | None = None
     ) -> TlsSocket:
-        """Return a client for a crowd, whose handshake is done."""
+        """Return a TLS client for a crowd that is connected to the daemon."""
         return TlsSocket(daemon.connect(receive_buffer=receive_buffer), context or self.context(), "localhost")
 
     def connect(
@@ -167,9 +177,9 @@ class Certificates:
         context: ssl.SSLContext | None = None,
         sock: socket.socket | None = None,
     ) -> ssl.SSLSocket:
-        """Return a client whose handshake is done, over a connected socket if one is given.
+        """Return a TLS client, over an existing connection to the daemon if `sock` is given.
 
-        An end without close_notify is an error to it.
+        It raises an error if the connection ends without close_notify.
         """
         sock = sock or daemon.connect()
         try:

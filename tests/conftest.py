@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Provide the fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ pytest_plugins = ["pytester"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what takes minutes first: at the end, all would wait for it."""
+    """Run container tests first, as they take minutes and would otherwise delay the end."""
     items.sort(key=lambda item: item.get_closest_marker("container") is None)
 
 
 @pytest.fixture(params=["uvloop", "asyncio"])
 def loop_name(request: pytest.FixtureRequest) -> str:
-    """Return each loop's name in turn."""
+    """Return the name of each event loop in turn."""
     return str(request.param)
 
 
 @pytest.fixture
 def start(loop_name: str) -> Iterator[Start]:
-    """Return a function that starts a daemon on the loop under test; it is ended after the test."""
+    """Return a function that starts a daemon on the loop under test. Daemons are terminated after the test."""
     daemons: list[Daemon] = []
 
     def start(*arguments: str, **options: Any) -> Daemon:
@@ -62,10 +62,10 @@ def in_loop(loop_name: str) -> InLoop:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """Return a function that is the command within this process, for so many cases that a process for each takes long."""
+    """Return a function that runs the command in this process, for tests with many cases."""
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # as the command does, and here for this test only
+    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the command sets it too, for its whole process
     handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,8 +74,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             code = cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
-        said = capfd.readouterr()
-        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+        output = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
 
     yield command
     gc.enable()
@@ -85,7 +85,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Return certificates, made once."""
+    """Return the certificates of the test run."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
 
 

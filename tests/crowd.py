@@ -1,4 +1,4 @@
-"""Many clients in one thread, that check every byte of their echo."""
+"""Run many clients in one thread, and check every byte of their echo."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
     from certificates import TlsSocket
 
-# What all clients send, each from a place of its own on, round and round. Its length is no multiple of any buffer's.
+# All clients send this pattern cyclically, each from its own offset. Its length is not a multiple of any buffer size.
 PATTERN = os.urandom(1_000_003)
 _TWICE = PATTERN * 2
 _LARGEST = 65536
 
 
 class Peer:
-    """A client that sends from the pattern, and checks what comes back.
+    """A client that sends the pattern and checks its echo.
 
     Args:
-        sock: connected.
-        total: how many bytes it sends before it half-closes; None: without end.
-        rng: for its place in the pattern and the sizes of its writes.
+        sock: a connected socket.
+        total: the number of bytes to send before a half-close, or None to send without end.
+        rng: chooses the offset in the pattern and the sizes of writes.
 
     """
 
@@ -38,7 +38,7 @@ class Peer:
         sock.setblocking(False)
         self.sock = sock
         name = sock.getsockname()
-        self.port = name[1] if name else 0  # a unix socket's client has none
+        self.port = name[1] if name else 0  # the client of a unix socket has none
         self.total = total
         self.sent = 0
         self.received = 0
@@ -46,9 +46,9 @@ class Peer:
         self.reading = True
         self.wrong = False
         self.end = ""
-        """How it ended: "eof" or the error's name."""
+        """Why the connection ended: "eof", the name of an exception, or "" if it has not ended."""
         self._rng = rng
-        self._place = rng.randrange(len(PATTERN))
+        self._offset = rng.randrange(len(PATTERN))
         self._size = 0
 
     @property
@@ -56,10 +56,10 @@ class Peer:
         return not self.end and self.sent != self.total
 
     def write(self) -> None:
-        # A write that did not succeed at once is tried again with the same bytes.
+        # OpenSSL requires that a write is retried with the same bytes.
         self._size = self._size or self._rng.randint(1, _LARGEST)
         size = self._size if self.total is None else min(self._size, self.total - self.sent)
-        start = (self._place + self.sent) % len(PATTERN)
+        start = (self._offset + self.sent) % len(PATTERN)
         try:
             self.sent += self.sock.send(memoryview(_TWICE)[start : start + size])
         except BlockingIOError:
@@ -82,7 +82,7 @@ class Peer:
         if not data:
             self._ended(None)
             return
-        start = (self._place + self.received) % len(PATTERN)
+        start = (self._offset + self.received) % len(PATTERN)
         self.wrong = self.wrong or data != _TWICE[start : start + len(data)]
         self.received += len(data)
 
@@ -92,7 +92,7 @@ class Peer:
 
 
 class Crowd:
-    """Some peers, and the loop that serves them."""
+    """A group of peers, and the loop that serves them."""
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
@@ -109,17 +109,17 @@ class Crowd:
             peer.sock.close()
 
     def add(self, sock: socket.socket | TlsSocket, total: int | None, seed: int) -> Peer:
-        """Take in a connected socket."""
+        """Add a peer with a connected socket."""
         peer = Peer(sock, total, random.Random(seed))
         self.peers.append(peer)
         self._watch(peer)
         return peer
 
     def run(self, until: Callable[[], bool], patience: float = PATIENCE) -> None:
-        """Serve the peers until the condition holds, which is asked after each round of the loop."""
+        """Serve the peers until the condition holds. It is checked after each iteration of the loop."""
         deadline = time.monotonic() + patience
         while not until():
-            assert time.monotonic() < deadline, f"waited in vain: {self}"
+            assert time.monotonic() < deadline, f"the condition did not become true within {patience} s"
             for key, events in self._selector.select(0.05):
                 peer: Peer = key.data
                 if events & selectors.EVENT_READ:
@@ -134,7 +134,7 @@ class Crowd:
         self.run(lambda: all(peer.end for peer in self.peers), patience)
 
     def pause_reading(self, *peers: Peer, reading: bool = False) -> None:
-        """Let peers read no more, or again."""
+        """Stop or resume the reading of peers."""
         for peer in peers:
             peer.reading = reading
             self._watch(peer)
@@ -150,7 +150,7 @@ class Crowd:
 
 
 class Stuck:
-    """True when a peer could not write for a while: the last buffer between it and the daemon fills without an event."""
+    """A condition: a peer has not been able to write for a while, because all buffers up to the daemon are full."""
 
     def __init__(self, peer: Peer, seconds: float = 0.5) -> None:
         self._peer = peer
@@ -165,7 +165,7 @@ class Stuck:
 
 
 class Pace:
-    """Keeps a crowd's peers at a rate of reading, bytes a second each; always true."""
+    """Limits how fast each peer of a crowd reads, in bytes per second, when called as a condition. Always true."""
 
     def __init__(self, crowd: Crowd, rate: float) -> None:
         self._crowd = crowd

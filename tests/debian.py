@@ -1,4 +1,4 @@
-"""Debian systems for containers, as debootstrap makes them, kept from one run of the tests to the next."""
+"""Create Debian systems for containers with debootstrap, and cache them between test runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Seconds that making a system, or installing something in it, may take.
+# Timeout in seconds for creating a system or installing packages in it.
 LONG = 600.0
 
 
 def why_not(*tools: str) -> str | None:
-    """Tell why nothing can be done as root with these tools here; None if it can."""
+    """Return why these tools cannot be used as root, or None if they can."""
     if os.geteuid() != 0:
         return "needs root"
     if missing := [tool for tool in tools if shutil.which(tool) is None]:
@@ -29,7 +29,7 @@ def why_not(*tools: str) -> str | None:
 
 @contextlib.contextmanager
 def cache(variable: str, name: str) -> Iterator[Path]:
-    """Hold the folder that an environment variable names, or one of that name; others wait for it here."""
+    """Lock a cache folder: the one that an environment variable names, or `name` in the temporary directory."""
     folder = Path(os.environ.get(variable) or Path(tempfile.gettempdir()) / name)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -38,16 +38,16 @@ def cache(variable: str, name: str) -> Iterator[Path]:
 
 
 def system(place: Path, packages: str, finish: Callable[[Path], Path] = Path) -> Path:
-    """Return the place of a Debian system, which is made if it is not there.
+    """Create a Debian system if it is not cached yet, and return its path.
 
     Args:
-        place: in a folder that is held.
-        packages: more than the least there can be, with commas.
-        finish: makes of the system's root what is to be at the place, beside it.
+        place: the path, in a folder locked by `cache`.
+        packages: extra packages, separated by commas.
+        finish: turns the root folder into a file or folder in the same parent, to be moved to `place`.
 
     """
     if not place.exists():
-        # Beside its place first, so that one that was left half made is not taken for whole.
+        # Create it elsewhere and rename it, so that an interrupted run leaves no incomplete system.
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             root = Path(folder) / "root"
             command = ["debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(root)]

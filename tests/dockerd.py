@@ -1,4 +1,4 @@
-"""A dockerd of the tests' own, with a base image that debootstrap makes: no registry is asked."""
+"""Run a separate dockerd with a base image from debootstrap, without a registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).parent.parent
 
-# Where the base image is kept from one run to the next.
+# Names the folder in which the base image is cached.
 CACHE_VARIABLE = "DOCKER_TEST_CACHE"
 
 BASE_IMAGE = "local/python:3"
@@ -34,20 +34,21 @@ _AUTHORITIES = Path("etc/ssl/certs/ca-certificates.crt")
 
 
 def why_not() -> str | None:
-    """Tell why there can be no dockerd here; None if there can."""
+    """Return why dockerd cannot be started, or None if it can."""
     return debian.why_not(*_TOOLS)
 
 
 class Engine:
-    """A running dockerd, without a network but the host's, that has the base image.
+    """A running dockerd with the base image, in which only the host's network is available.
 
-    At its end nothing is left: no container, no process, no mount, no file.
+    `close` removes all of its containers, processes, mounts and files.
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="echod-docker-"))  # short: it holds a socket
+        # A short path, because the folder contains a socket, and the length of its path is limited.
+        self._folder = Path(tempfile.mkdtemp(prefix="echod-docker-"))
         host = f"unix://{self._folder}/socket"
-        # The builder of old is in every docker.
+        # Every version of docker has the legacy builder.
         self._env = os.environ | {"DOCKER_HOST": host, "DOCKER_BUILDKIT": "0", "DOCKER_CONFIG": str(self._folder)}
         self._log = (self._folder / "log").open("wb")
         self._daemon = subprocess.Popen(
@@ -76,7 +77,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End everything, also what is still running in containers."""
+        """Stop dockerd and its containers, and remove its files."""
         if self._daemon.poll() is None:
             if names := self.docker("ps", "--all", "--quiet", check=False).stdout.split():
                 self.docker("rm", "--force", *names, check=False)
@@ -87,13 +88,13 @@ class Engine:
                 self._daemon.kill()
                 self._daemon.wait()
         self._log.close()
-        # Those inside others come first.
+        # Nested mounts come first.
         for mount in reversed(self._mounts()):
             subprocess.run(["umount", mount], check=True)
         shutil.rmtree(self._folder)
 
     def docker(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run the client."""
+        """Run the docker client, and wait for it."""
         done = subprocess.run(
             ["docker", *arguments],
             stdin=subprocess.DEVNULL,
@@ -108,11 +109,11 @@ class Engine:
         return done
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the client, and do not wait for it."""
+        """Start the docker client without waiting for it."""
         return subprocess.Popen(["docker", *arguments], stdout=subprocess.DEVNULL, env=self._env)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """Return what is known of an image or a container."""
+        """Return the data of an image or a container."""
         found: list[dict[str, Any]] = json.loads(self.docker("inspect", name).stdout)
         return found[0]
 
@@ -126,19 +127,19 @@ class Engine:
 
     def _import_base(self) -> None:
         with _base().open("rb") as tree:
-            # This machine's authorities may be more than Debian's, and pip has some of its own.
+            # This machine may trust more certificate authorities than Debian does, and pip uses its own list by default.
             command = ["docker", "import", "--change", f"ENV PIP_CERT=/{_AUTHORITIES}", "-", BASE_IMAGE]
             subprocess.run(command, stdin=tree, check=True, capture_output=True, timeout=debian.LONG, env=self._env)
 
 
 class Container:
-    """A container of the image under test, with all the restrictions that it is to work under.
+    """A container of the image under test, with all supported restrictions.
 
     Args:
-        engine: where it runs.
-        name: its name.
-        options: of `docker run`.
-        arguments: of echod.
+        engine: the dockerd to run it.
+        name: the name of the container.
+        options: options of `docker run`.
+        arguments: arguments of echod.
 
     """
 
@@ -166,15 +167,15 @@ class Container:
         return found
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command in it."""
+        """Run a command in the container."""
         return self._engine.docker("exec", self.name, *command, check=check)
 
     def log(self) -> str:
-        """Return its log so far."""
+        """Return the log so far."""
         return self._engine.docker("logs", self.name).stderr
 
     def events(self, name: str) -> list[Event]:
-        """Return the events of that name so far."""
+        """Return the events with this name so far."""
         found = []
         for line in self.log().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
@@ -182,7 +183,7 @@ class Container:
         return found
 
     def wait_for(self, name: str) -> Event:
-        """Wait for the first event of that name."""
+        """Wait for the first event with this name."""
         until(lambda: bool(self.events(name)))
         return self.events(name)[0]
 

@@ -1,4 +1,4 @@
-"""The real command in a subprocess, and its log as events to wait for."""
+"""Run the real command in a subprocess, and wait for the events in its log."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]
 
-# The longest that any single wait may take, seconds: a bound for failures, not a duration that tests count on.
+# The longest wait for a single event, in seconds. It bounds failures; no test depends on its length.
 PATIENCE = 30.0
 
-# For a stop in which no client is closed for its silence or cut off, however late a busy machine lets it speak.
+# Options for a stop in which no client is closed as quiet or cut off, even on a busy machine.
 UNHURRIED = ("--shutdown.quiet-period", "60", "--shutdown.drain-timeout", "60")
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment without settings of echod's, and with some more variables."""
+    """Return the environment of this process without settings of echod, plus extra variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
     return kept | dict(extra or {})
 
 
 def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+    """Run the command and wait for it to exit."""
     command = [sys.executable, "-m", "echod", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(env), check=False
@@ -57,17 +57,17 @@ class Start(Protocol):
 
 
 class Daemon:
-    """A running `echod serve`; its standard error is read as JSON lines.
+    """A running `echod serve` process, with its standard error read as JSON lines.
 
     Args:
-        arguments: of the command.
-        env: more variables.
+        arguments: arguments of the command.
+        env: extra environment variables.
         python: options of the interpreter.
-        module: what it is to run.
-        prepare: called in the child before it starts.
-        listen: an address, or None where the arguments say.
-        pass_fds: descriptors that it inherits.
-        read_log: whether the log is read; if not, `log_pipe` is its reading end.
+        module: the module or code to run, as options of the interpreter.
+        prepare: called in the child process before it executes the interpreter.
+        listen: an address, or None if the arguments contain one.
+        pass_fds: descriptors that the process inherits.
+        read_log: whether to read the log. If not, read it from `log_pipe`.
 
     """
 
@@ -87,7 +87,7 @@ class Daemon:
         self.raw: list[str] = []
         listening = ("--listen", listen) if listen else ()
         environment = clean_environment(env)
-        # Coverage costs a daemon nearly as much CPU as its start does, and finds on one loop what it finds on the other.
+        # Coverage nearly doubles the CPU time of a start, and both loops cover the same lines.
         self._measured = "COVERAGE_RUN" in environment and "asyncio" not in arguments
         if not self._measured:
             environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
@@ -96,7 +96,7 @@ class Daemon:
             stderr=subprocess.PIPE,
             env=environment,
             pass_fds=pass_fds,
-            preexec_fn=prepare,  # noqa: PLW1509  (no threads hold locks in the children these tests make)
+            preexec_fn=prepare,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
         )
         assert self.process.stderr is not None
         self.log_pipe = self.process.stderr
@@ -106,7 +106,7 @@ class Daemon:
             self.start_reading()
 
     def start_reading(self) -> None:
-        """Read the log from now on, and wait until the daemon listens."""
+        """Start reading the log, and wait until the daemon listens."""
         self._reader.start()
         try:
             self.wait_for("listening")
@@ -135,8 +135,8 @@ class Daemon:
         return host.strip("[]"), int(port)
 
     def listens(self) -> bool:
-        """Tell whether the kernel has a listening socket at the daemon's (IPv4) address."""
-        # With this option a socket that listens stands against another at its address, and no other does.
+        """Return whether the kernel has a listening socket at the daemon's IPv4 address."""
+        # With SO_REUSEADDR, bind(2) fails only if another socket is listening at the address.
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -162,7 +162,7 @@ class Daemon:
         return sock
 
     def echo(self, message: bytes) -> None:
-        """Be a client that sends one message, takes its echo, and closes."""
+        """Connect, send a message, receive its echo, and close."""
         with self.connect() as client:
             client.sendall(message)
             assert receive(client, len(message)) == message
@@ -170,17 +170,17 @@ class Daemon:
             assert client.recv(1) == b""
 
     def ledger(self) -> dict[int, Event]:
-        """Return the lines of the closed connections so far, by the client's port."""
+        """Return the `client_closed` events so far by the client's port."""
         return {int(line["peer"].rpartition(":")[2]): line for line in self.all("client_closed")}
 
     def receipt(self) -> Event:
-        """Return the drain's receipt, having seen that it counts each client once."""
+        """Return the receipt of the drain, after checking that it counts each client once."""
         receipt = self.wait_for("drained")
         assert receipt["clients"] == sum(receipt[part] for part in ("completed", "quiet", "cut", "aborted", "failed"))
         return receipt
 
     def wait_for(self, event: str, *, count: int = 1, **fields: object) -> Event:
-        """Wait for the `count`th event of that name with these fields, and return it."""
+        """Wait for the `count`th event with this name and these fields, and return it."""
 
         def found() -> list[Event]:
             return [line for line in self.events if line["event"] == event and fields.items() <= line.items()]
@@ -192,11 +192,11 @@ class Daemon:
         return found()[count - 1]
 
     def all(self, event: str) -> list[Event]:
-        """Return all events of that name so far."""
+        """Return all events with this name so far."""
         return [line for line in self.events if line["event"] == event]
 
     def loud(self) -> list[Event]:
-        """Return the events that are more than information, but for those by which asyncio's debug mode calls us slow."""
+        """Return the events above level info, except asyncio's reports of slow callbacks in debug mode."""
         return [
             event
             for event in self.events
@@ -213,38 +213,38 @@ class Daemon:
         until(lambda: self._state() == "T")
 
     def settle(self) -> None:
-        """Wait until the process has done all that there is to do: it sleeps, and has used no CPU between two looks."""
-        looks = [-1.0]
+        """Wait until the process is idle: it sleeps, and has used no CPU time since the previous check."""
+        used = [-1.0]
 
-        def rests() -> bool:
-            looks.append(self.cpu_seconds())
-            return looks[-1] == looks[-2] and self._state() == "S"
+        def is_idle() -> bool:
+            used.append(self.cpu_seconds())
+            return used[-1] == used[-2] and self._state() == "S"
 
-        until(rests)
+        until(is_idle)
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Wait for the end of the process and of its log; return its exit code."""
+        """Wait until the process has exited and its log is read. Return the exit code."""
         code = self.process.wait(timeout)
         if self._reader.is_alive():
             self._reader.join(PATIENCE)
         return code
 
     def stop(self) -> int:
-        """Send SIGTERM and wait."""
+        """Send SIGTERM, wait, and return the exit code."""
         self.send_signal()
         return self.wait()
 
     def end(self) -> None:
-        """Make sure that nothing is left; where coverage is measured, let the daemon write its figures first."""
+        """Terminate the process. If its coverage is measured, let it write its data first."""
         if self._measured and self.process.poll() is None:
-            for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGINT):  # of two that are the same, one may be lost
+            for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGINT):  # two equal signals may be merged
                 self.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
         self.kill()
 
     def kill(self) -> None:
-        """Make sure that nothing is left."""
+        """Kill the process, and release its resources."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
@@ -253,15 +253,15 @@ class Daemon:
         self.log_pipe.close()
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time the process has used: of what takes long, its own part, whatever else a machine does."""
-        return time.clock_gettime(~self.pid << 3 | 2)  # the kernel's name for the clock of another process
+        """Return the CPU time that the process has used, which does not depend on other load of the machine."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # the CPU clock of another process, as in clock_getcpuclockid(3)
 
     def memory(self) -> int:
-        """Return the resident memory of the process, bytes."""
+        """Return the resident memory of the process in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _state(self) -> str:
-        """Return the letter that proc(5) has for the state of the process."""
+        """Return the state of the process as a letter, as in proc(5)."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def _read(self) -> None:
@@ -278,15 +278,15 @@ class Daemon:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that has no event: another process's state, as the kernel shows it."""
+    """Poll until the condition holds. Use it only for the state of another process, which sends no event."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition did not become true within {PATIENCE} s"
         time.sleep(0.01)
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
-    """Receive so many bytes, or those until EOF."""
+    """Receive `size` bytes, or fewer if EOF comes first."""
     data = bytearray()
     while len(data) < size and (more := sock.recv(size - len(data))):
         data += more

@@ -1,4 +1,4 @@
-"""A container that runs real systemd, by debootstrap and systemd-nspawn, in a network of its own."""
+"""Run real systemd in a container with its own network, by debootstrap and systemd-nspawn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 SOURCE = Path(__file__).parent.parent
 
-# Where its root and the wheels are kept from one run to the next.
+# Names the folder in which the root file system and the wheels are cached.
 CACHE_VARIABLE = "SYSTEMD_TEST_CACHE"
 
 _PACKAGES = "systemd,systemd-sysv,dbus,procps,python3,python3-venv"
@@ -40,26 +40,26 @@ _CLONE_NEWNET = 0x40000000
 
 
 def why_not() -> str | None:
-    """Tell why there can be no container here; None if there can."""
+    """Return why the container cannot be started, or None if it can."""
     return debian.why_not(*_TOOLS)
 
 
 class Container:
-    """A container whose systemd has come up; its root is as debootstrap made it, and what is changed is forgotten.
+    """A running container with systemd. Changes to its root file system are discarded.
 
-    The project's source is at /src, read-only, and so are, at /wheels, those of all that it takes.
+    The project's source is mounted read-only at /src, and the wheels of its dependencies at /wheels.
     """
 
     def __init__(self) -> None:
         self._held = contextlib.ExitStack()
-        # One container at a time: others wait here for its end.
+        # The lock of the cache allows only one container at a time.
         cache = self._held.enter_context(debian.cache(CACHE_VARIABLE, "echod-systemd-test"))
         root, wheels = debian.system(cache / "root", _PACKAGES), _wheels(cache)
         self._network: ThreadPoolExecutor | None = None
-        self._output = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (it is entered)
+        self._output = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  (entered by the stack)
         self._nspawn = subprocess.Popen(
             [
-                # Nothing is left even where this process is killed.
+                # The container ends even if this process is killed.
                 *("setpriv", "--pdeathsig=KILL"),
                 *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network"),
                 *(f"--directory={root}", "--volatile=overlay", "--console=pipe"),
@@ -90,8 +90,8 @@ class Container:
             self.close()
 
     def close(self) -> None:
-        """End everything in it."""
-        # The end of its init is the end of all its processes, and nspawn then takes the mounts away.
+        """Stop the container."""
+        # When init dies, the kernel kills all other processes, and systemd-nspawn removes the mounts.
         for child in self._children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -105,7 +105,7 @@ class Container:
         self._held.close()
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command in it."""
+        """Run a command in the container."""
         done = subprocess.run(
             ["nsenter", f"--target={self._init}", "--all", "--wdns=/src", *command],
             stdin=subprocess.DEVNULL,
@@ -119,39 +119,42 @@ class Container:
         return done
 
     def shell(self, script: str) -> None:
-        """Run a script of the shell's in it, up to the first command that fails; Python packages come from /wheels."""
+        """Run a shell script in the container until a command fails. pip installs from /wheels only."""
         self.run("env", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/wheels", "sh", "-euc", script)
 
     def write(self, path: str, text: str) -> None:
-        """Write a file in it, and its folders."""
+        """Write a file in the container, and create its folders."""
         self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; printf %s "$2" >"$1"', "sh", path, text)
 
     def property(self, name: str, unit: str = "echod.service") -> str:
-        """Return what systemd says of a unit."""
+        """Return a property of a unit."""
         return self.run("systemctl", "show", f"--property={name}", "--value", unit).stdout.strip()
 
     def journal(self, *matches: str) -> list[dict[str, str]]:
-        """Return what the journal has of the service, and of systemd about it; each entry its fields."""
-        told = self.run("journalctl", "--unit=echod", "--output=json", "--no-pager", *matches).stdout
-        return [json.loads(line) for line in told.splitlines()]
+        """Return the journal's entries of the service, and of systemd about it."""
+        output = self.run("journalctl", "--unit=echod", "--output=json", "--no-pager", *matches).stdout
+        return [json.loads(line) for line in output.splitlines()]
 
     def events(self, name: str, *matches: str) -> list[Event]:
-        """Return the daemon's own lines in the journal that are events of this name."""
+        """Return the daemon's events with this name in the journal."""
         lines = [entry["MESSAGE"] for entry in self.journal(*matches) if entry["MESSAGE"].startswith("{")]
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
     def connect(self, host: str = "127.0.0.1", port: int = 7) -> socket.socket:
-        """Return a socket that is connected in the container's network."""
+        """Return a client connected in the container's network."""
         return self.spawn(lambda: socket.create_connection((host, port), PATIENCE)).result()
 
     def spawn(self, function: Callable[[], Result]) -> Future[Result]:
-        """Call a function in a thread that is in the container's network."""
+        """Call a function in a thread within the container's network."""
         assert self._network is not None
         return self._network.submit(function)
 
     def _is_up(self) -> bool:
-        """Find its init, and tell whether all is started. nspawn has another child before that one."""
-        assert self._nspawn.poll() is None, self._told()
+        """Find the container's init, and return whether systemd has started.
+
+        Before init, systemd-nspawn has another child process for a while.
+        """
+        assert self._nspawn.poll() is None, self._nspawn_output()
         for child in self._children():
             self._init = child
             state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
@@ -165,7 +168,7 @@ class Container:
             return [int(pid) for pid in children.split()]
         return []
 
-    def _told(self) -> str:
+    def _nspawn_output(self) -> str:
         self._output.seek(0)
         return self._output.read().decode(errors="replace")
 
@@ -176,24 +179,24 @@ class Container:
 
 
 def wait(find: Callable[[], Result]) -> Result:
-    """Wait for something that is not nothing, and return it; what is asked is another process each time."""
+    """Poll until `find` returns a true value, and return it. `find` runs a command, as a container sends no events."""
     deadline = time.monotonic() + PATIENCE
     while not (found := find()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"nothing was found within {PATIENCE} s"
         time.sleep(0.05)
     return found
 
 
 def _wheels(cache: Path) -> Path:
-    """Fetch the wheels of what the project takes, for the container's Python; of those that are there, none again."""
+    """Download missing wheels of the project's dependencies for the container's Python. Return their folder."""
     folder = cache / "wheels"
     version = (cache / "root/usr/bin/python3").readlink().name.removeprefix("python")
     project = tomllib.loads((SOURCE / "pyproject.toml").read_text())
-    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    requirements = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     fetch += ["--only-binary=:all:", f"--python-version={version}", f"--dest={folder}", f"--find-links={folder}"]
     folder.mkdir(exist_ok=True)
-    if subprocess.run([*fetch, "--no-index", *wanted], capture_output=True).returncode:
-        done = subprocess.run([*fetch, *wanted], capture_output=True, text=True)
+    if subprocess.run([*fetch, "--no-index", *requirements], capture_output=True).returncode:
+        done = subprocess.run([*fetch, *requirements], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return folder

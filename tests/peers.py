@@ -1,4 +1,4 @@
-"""Echo servers in threads, right ones and wrong ones, to see what a client makes of them."""
+"""Run correct and faulty echo servers in threads, to test clients."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Peer:
-    """A server that handles each connection in a thread, until it is closed.
+    """A server that handles each connection in a thread.
 
     Args:
-        handler: what it does with a connection; it may be left hanging.
-        sock: listening; None: it listens on a free port of 127.0.0.1.
-        tls: what a connection has to be before the handler sees it.
+        handler: handles a connection. It may block until the server is closed.
+        sock: a listening socket, or None to listen on a free port of 127.0.0.1.
+        tls: the context for a TLS handshake before the handler is called, or None.
 
     """
 
@@ -33,15 +33,15 @@ class Peer:
         self._listening = sock or socket.create_server(("127.0.0.1", 0))
         name = self._listening.getsockname()
         self.target = f"unix:{name}"
-        """As `echod probe` takes it."""
+        """The server's address as an argument of `echod probe`."""
         if isinstance(name, tuple):
             self.target = f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self.peers: list[str] = []
-        """The hosts that connected."""
+        """The addresses of the clients, in the order of their connections."""
         self.errors: list[str] = []
-        """What went wrong in TLS, by OpenSSL's words."""
+        """The TLS errors, as OpenSSL reports them."""
         self._thread = threading.Thread(target=self._accept)
 
     def __enter__(self) -> Self:
@@ -53,7 +53,7 @@ class Peer:
     ) -> None:
         for sock in (self._listening, *self._open):
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes who waits in it
+                sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that blocks on it
         for thread in (self._thread, *self._threads):
             thread.join(PATIENCE)
             assert not thread.is_alive()
@@ -71,7 +71,7 @@ class Peer:
                 thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with sock, contextlib.suppress(OSError):  # the client has gone, or the test is over
+        with sock, contextlib.suppress(OSError):  # the client has disconnected, or the test is over
             if self._tls is None:
                 self._handler(sock)
                 return
@@ -81,11 +81,11 @@ class Peer:
             except ssl.SSLError as error:
                 self.errors.append(error.reason or str(error))
                 sock.shutdown(socket.SHUT_WR)
-                silent(sock)  # or the client's unread bytes would make it a reset, and the alert would be lost
+                silent(sock)  # closing with unread bytes would send a reset, and the alert would be lost
 
 
 def echo(sock: socket.socket) -> None:
-    """Echo until EOF, and close; over TLS with close_notify."""
+    """Echo until EOF. Over TLS, send close_notify."""
     while data := sock.recv(65536):
         sock.sendall(data)
     if isinstance(sock, ssl.SSLSocket):
@@ -93,7 +93,7 @@ def echo(sock: socket.socket) -> None:
 
 
 def change(offset: int, *, to: int | None = None) -> Handler:
-    """Echo, but the byte at that offset becomes another one."""
+    """Return a handler that echoes, but changes the byte at an offset."""
 
     def handler(sock: socket.socket) -> None:
         place = 0
@@ -107,7 +107,7 @@ def change(offset: int, *, to: int | None = None) -> Handler:
 
 
 def messages(size: int, act: Callable[[socket.socket, int, bytes], None]) -> Handler:
-    """Take messages of that size one by one, each with its number, and leave the echo to `act`."""
+    """Return a handler that calls `act` with the socket, the number and the bytes of each message."""
 
     def handler(sock: socket.socket) -> None:
         number = 0
@@ -119,17 +119,17 @@ def messages(size: int, act: Callable[[socket.socket, int, bytes], None]) -> Han
 
 
 def silent(sock: socket.socket) -> None:
-    """Take everything, and answer nothing."""
+    """Read until EOF without sending anything."""
     while sock.recv(65536):
         pass
 
 
 def closing(_: socket.socket) -> None:
-    """Close at once."""
+    """Close the connection at once."""
 
 
 def ending(after: int) -> Handler:
-    """Echo so many bytes, and close."""
+    """Return a handler that echoes `after` bytes, and then half-closes."""
 
     def handler(sock: socket.socket) -> None:
         left = after
@@ -137,13 +137,13 @@ def ending(after: int) -> Handler:
             sock.sendall(data)
             left -= len(data)
         sock.shutdown(socket.SHUT_WR)
-        silent(sock)  # or the client's unread bytes would make it a reset
+        silent(sock)  # closing with unread bytes would send a reset
 
     return handler
 
 
 def resetting(after: int) -> Handler:
-    """Echo so many bytes, and reset."""
+    """Return a handler that echoes `after` bytes, and then resets the connection."""
 
     def handler(sock: socket.socket) -> None:
         left = after
@@ -157,7 +157,7 @@ def resetting(after: int) -> Handler:
 
 
 def each(*handlers: Handler) -> Handler:
-    """Give the first connection to the first handler, and so on; the last one has all others too."""
+    """Return a handler that passes each connection to the next handler. The last one gets all remaining connections."""
     left = list(handlers)
     lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""checkov, which knows what is asked of manifests and Dockerfiles."""
+"""Check manifests and Dockerfiles against the policies of checkov."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Where the command is, if not in PATH.
+# Names the path of the command, if it is not in PATH.
 VARIABLE = "CHECKOV"
 
 
 def failures(file: Path, framework: str) -> set[tuple[str, str]]:
-    """Return what it has against a file: each the check's number, and the kind of thing that failed."""
+    """Return the failed checks of a file, as pairs of check ID and kind of resource."""
     if (command := shutil.which(os.environ.get(VARIABLE, "checkov"))) is None:
-        pytest.skip(f"not installed: checkov, which is looked for in PATH and in the variable {VARIABLE}")
+        pytest.skip(f"not installed: checkov (add it to PATH, or set {VARIABLE} to its path)")
     options = ["--framework", framework, "--skip-download", "--quiet", "--compact", "--output", "json"]
     done = subprocess.run([command, "--file", str(file), *options], capture_output=True, text=True)
     assert done.returncode in {0, 1}, done.stderr

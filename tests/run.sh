@@ -1,7 +1,7 @@
 #!/bin/sh
-# Lint, types, and the tests against the built and installed wheel, on each version of Python that is here.
-# All of them run on the newest, with branch coverage. On the oldest, those are left out whose outcome hangs on something
-# else than Python, and on what is in between, all but the core. FULL=1 runs all on each.
+# Check format, lint and types, and test the built wheel on each installed version of Python.
+# The newest version runs all tests with branch coverage. The oldest version skips tests that do not depend on Python.
+# Versions in between run the core tests. FULL=1 runs all tests on each version.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -10,7 +10,7 @@ for version in $VERSIONS; do
     if python=$("python$version" -c 'import sys; print(sys.executable)' 2>/dev/null); then :
     elif [ "$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ]; then python=$PYTHON
     else
-        echo "== Python $version is not installed: left out"
+        echo "== Python $version is not installed: skipped"
         continue
     fi
     venv=.venv-test-$version
@@ -27,7 +27,7 @@ oldest=${oldest%% *}
 ".venv-test-$newest/bin/python" -m build --wheel --no-isolation >/dev/null
 for version in $here; do
     ".venv-test-$version/bin/python" -m pip install --quiet dist/*.whl
-    # The version stays the same from change to change, so pip would keep the old one.
+    # Without --force-reinstall, pip would keep a wheel of the same version.
     ".venv-test-$version/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 done
 core=""
@@ -41,12 +41,12 @@ echo "== lint and types"
 status=0
 for version in $here; do
     bin=.venv-test-$version/bin
-    # 3.11 does not trace a coroutine any more after an exception was thrown into it: its figures would be wrong.
+    # Python 3.11 stops tracing a coroutine once an exception is thrown into it, so its coverage would be wrong.
     if [ "$version" = "$newest" ] && [ "$version" != 3.11 ]; then
         echo "== tests on Python $version, with branch coverage"
         "$bin/coverage" erase
         "$bin/coverage" run -m pytest -n 4 || status=1
-        "$bin/coverage" combine --quiet || true  # what a killed daemon left may be no data; the report tells
+        "$bin/coverage" combine --quiet || true  # a killed daemon may leave an unusable file; the report checks the rest
         "$bin/coverage" report || status=1
     else
         echo "== tests on Python $version"

@@ -1,4 +1,4 @@
-"""Addresses as text."""
+"""Test parsing and formatting of addresses."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
         ("tcp:h:80", "'tcp:h' is no host name"),
         ("unix/x:80", "'unix/x' is no host name"),
         ("*:80", r"'\*' is no host name"),
-        # The resolver would fail on these with an error that is no OSError.
+        # For these, the resolver would raise an error that is not an OSError.
         ("a" * 64 + ":80", "is no host name"),
         ("a..b:80", "'a..b' is no host name"),
         ("a." * 126 + "aa:80", "is no host name"),
@@ -98,7 +98,7 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
         ("\udcff:80", "is no host name"),
     ],
 )
-def test_what_is_no_address(text: str, message: str) -> None:
+def test_invalid_addresses(text: str, message: str) -> None:
     with pytest.raises(AddressError, match=message):
         parse(text)
 
@@ -137,7 +137,7 @@ def test_addresses_to_listen_on(text: str) -> None:
     ],
 )
 def test_unix(text: str, address: UnixAddress, sockaddr: str) -> None:
-    """A socket really can be bound there, and one byte more is too much for the kernel too."""
+    """Check the text and the sockaddr of unix addresses. Bind the abstract ones, which leave no file behind."""
     assert parse(text) == address
     assert str(address) == text
     assert address.sockaddr == sockaddr
@@ -168,7 +168,7 @@ def test_inherited(text: str) -> None:
         ("systemd:ü", "names no inherited socket"),
     ],
 )
-def test_what_is_no_socket(text: str, message: str) -> None:
+def test_invalid_socket_names(text: str, message: str) -> None:
     with pytest.raises(AddressError, match=message):
         parse(text)
 

@@ -1,4 +1,4 @@
-"""The image, built and run for real by a dockerd of its own."""
+"""Build the image and run it, on a separate dockerd."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ ENDLESS = 5
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     if reason := why_not():
-        pytest.skip(f"there can be no dockerd here: {reason}")
+        pytest.skip(f"cannot start dockerd: {reason}")
     with Engine() as engine:
         engine.docker("build", "--network=host", f"--build-arg=BASE_IMAGE={BASE_IMAGE}", "--tag=echod", ".")
         yield engine
 
 
 def test_policy() -> None:
-    """The base image is the user's to choose, with its tag."""
+    """Check that checkov reports only the base image's tag, which the user chooses."""
     assert policy.failures(SOURCE / "Dockerfile", "dockerfile") == {("CKV_DOCKER_7", "FROM")}
 
 
 def test_version() -> None:
-    """The labels' version is the package's; a build would tell too, but it takes longer."""
+    """Check that the labels have the package's version. The build checks it too, but takes longer."""
     versions = re.findall("^ARG VERSION=(.*)$", (SOURCE / "Dockerfile").read_text(), re.MULTILINE)
     assert set(versions) == {echod.__version__}
 
 
-# One test, as each process that runs tests would else build an image of its own.
+# This is a single test because each test process would build its own image.
 @pytest.mark.container
 def test_docker(engine: Engine, tmp_path: Path) -> None:
-    what_the_image_says(engine)
-    what_is_in_the_image(engine)
+    check_metadata(engine)
+    check_contents(engine)
     restricted(engine)
     configured_by_a_file(engine, tmp_path)
     configured_by_arguments(engine)
@@ -57,7 +57,7 @@ def test_docker(engine: Engine, tmp_path: Path) -> None:
     stopped_under_load(engine)
 
 
-def what_the_image_says(engine: Engine) -> None:
+def check_metadata(engine: Engine) -> None:
     config = engine.inspect("echod")["Config"]
     assert config["User"] == "65534:65534"
     assert config["Entrypoint"] == ["/opt/echod/bin/echod"]
@@ -75,16 +75,16 @@ def what_the_image_says(engine: Engine) -> None:
     }
 
 
-def what_is_in_the_image(engine: Engine) -> None:
-    """Nothing that installs or compiles, in no layer; nothing left behind; and all that is imported is compiled."""
+def check_contents(engine: Engine) -> None:
+    """Check that no installer, compiler or build residue is in any layer, and that all modules are compiled."""
 
     def shell(script: str, *options: str) -> list[str]:
         run = ("run", "--rm", "--network=none", *options, "--entrypoint=/bin/sh", "echod", "-c", script)
         return engine.docker(*run, check=False).stdout.splitlines()
 
-    # Two layers: all files, and the working folder.
+    # One layer has all files, the other the working directory.
     assert len(engine.inspect("echod")["RootFS"]["Layers"]) <= 2
-    # The base image's interpreter, that of the system, could have what the environment has not.
+    # The base image's own interpreter could have modules that the virtual environment lacks.
     for python in ("python", "$(python -c 'import sys; print(sys._base_executable)')"):
         tried = [
             f"{python} -c 'import {module}; print({module})'" for module in ("pip", "ensurepip", "setuptools", "wheel")
@@ -98,17 +98,17 @@ def what_is_in_the_image(engine: Engine) -> None:
         "/root/.profile",
     ]
     assert shell("find /opt /etc/echod -xdev '(' -writable -o -user 65534 ')' ! -type l") == []
-    said = engine.docker(
+    output = engine.docker(
         *("run", "--rm", "--network=none", "--read-only", "--entrypoint=python", "echod", "-v"),
         *("-c", "import echod.cli, echod.daemon, echod.probe, uvloop"),
     ).stderr
-    read = re.findall("^# code object from '(.*)'$", said, re.MULTILINE)
+    read = re.findall("^# code object from '(.*)'$", output, re.MULTILINE)
     assert any(name.startswith("/opt/echod/") for name in read)
     assert [name for name in read if not name.endswith(".pyc")] == []
 
 
 def restricted(engine: Engine) -> None:
-    """By variables alone, as nobody, without a capability, on a file system that nobody writes to; it is healthy."""
+    """Check a container with settings from variables: unprivileged, on a read-only file system, and healthy."""
     variables = ("--env=ECHOD_LISTEN=:9000,:9001", "--env=ECHOD_LOG__CONNECTIONS=all")
     with Container(engine, "restricted", "--network=none", "--health-interval=1s", *variables) as container:
         until(lambda: container.state["Health"]["Status"] == "healthy")
@@ -118,7 +118,7 @@ def restricted(engine: Engine) -> None:
             *("0000000000000000", "1", "2"),
         ]
         assert "Read-only file system" in container.run("touch", "/tmp/x", check=False).stderr
-        # The probe came to the first of its addresses, and these are all that there are in the container.
+        # The health check connects to the first address of ECHOD_LISTEN.
         assert container.wait_for("client_closed")["listener"] == ":9000"
         assert {event["address"] for event in container.events("listening")} >= {"0.0.0.0:9000", "0.0.0.0:9001"}
         engine.docker("stop", container.name)
@@ -126,7 +126,7 @@ def restricted(engine: Engine) -> None:
 
 
 def configured_by_a_file(engine: Engine, tmp_path: Path) -> None:
-    """A file in the place of the image's, or anywhere; SIGHUP has it read again."""
+    """Check a settings file at the image's path and at another path, and a reload by SIGHUP."""
     for place, options, hangup in (
         ("/etc/echod/echod.toml", (), ("kill", "--signal=HUP", "by-file")),
         ("/else.toml", ("--env=ECHOD_CONFIG=/else.toml",), ("exec", "by-file", "sh", "-c", "kill -HUP 1")),
@@ -144,7 +144,7 @@ def configured_by_a_file(engine: Engine, tmp_path: Path) -> None:
 
 
 def configured_by_arguments(engine: Engine) -> None:
-    """Arguments are echod's: options, or another command."""
+    """Check that arguments are passed to echod: options, or another command."""
     with Container(engine, "arguments", "--network=none", arguments=("--log.connections", "all")) as container:
         assert container.wait_for("listening")["address"] == "0.0.0.0:8000"
         container.run("echod", "probe", ":8000")
@@ -155,7 +155,7 @@ def configured_by_arguments(engine: Engine) -> None:
 
 
 def not_listening(engine: Engine) -> None:
-    """One that does not echo is unhealthy, and the probe's own words say why."""
+    """Check that a container that does not echo is unhealthy, and that the probe's output says why."""
     options = ("--network=none", "--health-interval=1s", "--health-retries=1", "--health-start-period=0s")
     with Container(engine, "deaf", *options, "--env=ECHOD_LISTEN=:9000", arguments=("--listen", ":9001")) as container:
         until(lambda: container.state["Health"]["Status"] == "unhealthy")
@@ -163,7 +163,7 @@ def not_listening(engine: Engine) -> None:
         assert container.state["Health"]["Log"][-1]["ExitCode"] == 69
 
 
-# An HTTP client that prints the status of the path that it is given.
+# An HTTP client that prints the status code for a path.
 ASK = """
 import sys, urllib.error, urllib.request
 try:
@@ -174,7 +174,7 @@ except urllib.error.HTTPError as error:
 
 
 def not_ready_while_it_stops(engine: Engine) -> None:
-    """The image has the extra `admin`: readiness turns false at the signal, and the echo goes on for `shutdown.delay`."""
+    """Check that readiness fails at the signal, while clients are still served for `shutdown.delay`."""
     variables = ("--env=ECHOD_ADMIN__ADDRESS=:9000", "--env=ECHOD_SHUTDOWN__DELAY=4")
     with Container(engine, "admin", "--network=none", *variables) as container:
 
@@ -193,9 +193,9 @@ def not_ready_while_it_stops(engine: Engine) -> None:
 
 
 def stopped_under_load(engine: Engine) -> None:
-    """`docker stop` while clients stream: who finishes gets every byte, who does not gets the echo of all that was read.
+    """Check `docker stop` under load: each client receives the echo of all bytes that echod has read.
 
-    Docker kills what has not ended by itself after 10 seconds: with its defaults, echod has.
+    Docker kills a container 10 seconds after the signal. With its default settings, echod has stopped by then.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -206,7 +206,7 @@ def stopped_under_load(engine: Engine) -> None:
                 crowd.add(socket.create_connection(("127.0.0.1", port)), None, seed)
             crowd.run(lambda: all(peer.received for peer in crowd.peers))
             stop = engine.start("stop", container.name)
-            # Asking takes a while in which no peer is served; the daemon bears with them.
+            # No peer is served while the log is read, but that takes less time than the daemon's timeouts.
             crowd.run(lambda: bool(container.events("draining")))
             for peer in crowd.peers[ENDLESS:]:
                 peer.total = peer.sent + 1_000_000

@@ -1,4 +1,4 @@
-"""The Markdown pages: their settings are valid, and their links lead somewhere."""
+"""Test the Markdown pages: settings must be valid, and links must have a target."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="no git repository"),
+    pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git repository"),
 ]
 
 
 def pages() -> list[Path]:
-    """Return the Markdown files that git tracks."""
+    """Return the Markdown files tracked by git."""
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
     return [ROOT / name for name in listed.stdout.splitlines()]
 
 
 def test_settings(command: Command, tmp_path: Path, certificates: Certificates) -> None:
-    """Each block of TOML is a whole file of settings that `echod check` takes, once its files are there."""
+    """Check each TOML block with `echod check`, after replacing its paths by those of existing files."""
     real = {
         "certificate": certificates.certificate,
         "private_key": certificates.key,
         "client_ca": certificates.ca,
         "file": tmp_path / "echod.log",
     }
-    found, refused = set(), []
+    tested, rejected = set(), []
     for page in pages():
         for written in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            found.add(page.name)
+            tested.add(page.name)
             block = written
             for key, path in real.items():
                 block = re.sub(rf'^{key} = ".*"', f'{key} = "{path}"', block, flags=re.MULTILINE)
@@ -47,16 +47,16 @@ def test_settings(command: Command, tmp_path: Path, certificates: Certificates) 
             config.write_text(block)
             result = command("check", "--config", str(config))
             if (result.returncode, result.stderr) != (0, ""):
-                refused.append(f"{page.name}: {result.stderr}\n{written}")
-    assert not refused, "\n".join(refused)
-    assert {"tls.md", "proxy-protocol.md", "sockets.md", "modes.md", "limits.md", "reload.md"} <= found
+                rejected.append(f"{page.name}: {result.stderr}\n{written}")
+    assert not rejected, "\n".join(rejected)
+    assert {"tls.md", "proxy-protocol.md", "sockets.md", "modes.md", "limits.md", "reload.md"} <= tested
 
 
 def test_links() -> None:
-    """Each relative link leads to a file, and to a heading of it where it names one."""
+    """Check that each relative link leads to a file and, if it has a fragment, to a heading."""
     broken, count = [], 0
     for page in pages():
-        # What stands in a block or between backticks is no link.
+        # Code blocks and inline code are not links.
         text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if re.match(r"[a-z]+:", target):
@@ -71,6 +71,6 @@ def test_links() -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """Return the names that a page's headings have in a link."""
+    """Return the link fragments of a page's headings."""
     found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}

@@ -1,4 +1,4 @@
-"""The chart, by helm itself: what it renders is valid, safe, and what echod takes."""
+"""Test that the manifests rendered by helm are valid and secure, and that echod accepts their settings."""
 
 from __future__ import annotations
 
@@ -37,31 +37,34 @@ KUBERNETES = "1.35"
 
 Manifest = dict[str, Any]
 
-# What checkov has against the chart, each with why it stays as it is.
+# Failed checks of checkov that are accepted, each with its reason.
 ACCEPTED = {
-    ("CKV_K8S_11", "Deployment"): "a limit of CPU is throttling, and throttling is latency",
-    ("CKV_K8S_15", "Deployment"): "a release's tag does not move, and pods start while the registry is away",
-    ("CKV_K8S_43", "Deployment"): "image.digest is the user's to give: a chart cannot know that of his registry",
-    ("CKV_K8S_11", "Pod"): "helm test's, which lives for a second",
-    ("CKV_K8S_15", "Pod"): "as the deployment",
-    ("CKV_K8S_43", "Pod"): "as the deployment",
-    ("CKV_K8S_8", "Pod"): "helm test's is no service: it ends by itself",
-    ("CKV_K8S_9", "Pod"): "helm test's is no service: nobody waits for it to be ready",
-    ("CKV2_K8S_6", "Pod"): "helm test's is nobody's server, and reaches what the network's owner lets it reach",
+    ("CKV_K8S_11", "Deployment"): "a CPU limit causes throttling, which adds latency",
+    ("CKV_K8S_15", "Deployment"): "release tags are immutable, and pods can start without the registry",
+    ("CKV_K8S_43", "Deployment"): "the user sets image.digest, which differs between registries",
+    ("CKV_K8S_11", "Pod"): "the pod of helm test runs for a second",
+    ("CKV_K8S_15", "Pod"): "as for the deployment",
+    ("CKV_K8S_43", "Pod"): "as for the deployment",
+    ("CKV_K8S_8", "Pod"): "the pod of helm test is not a service and ends by itself",
+    ("CKV_K8S_9", "Pod"): "the pod of helm test is not a service and needs no readiness probe",
+    (
+        "CKV2_K8S_6",
+        "Pod",
+    ): "the pod of helm test accepts no connections, and egress is for the network's owner to restrict",
 }
 
 
 class Tool(NamedTuple):
-    """A command of the cluster's administrator."""
+    """A command-line tool for Kubernetes."""
 
     name: str
     variable: str
-    """Where it is, if not in PATH."""
+    """The environment variable with its path, if it is not in PATH."""
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = shutil.which(os.environ.get(self.variable, self.name))
         if command is None:
-            pytest.skip(f"not installed: {self.name}, which is looked for in PATH and in the variable {self.variable}")
+            pytest.skip(f"not installed: {self.name} (add it to PATH, or set {self.variable} to its path)")
         return subprocess.run([command, *arguments], capture_output=True, text=True)
 
 
@@ -82,12 +85,12 @@ def manifests(*arguments: str) -> list[Manifest]:
 
 
 def one(found: list[Manifest], kind: str) -> Manifest:
-    """Return the first of a kind."""
+    """Return the first manifest of a kind."""
     return next(manifest for manifest in found if manifest["kind"] == kind)
 
 
 def pod(found: list[Manifest]) -> Manifest:
-    """Return what a pod is to be."""
+    """Return the pod specification of the deployment."""
     template: Manifest = one(found, "Deployment")["spec"]["template"]["spec"]
     return template
 
@@ -111,16 +114,16 @@ def test_lint(values: str) -> None:
 
 
 def test_manifests_are_valid(values: str) -> None:
-    """Strictly: no key that Kubernetes does not know."""
+    """Check every manifest against the Kubernetes schema, with unknown keys as errors."""
     for manifest in manifests(values):
         assert manifest["metadata"]["namespace"] == "net"
         assert len(manifest["metadata"]["name"]) <= 63
-        if manifest["kind"] != "ServiceMonitor":  # it is no part of Kubernetes
+        if manifest["kind"] != "ServiceMonitor":  # not part of Kubernetes
             kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
 def test_manifests_are_resources(values: str, tmp_path: Path) -> None:
-    """Kubectl reads them, and finds none twice."""
+    """Check that kubectl reads all manifests and finds no duplicates."""
     text = render(values)
     (tmp_path / "all.yaml").write_text(text)
     (tmp_path / "kustomization.yaml").write_text("resources: [all.yaml]\n")
@@ -133,8 +136,8 @@ def test_manifests_are_resources(values: str, tmp_path: Path) -> None:
     assert names(done.stdout) == names(text)
 
 
-def test_echod_takes_its_settings(values: str, tmp_path: Path, certificates: Certificates) -> None:
-    """With the variables that the pod has, and the secrets' files where they are here."""
+def test_echod_accepts_its_settings(values: str, tmp_path: Path, certificates: Certificates) -> None:
+    """Check the settings with the pod's variables, and with certificates in place of the secrets."""
     found = manifests(values)
     text = one(found, "ConfigMap")["data"]["echod.toml"]
     for name, path in (
@@ -150,11 +153,11 @@ def test_echod_takes_its_settings(values: str, tmp_path: Path, certificates: Cer
 
 
 def test_everything_reaches_the_settings() -> None:
-    wanted = yaml.safe_load((CHART / "ci" / "everything-values.yaml").read_text())
+    values = yaml.safe_load((CHART / "ci" / "everything-values.yaml").read_text())
     found = settings(manifests(f"--values={CHART}/ci/everything-values.yaml"))
     for section in ("limits", "log"):
-        assert found[section] == wanted["config"][section]
-    assert found["faults"] == wanted["config"]["faults"]
+        assert found[section] == values["config"][section]
+    assert found["faults"] == values["config"]["faults"]
     assert found["loop"] == "asyncio"
     assert found["listeners"] == {
         "echo": {"address": ":8000"},
@@ -182,7 +185,7 @@ def test_everything_reaches_the_settings() -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("default", 31), ("everything", 36), ("proxy", 6), ("bare", 3632)])
 def test_grace_period(name: str, seconds: int) -> None:
-    """A pod is killed when a stop can have ended by itself, and not before."""
+    """Check that the grace period is the longest possible stop plus the margin."""
     found = manifests(f"--values={CHART}/ci/{name}-values.yaml")
     shutdown = settings(found)["shutdown"]
     longest = shutdown["delay"] + shutdown["drain_timeout"] + shutdown["linger_timeout"]
@@ -191,16 +194,16 @@ def test_grace_period(name: str, seconds: int) -> None:
     assert period == seconds == math.ceil(longest) + margin
 
 
-def test_readiness_is_seen_in_time() -> None:
-    """The cluster has looked away from a pod before it stops to accept."""
+def test_readiness_is_noticed_in_time() -> None:
+    """Check that the cluster notices a draining pod before it stops accepting."""
     found = manifests()
     probe = pod(found)["containers"][0]["readinessProbe"]
     assert probe["httpGet"] == {"path": "/readyz", "port": "admin"}
     assert probe["periodSeconds"] * probe["failureThreshold"] < settings(found)["shutdown"]["delay"]
 
 
-def test_ports_fit_together(values: str) -> None:
-    """What the settings, the pod, the service, the policy and the monitor say of ports is one thing."""
+def test_ports_are_consistent(values: str) -> None:
+    """Check that settings, pod, service, policy and autoscaler agree on ports and labels."""
     found = manifests(values)
     listeners = {name: int(table["address"].removeprefix(":")) for name, table in settings(found)["listeners"].items()}
     ports = {port["name"]: port["containerPort"] for port in pod(found)["containers"][0]["ports"]}
@@ -227,17 +230,17 @@ def test_ports_fit_together(values: str) -> None:
 def test_monitor_finds_its_service() -> None:
     found = manifests("--set=serviceMonitor.enabled=true", "--set=serviceMonitor.labels.release=prometheus")
     monitor = one(found, "ServiceMonitor")
-    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    selector = monitor["spec"]["selector"]["matchLabels"].items()
     services = [manifest for manifest in found if manifest["kind"] == "Service"]
-    chosen = [service for service in services if service["metadata"]["labels"].items() >= wanted]
-    assert [service["metadata"]["name"] for service in chosen] == ["rel-echod-metrics"]
+    selected = [service for service in services if service["metadata"]["labels"].items() >= selector]
+    assert [service["metadata"]["name"] for service in selected] == ["rel-echod-metrics"]
     endpoint = monitor["spec"]["endpoints"][0]
-    assert [port["name"] for port in chosen[0]["spec"]["ports"]] == [endpoint["port"]]
+    assert [port["name"] for port in selected[0]["spec"]["ports"]] == [endpoint["port"]]
     assert endpoint["path"] == "/metrics"
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
 
 
-def test_what_can_be_switched() -> None:
+def test_optional_manifests() -> None:
     kinds = {manifest["kind"] for manifest in manifests()}
     assert kinds == {"ConfigMap", "Deployment", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service"}
     bare = manifests(f"--values={CHART}/ci/bare-values.yaml")
@@ -247,7 +250,7 @@ def test_what_can_be_switched() -> None:
     everything = manifests(f"--values={CHART}/ci/everything-values.yaml")
     assert {manifest["kind"] for manifest in everything} == kinds | {"HorizontalPodAutoscaler", "ServiceMonitor"}
     assert "replicas" not in one(everything, "Deployment")["spec"]
-    # The client that `helm test` starts cannot pretend to be a proxy.
+    # The client of `helm test` cannot send PROXY headers.
     assert "Pod" not in {manifest["kind"] for manifest in manifests(f"--values={CHART}/ci/proxy-values.yaml")}
     probes = {container["name"]: container["args"] for container in one(everything, "Pod")["spec"]["containers"]}
     assert {name: arguments[4:] for name, arguments in probes.items()} == {
@@ -257,7 +260,7 @@ def test_what_can_be_switched() -> None:
     }
 
 
-def test_other_settings_are_other_pods() -> None:
+def test_changed_settings_replace_the_pods() -> None:
     def checksum(*arguments: str) -> str:
         annotations = one(manifests(*arguments), "Deployment")["spec"]["template"]["metadata"]["annotations"]
         return str(annotations["checksum/config"])
@@ -267,7 +270,7 @@ def test_other_settings_are_other_pods() -> None:
 
 
 def test_security(values: str) -> None:
-    """As the image is run in Docker, and without what Kubernetes puts into a pod."""
+    """Check the same restrictions as in Docker, without service variables and service account token."""
     for manifest in manifests(values):
         if manifest["kind"] not in {"Deployment", "Pod"}:
             continue
@@ -292,7 +295,7 @@ def test_policy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("delay", "warned"), [("5", False), ("3", True)])
 def test_notes(delay: str, warned: bool) -> None:
-    """What is printed at the end: where it listens, and whether it looks away in time."""
+    """Check that the notes list the listeners, and warn if the cluster notices a draining pod too late."""
     done = HELM.run("install", "rel", str(CHART), "--dry-run=client", f"--set=config.shutdown.delay={delay}")
     assert done.returncode == 0, done.stderr
     notes = done.stdout.partition("\nNOTES:\n")[2]
@@ -301,7 +304,7 @@ def test_notes(delay: str, warned: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("setting", "message"),
     [
         ("replicas=3", "replicas"),
         ("replicaCount=-1", "replicaCount"),
@@ -325,20 +328,26 @@ def test_notes(delay: str, warned: bool) -> None:
         ("podDisruptionBudget.maxUnavailable=half", "maxUnavailable"),
         ("serviceMonitor.interval=often", "interval"),
         ("topologySpread[0].topologyKey=zone", "maxSkew"),
-        ("listeners.more.port=8000,listeners.more.servicePort=1", "listeners.more.port: 8000 is that of echo already"),
-        ("listeners.more.port=8001,listeners.more.servicePort=8000", "servicePort: 8000 is that of echo already"),
-        ("admin.port=8000", "listeners.echo.port: 8000 is that of admin already"),
-        ("autoscaling.enabled=true,autoscaling.minReplicas=11", "minReplicas (11) is above autoscaling.maxReplicas"),
+        (
+            "listeners.more.port=8000,listeners.more.servicePort=1",
+            "listeners.more.port: 8000 is already the port of echo",
+        ),
+        ("listeners.more.port=8001,listeners.more.servicePort=8000", "servicePort: 8000 is already the port of echo"),
+        ("admin.port=8000", "listeners.echo.port: 8000 is already the port of admin"),
+        (
+            "autoscaling.enabled=true,autoscaling.minReplicas=11",
+            "minReplicas (11) must not be above autoscaling.maxReplicas",
+        ),
     ],
 )
-def test_bad_values(given: str, said: str) -> None:
-    done = HELM.run("template", "rel", str(CHART), f"--set={given}")
+def test_invalid_values(setting: str, message: str) -> None:
+    done = HELM.run("template", "rel", str(CHART), f"--set={setting}")
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_schema_follows_the_settings() -> None:
-    """Each setting of echod's can be given, but for those that the chart gives itself."""
+    """Check that the schema has every setting except those that the chart sets itself."""
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
     sections: dict[str, tuple[type[BaseModel], set[str]]] = {
         "limits": (LimitsSettings, set()),
@@ -354,7 +363,7 @@ def test_schema_follows_the_settings() -> None:
 
 
 def test_schema_knows_every_value() -> None:
-    """A value that the chart has is one that the schema has, and the other way round."""
+    """Check that the chart's values and the schema have the same keys."""
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
     assert set(schema) - {"global"} == set(yaml.safe_load((CHART / "values.yaml").read_text()))
 

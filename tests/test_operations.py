@@ -1,4 +1,4 @@
-"""The page on operations names what the source logs, and nothing else."""
+"""Test that the page on operations lists exactly the events that the source logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
 
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 
-# What stands in a line without being an argument where it is logged: the listener's name is bound to its logger.
+# Fields that are not keyword arguments of the call: the listener is bound to the logger, other fields are unpacked.
 BOUND = {"accept_failed", "accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
 UNPACKED = {
     "client_closed": set(Entry._fields),
@@ -45,14 +45,14 @@ CERTIFICATES: dict[str, set[str]] = {
 
 
 class Logged(NamedTuple):
-    """An event as the source has it."""
+    """The level and fields of an event in the source."""
 
     level: str
     fields: frozenset[str]
 
 
 def logged() -> dict[str, Logged]:
-    """Return every event by its name."""
+    """Return all events in the source by name."""
     found = {
         "log_lines_dropped": Logged("warning", frozenset({"lines"})),  # the log's writer makes it itself
         **{event: Logged("warning", frozenset(fields)) for event, fields in CERTIFICATES.items()},
@@ -73,14 +73,14 @@ def logged() -> dict[str, Logged]:
 
 
 def rows(heading: str) -> list[list[str]]:
-    """Return the cells of the first table below a heading."""
+    """Return the cells of the first table after a heading."""
     table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
     assert table, heading
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()[2:]]
 
 
 def test_events() -> None:
-    """Each with its level, its fields, and what to do."""
+    """Check the level and fields of each event, and that the page has advice for it."""
     source = logged()
     page = {name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("The log")}
     assert page == {name: (event.level, set(event.fields)) for name, event in source.items()}
@@ -89,7 +89,7 @@ def test_events() -> None:
 
 
 def test_a_run(start: Start) -> None:
-    """What a daemon really logs has these fields; a connection's line leaves out what it does not have."""
+    """Check the fields that a daemon really logs. The line of a connection may omit fields."""
     daemon = start()
     daemon.echo(b"hello")
     daemon.wait_for("client_closed")

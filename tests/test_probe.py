@@ -309,7 +309,7 @@ def test_help() -> None:
         (["systemd:echo"], "argument TARGET: 'systemd:echo': only a server inherits sockets; a client needs the addr"),
         (["h:1", "--count", "0"], "argument --count: '0' is no whole number from 1 on"),
         (["h:1", "--seed", "x"], "argument --seed: 'x' is no whole number from 0 on"),
-        (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is no size: write bytes, or such as 64KiB"),
+        (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is not a size: write bytes, or for example 64KiB"),
         (["h:1", "--size", "0.5"], "argument --size: '0.5' is no size from 1 byte to 1TiB"),
         (["h:1", "--timeout", "0"], "argument --timeout: '0' is no time in seconds"),
         (["h:1", "--timeout", "86401"], "argument --timeout: '86401' is no time in seconds, above 0 and at most a day"),
@@ -355,7 +355,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "KiB", "-1", "1e3", "1 KiBB", "0x10", "\u0661"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size: write bytes, or such as 64KiB"):
+    with pytest.raises(ValueError, match="is not a size: write bytes, or for example 64KiB"):
         units.parse_size(text)
 
 

@@ -1,4 +1,4 @@
-"""Instances behind a load balancer are replaced one by one, and no client notices."""
+"""Replace instances behind a load balancer one by one, without an effect on any client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SHORT, LONG = 20, 10
 
-# Neither a second try nor another server: a refused connect is the client's.
+# No retries and no redispatch, so that a refused connection reaches the client.
 HAPROXY = """
 global
   stats socket {admin} level admin
@@ -42,10 +42,10 @@ listen echo
 
 
 class Balancer:
-    """HAProxy, which is told what a Service would learn of its pods.
+    """HAProxy with a list of servers that tests change, as Kubernetes changes the endpoints of a Service.
 
     Args:
-        folder: for its files.
+        folder: a folder for its files.
 
     """
 
@@ -72,8 +72,8 @@ class Balancer:
         self._command(f"set server echo/s{slot} addr {host} port {port}")
         self._command(f"set server echo/s{slot} state ready")
 
-    def look_away(self, slot: int) -> None:
-        """Give it no new client; those that it has stay."""
+    def drain(self, slot: int) -> None:
+        """Stop sending new clients to a server. Its present clients stay connected."""
         self._command(f"set server echo/s{slot} state drain")
 
     def _command(self, line: str) -> None:
@@ -85,10 +85,10 @@ class Balancer:
 
 
 class Traffic:
-    """Some clients that come and go all the time, and some that stay.
+    """Short-lived clients that are replaced as they end, and long-lived clients.
 
     Args:
-        port: where to.
+        port: the port to connect to.
 
     """
 
@@ -107,16 +107,16 @@ class Traffic:
         self._crowd.__exit__(kind, error, trace)
 
     def run(self, condition: Callable[[], bool]) -> None:
-        """Let clients come and go until something is so."""
+        """Serve the clients and replace those that end, until the condition holds."""
 
-        def go_on() -> bool:
+        def replace_and_check() -> bool:
             self._replace()
             return condition()
 
-        self._crowd.run(go_on)
+        self._crowd.run(replace_and_check)
 
-    def let_go(self) -> list[Peer]:
-        """Have those that stay come to an end a million bytes from here; others take their places. Return them."""
+    def end_long_lived(self) -> list[Peer]:
+        """Let the long-lived clients end after another million bytes, to be replaced by new ones. Return them."""
         leaving = [peer for peer in self._present if peer.total is None]
         for peer in leaving:
             peer.total = peer.sent + 1_000_000
@@ -128,11 +128,11 @@ class Traffic:
             self._present.remove(peer)
             self._crowd.peers.remove(peer)
             self.served += 1
-        staying = sum(peer.total is None for peer in self._present)
-        coming = sum(peer.total == 5000 for peer in self._present)
-        for _ in range(LONG - staying):
+        long_lived = sum(peer.total is None for peer in self._present)
+        short_lived = sum(peer.total == 5000 for peer in self._present)
+        for _ in range(LONG - long_lived):
             self._join(None)
-        for _ in range(SHORT - coming):
+        for _ in range(SHORT - short_lived):
             self._join(5000)
 
     def _join(self, total: int | None) -> None:
@@ -142,7 +142,7 @@ class Traffic:
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="not installed: haproxy")
 def test_rolling_update(start: Start, tmp_path: Path) -> None:
-    """As a Deployment does it: one more is started, then one is stopped, until none of the old ones is left."""
+    """Start a new instance, then stop an old one, until all are replaced, as a Deployment does."""
 
     def instance() -> Daemon:
         return start("--shutdown.delay", "1", "--shutdown.drain-timeout", "20", "--log.connections", "none")
@@ -162,18 +162,18 @@ def test_rolling_update(start: Start, tmp_path: Path) -> None:
                 traffic.run(lambda served=served: traffic.served > served + 100)  # type: ignore[misc]
                 daemon.send_signal()
                 traffic.run(lambda daemon=daemon: bool(daemon.all("draining")))  # type: ignore[misc]
-                # What makes readiness false is seen a while later.
+                # The cluster notices a failing readiness probe only after a while.
                 served = traffic.served
                 traffic.run(lambda served=served: traffic.served > served + 20)  # type: ignore[misc]
-                balancer.look_away(slot)
-                leaving = traffic.let_go()
+                balancer.drain(slot)
+                leaving = traffic.end_long_lived()
                 traffic.run(
                     lambda daemon=daemon, leaving=leaving: (  # type: ignore[misc]
                         all(peer.end for peer in leaving) and daemon.process.poll() is not None
                     )
                 )
                 free = slot
-            for peer in traffic.let_go():
+            for peer in traffic.end_long_lived():
                 traffic.run(lambda peer=peer: bool(peer.end))  # type: ignore[misc]
             for daemon in old:
                 assert daemon.wait() == 0

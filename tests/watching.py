@@ -1,4 +1,4 @@
-"""A client of the admin listener, and its metrics as values."""
+"""Query the admin listener, and parse its metrics."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def place(daemon: Daemon) -> tuple[str, int]:
 
 
 def ask(connection: http.client.HTTPConnection, path: str, method: str = "GET", **headers: str) -> Answer:
-    """Ask on a connection that stays open."""
+    """Send a request on a connection that stays open."""
     connection.request(method, path, headers=headers)
     response = connection.getresponse()
     return Answer(response.status, response.headers, response.read())
 
 
 def get(daemon: Daemon, path: str, method: str = "GET", **headers: str) -> Answer:
-    """Ask once."""
+    """Send a request on a connection of its own."""
     with contextlib.closing(http.client.HTTPConnection(*place(daemon), timeout=PATIENCE)) as connection:
         return ask(connection, path, method, **headers)
 
@@ -64,12 +64,12 @@ def status(daemon: Daemon) -> dict[str, Any]:
 
 
 def caller(daemon: Daemon) -> socket.socket:
-    """Return a bare connection to the admin listener."""
+    """Return a plain socket connected to the admin listener."""
     return socket.create_connection(place(daemon), PATIENCE)
 
 
 def received(sock: socket.socket) -> bytes:
-    """Return all that comes until the other end closes, or resets."""
+    """Receive until the server closes or resets the connection."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while more := sock.recv(65536):
@@ -78,18 +78,18 @@ def received(sock: socket.socket) -> bytes:
 
 
 def parse(text: str) -> Samples:
-    """Return the values of an exposition by the sample's name and its labels' values, in the order of their names."""
+    """Return the values of a metrics page. A key has the sample's name, then its label values ordered by label name."""
     samples: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             key = (sample.name, *(value for _, value in sorted(sample.labels.items())))
-            assert key not in samples, "the same series twice"
+            assert key not in samples, f"duplicate series: {key}"
             samples[key] = sample.value
     return samples
 
 
 def scrape(daemon: Daemon) -> Samples:
-    """Return the metrics now."""
+    """Return the current metrics."""
     answer = get(daemon, "/metrics")
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     return parse(answer.body.decode())

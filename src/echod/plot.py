@@ -1,4 +1,4 @@
-"""The plot of latencies by percentile, as an SVG file that needs nothing else."""
+"""Plot latencies by percentile as a self-contained SVG file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from echod.units import seconds_text
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# The points of the curve to each nine, and the most nines that are shown.
+# Points of the curve per nine, and the highest number of nines shown.
 _STEPS = 16
 _NINES = 6
-# More lines than that are too close to one another.
+# The highest number of horizontal grid lines. More would be too close to each other.
 _LINES = 14
 
 _WIDTH, _HEIGHT = 860, 460
@@ -41,17 +41,17 @@ text {{ fill: #d6d9de; }}
 
 
 def percentiles(count: int) -> list[float]:
-    """Return the percentiles to draw for so many messages: more nines than they have would show nothing."""
+    """Return the percentiles to draw for `count` messages. More nines than the count resolves would be meaningless."""
     nines = max(1, min(_NINES, math.ceil(math.log10(count))))
     return [100 - 100 * 10 ** -(step / _STEPS) for step in range(nines * _STEPS + 1)]
 
 
 def svg(title: str, latencies: Mapping[float, float]) -> str:
-    """Return the plot. To the right, each nine is as wide as the one before: the tail is what is to be seen.
+    """Return the plot as SVG. Every nine has the same width, so that the tail is visible.
 
     Args:
-        title: printed above.
-        latencies: seconds by percentile, for those of `percentiles`.
+        title: the heading of the plot.
+        latencies: seconds by percentile, for each percentile that `percentiles` returns.
 
     """
     nines = round(-math.log10(1 - max(latencies) / 100))
@@ -68,7 +68,7 @@ def svg(title: str, latencies: Mapping[float, float]) -> str:
         percent = 100 - 100 * 10.0**-nine
         parts.append(_line(x(percent), _TOP, x(percent), _HEIGHT - _BOTTOM))
         parts.append(_text(x(percent), _HEIGHT - _BOTTOM + 22, f"{percent:.{max(nine - 2, 0)}f}%", "middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "of the messages took at most that long", "middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 14, "of all messages took at most this long", "middle"))
     for seconds in lines if len(lines) <= _LINES else lines[:: math.ceil(len(lines) / _LINES)]:
         parts.append(_line(_LEFT, y(seconds), _WIDTH - _RIGHT, y(seconds)))
         parts.append(_text(_LEFT - 10, y(seconds) + 5, seconds_text(seconds), "end"))
@@ -78,7 +78,7 @@ def svg(title: str, latencies: Mapping[float, float]) -> str:
 
 
 def _lines(least: float, most: float) -> list[float]:
-    """Return the values of 1, 2 and 5 times a power of ten from below `least` to above `most`."""
+    """Return the grid values from `least` or below to `most` or above: 1, 2 and 5 times powers of ten."""
     decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 2)
     values = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     first = max(place for place, value in enumerate(values) if value <= least)

@@ -1,9 +1,9 @@
-"""PROXY protocol headers, versions 1 and 2: bytes to values and back. Nothing here does I/O.
+"""Parse and build PROXY protocol headers, versions 1 and 2, without I/O.
 
-A receiver reads until `size` tells where the header ends, and gives exactly these bytes to `parse`; what follows them is
-payload. Neither raises anything but `ProxyError`, whatever the bytes are.
+A receiver reads until `size` returns the header's length and passes exactly that many bytes to `parse`. Any bytes after
+the header are payload. Both functions raise only `ProxyError`, whatever the input.
 
-Source: the PROXY protocol, versions 1 and 2 (haproxy.org, doc/proxy-protocol.txt); CRC32c as in RFC 9260, appendix A.
+Sources: the PROXY protocol specification (haproxy.org, doc/proxy-protocol.txt) and CRC32c (RFC 9260, appendix A).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 Family = Literal["TCP4", "TCP6", "UDP4", "UDP6", "UNIX", "UNIX_DGRAM", "UNKNOWN"]
 
 _V1_START = b"PROXY "
-_V1_LONGEST = 107  # with CR LF
+_V1_LONGEST = 107  # including CR LF
 _V1_FAMILIES = (b"TCP4 ", b"TCP6 ", b"UNKNOWN ", b"UNKNOWN\r\n")
-_V1_CHARACTERS = b"0123456789abcdefABCDEF:. "  # of addresses and ports
+_V1_CHARACTERS = b"0123456789abcdefABCDEF:. "  # allowed in addresses and ports
 
 _V2_START = b"\r\n\r\n\0\r\nQUIT\n"
-_V2_REST = struct.Struct("!BBH")  # version and command, family and transport, length of what follows
+_V2_REST = struct.Struct("!BBH")  # version and command, family and transport, length of the rest
 _V2_FIXED = len(_V2_START) + _V2_REST.size
 _V2_LONGEST_BLOCK = 0xFFFF
 _LOCAL = 0x20
@@ -44,7 +44,7 @@ _INET = struct.Struct("!4s4sHH")
 _INET6 = struct.Struct("!16s16sHH")
 _UNIX = struct.Struct("!108s108s")
 _UNIX_LONGEST = 108
-_ADDRESSES = {1: _INET, 2: _INET6, 3: _UNIX}  # by the address family's four bits
+_ADDRESSES = {1: _INET, 2: _INET6, 3: _UNIX}  # keyed by the four bits of the address family
 _UNSPECIFIED = struct.Struct("")
 
 _TLV = struct.Struct("!BH")
@@ -55,7 +55,7 @@ _TYPE_UNIQUE_ID = 0x05
 _TYPE_SSL = 0x20
 _LONGEST_UNIQUE_ID = 128
 
-# Name, and encoding where the value is a text. An ALPN protocol is bytes to the specification; all registered are ASCII.
+# Each type's name, and its encoding if the value is text. ALPN values are bytes, but all registered ones are ASCII.
 _TYPES: dict[int, tuple[str, str | None]] = {
     0x01: ("ALPN", "ascii"),
     0x02: ("AUTHORITY", "utf-8"),
@@ -76,11 +76,11 @@ _SSL_TYPES: dict[int, tuple[str, str | None]] = {
 }
 _SSL_CLIENT = {0x01: "SSL", 0x02: "CERT_CONN", 0x04: "CERT_SESS"}
 
-_UNLIKE = "source and destination are not both IPv4, both IPv6, both unix or both None"
+_MISMATCH = "source and destination must be both IPv4, both IPv6, both unix or both None"
 
 
 class ProxyError(ValueError):
-    """The bytes are no PROXY header, or the values make none; the message says why, in one printable line."""
+    """Raised if bytes are not a PROXY header, or if values cannot form one. The message is one printable line."""
 
 
 class Tlv(NamedTuple):
@@ -91,27 +91,27 @@ class Tlv(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a PROXY header tells of the connection it comes first on."""
+    """The contents of a PROXY header, which describes the connection that it precedes."""
 
     version: int
     """1 or 2."""
     command: Literal["PROXY", "LOCAL"]
-    """LOCAL: the proxy speaks for itself, as in a health check. Version 1 has PROXY only."""
+    """LOCAL if the proxy itself opened the connection, for example for a health check. Version 1 has only PROXY."""
     family: Family
-    """UNKNOWN for LOCAL too."""
+    """UNKNOWN for LOCAL as well."""
     source: TcpAddress | UnixAddress | None
-    """The client. None for UNKNOWN and LOCAL, as is `destination`: the connection's own endpoints hold then."""
+    """The client's address. For UNKNOWN and LOCAL, source and destination are None: use the connection's own endpoints."""
     destination: TcpAddress | UnixAddress | None
-    """Where the client connected to."""
+    """The address that the client connected to."""
     tlvs: tuple[Tlv, ...]
-    """In the order of the header. Where addresses are to be ignored, empty if what follows them makes no TLVs."""
+    """In header order. If the addresses must be ignored and the rest is not valid TLVs, this is empty."""
 
 
 def size(data: bytes) -> int | None:
-    """Return the total length in bytes of the header that `data` begins, or None while too few bytes tell it.
+    """Return the total length of the header at the start of `data`, or None if more bytes are needed.
 
     Raises:
-        ProxyError: no header begins with these bytes.
+        ProxyError: no header starts with these bytes.
 
     """
     if _V2_START.startswith(data[: len(_V2_START)]):
@@ -128,10 +128,10 @@ def _size_v1(data: bytes) -> int | None:
         msg = "version 1: 'PROXY ' is not followed by TCP4, TCP6 or UNKNOWN, and one space"
         raise ProxyError(msg)
     end = data.find(b"\r\n", 0, _V1_LONGEST)
-    if rest.startswith(b"TCP"):  # behind UNKNOWN everything is to be ignored, but for CR LF
+    if rest.startswith(b"TCP"):  # after UNKNOWN, everything up to CR LF must be ignored
         line = data[:end] if end >= 0 else data[:_V1_LONGEST].removesuffix(b"\r")
         if line[len(_V1_START + _V1_FAMILIES[0]) :].translate(None, _V1_CHARACTERS):
-            msg = "version 1: the line has a character that is in no address and no port, or CR or LF alone"
+            msg = "version 1: the line has a bare CR or LF, or a character that no address or port contains"
             raise ProxyError(msg)
     if end >= 0:
         return end + 2
@@ -142,20 +142,20 @@ def _size_v1(data: bytes) -> int | None:
 
 
 def _size_v2(data: bytes) -> int | None:
-    # Each byte is looked at as soon as it is there: no sender of something else is waited for.
+    # Check each byte as soon as it arrives, so that a peer that sends something else is rejected at once.
     if len(data) > 12 and data[12] not in {_LOCAL, _PROXY}:
         msg = f"version 2: byte 13 is 0x{data[12]:02x}, neither 0x20 (LOCAL) nor 0x21 (PROXY)"
         raise ProxyError(msg)
-    proxied = len(data) > 13 and data[12] == _PROXY  # the family of LOCAL is to be ignored, even a wrong one
+    proxied = len(data) > 13 and data[12] == _PROXY  # for LOCAL, even an invalid family must be ignored
     if proxied and (data[13] >> 4 > 3 or data[13] & 0xF > 2):
-        msg = f"version 2: byte 14 is 0x{data[13]:02x}, but a family goes from 0 to 3 and a transport from 0 to 2"
+        msg = f"version 2: byte 14 is 0x{data[13]:02x}, but the family must be 0 to 3 and the transport 0 to 2"
         raise ProxyError(msg)
     if len(data) < _V2_FIXED:
         return None
     length = int.from_bytes(data[14:16], "big")
     if proxied and data[13] in _V2_FAMILIES and length < _addresses(data[13]).size:
         least = _addresses(data[13]).size
-        msg = f"version 2: the length is {length} bytes, but addresses of {_V2_FAMILIES[data[13]]} take {least}"
+        msg = f"version 2: the length is {length} bytes, but {_V2_FAMILIES[data[13]]} addresses take {least}"
         raise ProxyError(msg)
     return _V2_FIXED + length
 
@@ -165,18 +165,18 @@ def _addresses(family: int) -> struct.Struct:
 
 
 def parse(data: bytes) -> Header:
-    """Read one whole header: as many bytes as `size` tells, no more.
+    """Parse exactly one header. Its length must be the one that `size` returns.
 
-    The checksum is verified if there is one. That it is missing does not show: a fault on the wire that turns its TLV
-    into one of another type is not seen.
+    A checksum is verified if present. A transmission error that changes the type of its TLV therefore goes undetected.
 
     Raises:
-        ProxyError: the bytes are no header, or less or more than one.
+        ProxyError: the bytes are not a header, or are shorter or longer than one.
 
     """
     whole = size(data)
     if whole != len(data):
-        msg = f"{len(data)} bytes are not exactly one header, which has {'more' if whole is None else whole}"
+        expected = "a whole header" if whole is None else f"exactly one header of {whole} bytes"
+        msg = f"{len(data)} bytes are not {expected}"
         raise ProxyError(msg)
     return _parse_v2(data) if data.startswith(_V2_START) else _parse_v1(data)
 
@@ -186,7 +186,7 @@ def _parse_v1(data: bytes) -> Header:
         return Header(1, "PROXY", "UNKNOWN", None, None, ())
     fields = data[:-2].decode("ascii").split(" ")
     if len(fields) != 6:
-        msg = "version 1: not two addresses and two ports with one space between each"
+        msg = "version 1: expected two addresses and two ports, separated by single spaces"
         raise ProxyError(msg)
     _, family, source, destination, source_port, destination_port = fields
     return Header(
@@ -200,26 +200,26 @@ def _parse_v1(data: bytes) -> Header:
 
 
 def _host(text: str, family: str, which: str) -> str:
-    # The specification has no dotted quad at the end of an IPv6 address, but inet_ntop writes one for an IPv4 client of
-    # a socket of both families, and so do the proxies.
+    # The specification does not allow a dotted quad at the end of an IPv6 address. But inet_ntop writes one for an IPv4
+    # client of a dual-stack socket, and proxies send it.
     try:
         address = ipaddress.IPv4Address(text) if family == "TCP4" else ipaddress.IPv6Address(text)
     except ipaddress.AddressValueError:
-        msg = f"version 1: the {which} is no IPv{family[3]} address in its canonical form"
+        msg = f"version 1: the {which} is not an IPv{family[3]} address in canonical form"
         raise ProxyError(msg) from None
     return _text(address.packed)
 
 
 def _text(packed: bytes) -> str:
-    # Not by ipaddress, whose text of a mapped IPv4 address depends on the version of Python; and so that the address is
-    # written as the peer's of a connection without a proxy.
+    # The ipaddress module formats mapped IPv4 addresses differently between versions of Python. inet_ntop also gives the
+    # same text as the peer address of a direct connection.
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def _port(text: str, which: str) -> int:
     leading_zero = text.startswith("0") and text != "0"
     if not text.isdecimal() or leading_zero or int(text) > HIGHEST_PORT:
-        msg = f"version 1: the {which} port is no number from 0 to {HIGHEST_PORT} without leading zeros"
+        msg = f"version 1: the {which} port is not a number from 0 to {HIGHEST_PORT} without leading zeros"
         raise ProxyError(msg)
     return int(text)
 
@@ -235,7 +235,7 @@ def _parse_v2(data: bytes) -> Header:
     except ProxyError:
         if name != "UNKNOWN":
             raise
-        tlvs = ()  # the block is to be ignored, so it may hold anything
+        tlvs = ()  # the block must be ignored, so it may contain anything
     _verify(data[:start], tlvs)
     if name == "UNKNOWN":
         return Header(2, "LOCAL" if command == _LOCAL else "PROXY", name, None, None, tlvs)
@@ -251,10 +251,10 @@ def _parse_v2(data: bytes) -> Header:
 
 
 def _unix(padded: bytes) -> UnixAddress:
-    """Return a path, "@" and an abstract name, or the empty path of a socket without a name.
+    """Return a path, "@" and an abstract name, or the empty path of an unnamed socket.
 
-    What is not printable, a backslash, and an "@" that comes first in a path are written as escapes. So no two addresses
-    have one text, but for NULs at the end of an abstract name, which the field's padding hides.
+    Unprintable characters, backslashes and a leading "@" of a path are escaped, so that different addresses have
+    different texts. The one exception is trailing NULs of an abstract name, which look like the field's padding.
     """
     name = padded.rstrip(b"\0")
     if name.startswith(b"\0"):
@@ -276,11 +276,12 @@ def _split(block: bytes, where: str) -> tuple[Tlv, ...]:
     while position < len(block):
         left = len(block) - position - _TLV.size
         if left < 0:
-            msg = f"version 2: {left + _TLV.size} bytes are left at the end of {where}, and a TLV takes {_TLV.size}"
+            present = left + _TLV.size
+            msg = f"version 2: {where} ends after {present} of the {_TLV.size} bytes of a TLV's type and length"
             raise ProxyError(msg)
         kind, length = _TLV.unpack_from(block, position)
         if length > left:
-            msg = f"version 2: a TLV of type 0x{kind:02x} has a length of {length} bytes, but {where} only {left} more"
+            msg = f"version 2: a TLV of type 0x{kind:02x} has a length of {length} bytes, but {where} has only {left} left"
             raise ProxyError(msg)
         position += _TLV.size
         tlvs.append(Tlv(kind, block[position : position + length]))
@@ -289,10 +290,10 @@ def _split(block: bytes, where: str) -> tuple[Tlv, ...]:
 
 
 def _check(tlvs: Sequence[Tlv]) -> None:
-    """Raise `ProxyError` where a value breaks the rules of its type."""
+    """Raise `ProxyError` if a value breaks the rules of its type."""
     checksums = [tlv.value for tlv in tlvs if tlv.type == _TYPE_CRC32C]
     if len(checksums) > 1:
-        msg = f"version 2: {len(checksums)} checksums, where one can hold"
+        msg = f"version 2: {len(checksums)} checksums, but a header may have only one"
         raise ProxyError(msg)
     for tlv in tlvs:
         if tlv.type == _TYPE_CRC32C and len(tlv.value) != _CRC32C.size:
@@ -307,7 +308,7 @@ def _check(tlvs: Sequence[Tlv]) -> None:
 
 def _split_ssl(value: bytes) -> tuple[int, int, tuple[Tlv, ...]]:
     if len(value) < _SSL.size:
-        msg = f"version 2: the SSL TLV has {len(value)} bytes, less than {_SSL.size}"
+        msg = f"version 2: the SSL TLV has {len(value)} bytes, fewer than {_SSL.size}"
         raise ProxyError(msg)
     client, verify = _SSL.unpack_from(value)
     return client, verify, _split(value[_SSL.size :], "the SSL TLV")
@@ -327,7 +328,7 @@ def _make_table() -> tuple[int, ...]:
     for byte in range(256):
         crc = byte
         for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)  # Castagnoli's polynomial, bits reversed
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)  # the Castagnoli polynomial, bit-reversed
         table.append(crc)
     return tuple(table)
 
@@ -343,14 +344,14 @@ def _crc32c(data: bytes) -> bytes:
 
 
 def describe(header: Header) -> dict[str, object]:
-    """Return the header as values for JSON.
+    """Return the header as values that can be written as JSON.
 
-    A TLV is `{"type": NAME, "text": ...}` or `{"type": NAME, "hex": ...}`, of an unknown type with its number for the
-    name. `text` is for types that are texts, if the value is one and printable. That of SSL has `client` (names of the
-    bits set), `verify` (0: the client's certificate was verified) and `tlvs`.
+    A TLV is `{"type": NAME, "text": ...}` if its type is textual and its value is printable text. Otherwise it is
+    `{"type": NAME, "hex": ...}`. An unknown type has its number instead of a name. The TLV of type SSL has
+    `client` with the names of the set bits, `verify`, and `tlvs`. `verify` is 0 if the client's certificate was verified.
 
     Raises:
-        ProxyError: a header that `parse` did not make has an SSL TLV that is none.
+        ProxyError: the header was not made by `parse`, and its SSL TLV is malformed.
 
     """
     return {
@@ -381,18 +382,19 @@ def _describe_tlv(tlv: Tlv, types: Mapping[int, tuple[str, str | None]]) -> dict
 
 
 def encode_v1(source: TcpAddress | None, destination: TcpAddress | None) -> bytes:
-    """Return a header of version 1; of UNKNOWN for None and None.
+    """Return a version 1 header. If both addresses are None, its family is UNKNOWN.
 
-    Hosts are IPv4 or IPv6 addresses, both of one family. A zone is left out: it names an interface of this machine.
+    Both hosts must be IPv4 addresses, or both IPv6 addresses. A zone is dropped, as it names an interface of this
+    machine.
 
     Raises:
-        ProxyError: the values make no header.
+        ProxyError: the values cannot form a header.
 
     """
     if source is None and destination is None:
         return b"PROXY UNKNOWN\r\n"
     if source is None or destination is None:
-        raise ProxyError(_UNLIKE)
+        raise ProxyError(_MISMATCH)
     hosts = _packed(source), _packed(destination)
     family = "TCP4" if _layout(*hosts) is _INET else "TCP6"
     first, second = map(_text, hosts)
@@ -406,12 +408,13 @@ def encode_v2(
     *,
     checksum: bool = False,
 ) -> bytes:
-    """Return a header of version 2 for a stream; of LOCAL for None and None.
+    """Return a version 2 header for a stream. If both addresses are None, its command is LOCAL.
 
-    Hosts are as for `encode_v1`. The checksum's TLV comes before the others. TLVs go in as they are, right or wrong.
+    The rules for hosts are those of `encode_v1`. The checksum's TLV precedes the others. The contents of TLVs are not
+    validated.
 
     Raises:
-        ProxyError: the values make no header.
+        ProxyError: the values cannot form a header.
 
     """
     command = _PROXY
@@ -426,15 +429,15 @@ def encode_v2(
         case UnixAddress(), UnixAddress():
             family, addresses = 0x31, _UNIX.pack(_unix_name(source), _unix_name(destination))
         case _:
-            raise ProxyError(_UNLIKE)
+            raise ProxyError(_MISMATCH)
     if checksum:
         if any(tlv.type == _TYPE_CRC32C for tlv in tlvs):
-            msg = "a checksum is to be added, and one is there"
+            msg = "cannot add a checksum: the TLVs contain one already"
             raise ProxyError(msg)
         tlvs = [Tlv(_TYPE_CRC32C, bytes(_CRC32C.size)), *tlvs]
     block = addresses + b"".join(map(_join, tlvs))
     if len(block) > _V2_LONGEST_BLOCK:
-        msg = f"addresses and TLVs have {len(block)} bytes, more than {_V2_LONGEST_BLOCK}"
+        msg = f"addresses and TLVs take {len(block)} bytes, more than {_V2_LONGEST_BLOCK}"
         raise ProxyError(msg)
     header = _V2_START + _V2_REST.pack(command, family, len(block)) + block
     if checksum:
@@ -445,38 +448,40 @@ def encode_v2(
 
 def _packed(address: TcpAddress) -> bytes:
     if not 0 <= address.port <= HIGHEST_PORT:
-        msg = f"{address.port} is no port from 0 to {HIGHEST_PORT}"
+        msg = f"{address.port} is not a port: use 0 to {HIGHEST_PORT}"
         raise ProxyError(msg)
     try:
-        return ipaddress.ip_address(address.host).packed  # without a zone
+        return ipaddress.ip_address(address.host).packed  # drops the zone
     except ValueError:
-        msg = f"{address.host!r} is no IPv4 or IPv6 address"
+        msg = f"{address.host!r} is not an IPv4 or IPv6 address"
         raise ProxyError(msg) from None
 
 
 def _layout(source: bytes, destination: bytes) -> struct.Struct:
     if len(source) != len(destination):
-        raise ProxyError(_UNLIKE)
+        raise ProxyError(_MISMATCH)
     return _INET if len(source) == 4 else _INET6
 
 
 def _unix_name(address: UnixAddress) -> bytes:
     abstract = address.path.startswith("@")
     try:
-        name = address.path.encode("utf-8", "surrogateescape")  # as the system's calls take a path
+        name = address.path.encode("utf-8", "surrogateescape")  # as system calls expect a path
     except UnicodeEncodeError:
         name = None
     if name is None or (not abstract and 0 in name):
-        msg = f"{address.path!r} is no path of a socket"
+        msg = f"{address.path!r} is not a socket path"
         raise ProxyError(msg)
     if len(name) > _UNIX_LONGEST:
-        msg = f"{address.path!r} has {len(name)} bytes, and a header's unix address {_UNIX_LONGEST}"
+        msg = f"{address.path!r} has {len(name)} bytes, but a unix address in a header has at most {_UNIX_LONGEST}"
         raise ProxyError(msg)
     return b"\0" + name[1:] if abstract else name
 
 
 def _join(tlv: Tlv) -> bytes:
     if not 0 <= tlv.type <= 0xFF or len(tlv.value) > _V2_LONGEST_BLOCK:
-        msg = f"a TLV has a type from 0 to 255 and up to {_V2_LONGEST_BLOCK} bytes, not {tlv.type} and {len(tlv.value)}"
+        msg = (
+            f"a TLV has a type from 0 to 255 and at most {_V2_LONGEST_BLOCK} bytes, not {tlv.type} and {len(tlv.value)}"
+        )
         raise ProxyError(msg)
     return _TLV.pack(tlv.type, len(tlv.value)) + tlv.value

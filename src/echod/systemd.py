@@ -1,4 +1,4 @@
-"""What the service manager hears of this process: sd_notify(3), fed by the loop itself, and sd_watchdog_enabled(3)."""
+"""Notify the service manager from the event loop, as in sd_notify(3) and sd_watchdog_enabled(3)."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-# Seconds between two messages; a third of the watchdog's time, where that is shorter.
+# Seconds between messages. A third of the watchdog timeout applies instead if it is shorter.
 _SERVING_INTERVAL = 10.0
 _DRAINING_INTERVAL = 1.0
 _FULL_INTERVAL = 0.1
 
-# The stop may take this much longer from each message on, where TimeoutStopSec= is over: many intervals, since a machine
-# that has much to do is no reason to be killed.
+# Each message during a drain extends the stop timeout by this much. It is many intervals long, so that a busy machine
+# does not cause a kill.
 _EXTENSION_USEC = 30_000_000
 
-# systemd ignores a message of more than 4096 bytes, and a character has four at most.
+# systemd ignores messages of more than 4096 bytes, and a character takes at most four bytes.
 _LONGEST_VALUE = 900
 
 
 class Manager(NamedTuple):
-    """Who is to be told."""
+    """The service manager of this process."""
 
     address: str
-    """A datagram socket: a path, or "@" and a name in the abstract namespace."""
+    """Its datagram socket: a path, or "@" and a name in the abstract namespace."""
     watchdog: float | None
-    """Seconds without a message after which the process is killed; None: never."""
+    """Seconds without a message after which it kills the process, or None for no limit."""
 
 
 def find_manager(warn: Callable[..., object]) -> Manager | None:
-    """Take the manager from the environment: from NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
+    """Read the manager from NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
 
-    The variables are removed, since they are meant for this process alone.
+    The variables are removed from the environment, because they apply to this process only.
 
     Args:
-        warn: logs a warning, about a time of the watchdog that is none.
+        warn: logs a warning if WATCHDOG_USEC is invalid.
 
     """
     address, interval, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"))
@@ -61,26 +61,26 @@ def find_manager(warn: Callable[..., object]) -> Manager | None:
 
 
 def message(fields: Mapping[str, object]) -> bytes:
-    """Render a message: a line for each field, its value cut short where it is very long."""
+    """Render a message with one line per field. Long values are truncated."""
     return "".join(f"{name}={printable(str(value))[:_LONGEST_VALUE]}\n" for name, value in fields.items()).encode()
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number of things in words."""
+    """Return a number with its noun, in the singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Notifier:
-    """Tells the manager of the process's phases, its numbers, and that its loop turns.
+    """Sends the process's phase, status and watchdog messages to the service manager.
 
-    One timer does it all, at ten seconds or a third of the watchdog's time, and at a second during a drain. A message
-    that the socket does not take is dropped; the phase in it goes out with the next one. Without a manager nothing
-    happens at all.
+    One timer sends a message every ten seconds, or every second during a drain. A watchdog shortens this to a third of
+    its timeout. If the socket is full, the message is dropped, and its phase is sent with the next one. Without a
+    manager, nothing is sent.
 
     Args:
-        manager: who is to be told.
-        numbers: renders what is going on, in a few words.
-        logger: returns the one in force, which is told of a manager that cannot be reached.
+        manager: the service manager to notify.
+        numbers: returns the figures for the status, in a few words.
+        logger: returns the current logger, for a warning if the manager cannot be reached.
 
     """
 
@@ -102,21 +102,21 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)  # noqa: FBT003  (its only parameter)
             if manager.watchdog is not None:
-                # Its SIGABRT then leaves in the journal where the loop was stuck.
+                # The watchdog sends SIGABRT; the journal then shows where the loop was stuck.
                 faulthandler.enable(STDERR)
 
     def ready(self) -> None:
-        """Every listener listens."""
+        """Report that all listeners are listening."""
         self._phase = "Serving"
         self._tell(READY=1)
 
     def reloading(self) -> None:
-        """Settings are being read again."""
+        """Report that the settings are being reloaded."""
         self._phase = "Reloading"
         self._tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def reloaded(self, problems: Sequence[str]) -> None:
-        """They are in force, or those before are still, because of some problems."""
+        """Report the end of a reload. If it had problems, the previous settings stay in force."""
         self._phase = "Serving"
         self._note = "; settings reloaded"
         if problems:
@@ -124,13 +124,13 @@ class Notifier:
         self._tell(READY=1)
 
     def stopping(self) -> None:
-        """The first signal to stop has come."""
+        """Report that the drain has begun."""
         self._phase, self._note = "Draining", ""
         self._draining = True
         self._tell(STOPPING=1)
 
     def drained(self, receipt: Mapping[str, object]) -> None:
-        """Say the last word: what became of the clients."""
+        """Send the receipt as the final status, and stop notifying."""
         self._receipt = "Drained: " + " ".join(f"{name}={value}" for name, value in receipt.items())
         self._tell()
         if self._timer is not None:
@@ -138,7 +138,7 @@ class Notifier:
             self._socket.close()
 
     def _tell(self, **phase: int) -> None:
-        """Send a message of a new phase, or of none, and see to the next."""
+        """Send a message, with the new phase if there is one, and schedule the next."""
         manager = self._manager
         if manager is None:
             return
@@ -160,11 +160,11 @@ class Notifier:
         self._timer = self._loop.call_later(interval, self._tell)
 
     def _send(self, data: bytes, address: str) -> bool:
-        """Send, and return whether it was taken; True too where nobody is there to take it."""
+        """Send a message. Return False only if the socket is full."""
         name = os.fsencode(address)
         try:
             self._socket.sendto(data, b"\0" + name[1:] if address.startswith("@") else name)
-        except BlockingIOError:  # its queue is full
+        except BlockingIOError:  # the socket's queue is full
             return False
         except OSError as error:
             if not self._unreachable:

@@ -1,4 +1,4 @@
-"""Sizes and times as people write and read them."""
+"""Parse and format sizes and times for people."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-z]*)", re.ASCII | re.I
 
 
 def parse_size(text: str) -> int:
-    """Return bytes: of a number, or of one with a unit, such as 64KiB or 1.5MB.
+    """Return the number of bytes in a size such as 512, 64KiB or 1.5MB.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is not a size.
 
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _SIZES:
-        msg = f"{text!r} is no size: write bytes, or such as 64KiB"
+        msg = f"{text!r} is not a size: write bytes, or for example 64KiB"
         raise ValueError(msg)
     return int(float(match[1]) * _SIZES[match[2].lower()])
 
 
 def bytes_text(count: float) -> str:
-    """Return bytes with three digits, in decimal units as networks have them."""
+    """Format bytes with three digits and a decimal unit, as is usual for networks."""
     power = 0
-    while count >= 999.5 and power < len(_DECIMAL) - 1:  # noqa: PLR2004  (it would be shown as four digits)
+    while count >= 999.5 and power < len(_DECIMAL) - 1:  # noqa: PLR2004  (above this it would be formatted as 1000)
         count /= 1000
         power += 1
     return f"{count:.3g} {_DECIMAL[power]}"
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a time with three digits."""
-    if seconds >= 0.9995:  # noqa: PLR2004  (it would be shown as 1000 ms)
-        return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"  # noqa: PLR2004  (likewise)
-    unit, factor = ("ms", 1e3) if seconds >= 0.0009995 else ("µs", 1e6)  # noqa: PLR2004  (likewise)
+    """Format a time with three digits."""
+    if seconds >= 0.9995:  # noqa: PLR2004  (above this it would be formatted as 1000 ms)
+        return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"  # noqa: PLR2004  (as above)
+    unit, factor = ("ms", 1e3) if seconds >= 0.0009995 else ("µs", 1e6)  # noqa: PLR2004  (as above)
     return f"{seconds * factor:.3g} {unit}"

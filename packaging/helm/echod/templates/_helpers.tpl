@@ -2,14 +2,14 @@
 {{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* The name of everything: at most 50 characters, so that there is room for what is put behind it. */}}
+{{/* The name of all resources. At most 50 characters, to leave room for suffixes. */}}
 {{- define "echod.fullname" -}}
 {{- $name := include "echod.name" . }}
 {{- $whole := .Values.fullnameOverride | default (contains $name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $name)) }}
 {{- $whole | trunc 50 | trimSuffix "-" }}
 {{- end }}
 
-{{/* What tells this release's pods from all others; it never changes. */}}
+{{/* The labels that select this release's pods. They are immutable. */}}
 {{- define "echod.selector" -}}
 app.kubernetes.io/name: {{ include "echod.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -29,14 +29,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{/* The longest that a stop takes by itself, rounded up, and a margin. */}}
+{{/* The longest possible stop, rounded up, plus a margin. */}}
 {{- define "echod.gracePeriod" -}}
 {{- with .Values.config.shutdown }}
 {{- add (ceil (addf .delay .drain_timeout .linger_timeout)) $.Values.terminationMargin }}
 {{- end }}
 {{- end }}
 
-{{/* echod's settings, as TOML. */}}
+{{/* The settings of echod as TOML. */}}
 {{- define "echod.toml" -}}
 {{- $listeners := dict }}
 {{- $ports := dict (toString (int .Values.admin.port)) "admin" }}
@@ -44,7 +44,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- range $name, $listener := .Values.listeners }}
   {{- range $kind, $taken := dict "port" $ports "servicePort" $servicePorts }}
     {{- $number := toString (int (index $listener $kind)) }}
-    {{- with get $taken $number }}{{ fail (printf "listeners.%s.%s: %s is that of %s already" $name $kind $number .) }}{{ end }}
+    {{- with get $taken $number }}{{ fail (printf "listeners.%s.%s: %s is already the port of %s" $name $kind $number .) }}{{ end }}
     {{- $_ := set $taken $number $name }}
   {{- end }}
   {{- $table := merge (dict "address" (printf ":%d" (int $listener.port))) (omit $listener "port" "servicePort" "tls") }}
