@@ -19,14 +19,14 @@ test:
 # Restart the daemon on an inherited socket under 200 connects per second. Each of the two loops takes four minutes.
 soak: .venv/installed
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
-	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/test_sockets.py -k restarts_under_load -s
+	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/configuration.md
 
 # Measure the figures of docs/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed
-	PYTHONPATH=tests .venv/bin/python examples/evolution/measure.py
+	PYTHONPATH=tests/support .venv/bin/python examples/evolution/measure.py
 
 # Compare echod with its peers. `bench` runs all that can be built here and takes half an hour. `bench-quick` runs only
 # those with targets and takes less than 90 seconds. benchmarks/servers.py lists the requirements of each peer.

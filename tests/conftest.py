@@ -13,7 +13,7 @@ import pytest
 
 from certificates import Certificates
 from echod import cli
-from echod.signals import HANDLED
+from echod.daemon.signals import HANDLED
 from harness import Daemon, clean_environment
 from pairs import runner
 

@@ -31,7 +31,8 @@ for version in $here; do
     ".venv-test-$version/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 done
 core=""
-for name in serving session shutdown tls reload clean; do core="$core tests/test_$name.py"; done
+for name in serving shutdown tls reload clean; do core="$core tests/integration/test_$name.py"; done
+core="$core tests/unit/test_session.py"
 
 echo "== lint and types"
 ".venv-test-$newest/bin/ruff" format --check .

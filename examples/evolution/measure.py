@@ -26,7 +26,7 @@ from scenes import HERE, STEPS, Loss, Step, cost, idle, second_client, stop
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scenes import Subject
+    from scenes import DaemonView
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Samples:
         for values in (self.idle, self.wait, self.cost, self.loss):
             del values[rounds:]
 
-    def _undisturbed(self, scene: Callable[[Subject], T]) -> T:
+    def _undisturbed(self, scene: Callable[[DaemonView], T]) -> T:
         """Measure a scene until no other process has disturbed it."""
         for _ in range(TRIES):
             began, before = time.monotonic(), others()

@@ -25,7 +25,7 @@ MESSAGE = b"".join(b"%07d," % number for number in range(63)) + b"512 by\r\n"
 _ECHO = MESSAGE * 129
 
 
-class Subject(Protocol):
+class DaemonView(Protocol):
     """A server as the scenes see it: a step, or the tests' daemon."""
 
     @property
@@ -120,7 +120,7 @@ class Step:
             self._news.notify_all()
 
 
-def connect(server: Subject) -> socket.socket:
+def connect(server: DaemonView) -> socket.socket:
     """Return a connected client."""
     return socket.create_connection(server.address, timeout=PATIENCE)
 
@@ -142,7 +142,7 @@ class Cpu(NamedTuple):
     waited: float
 
     @classmethod
-    def of(cls, server: Subject) -> Self:
+    def of(cls, server: DaemonView) -> Self:
         """Read both clocks of a server."""
         waited = 0
         for thread in Path(f"/proc/{server.pid}/task").glob("*/schedstat"):
@@ -155,7 +155,7 @@ class Cpu(NamedTuple):
         return Cpu(self.used - before.used, self.waited - before.waited)
 
 
-def idle(server: Subject, seconds: float) -> float:
+def idle(server: DaemonView, seconds: float) -> float:
     """Return the CPU use of a server with one silent client, as a share of the available CPU time.
 
     Time in the run queue does not count as available, so a busy machine does not change the figure.
@@ -177,7 +177,7 @@ class Wait(NamedTuple):
     """Whether the first client left before the echo came."""
 
 
-def second_client(server: Subject, silence: float) -> Wait:
+def second_client(server: DaemonView, silence: float) -> Wait:
     """Return the wait of a second client while the first is silent. The first one leaves after `silence` seconds."""
     with connect(server) as first, connect(server) as second:
         left = threading.Event()
@@ -199,7 +199,7 @@ def second_client(server: Subject, silence: float) -> Wait:
 class Peer:
     """A client that keeps a number of bytes outstanding, and compares each byte of the echo."""
 
-    def __init__(self, server: Subject, window: int) -> None:
+    def __init__(self, server: DaemonView, window: int) -> None:
         self.sock = connect(server)
         self.sock.setblocking(False)
         self.window = window
@@ -247,7 +247,7 @@ class Peer:
 class Crowd:
     """Many clients of one server."""
 
-    def __init__(self, server: Subject, clients: int, window: int) -> None:
+    def __init__(self, server: DaemonView, clients: int, window: int) -> None:
         self.peers = {peer.sock.fileno(): peer for peer in (Peer(server, window) for _ in range(clients))}
         self._epoll = select.epoll()
         for number in self.peers:
@@ -276,7 +276,7 @@ class Crowd:
         return size
 
 
-def cost(server: Subject, clients: int, messages: int) -> float:
+def cost(server: DaemonView, clients: int, messages: int) -> float:
     """Return the CPU time of a server per message of 512 bytes, in seconds. Each client has one outstanding."""
     before, size = Cpu.of(server), 0
     deadline = time.monotonic() + PATIENCE
@@ -296,7 +296,7 @@ class Loss(NamedTuple):
     """Bytes sent by these clients and not echoed."""
 
 
-def stop(server: Subject, clients: int, short: float, long: float) -> Loss:
+def stop(server: DaemonView, clients: int, short: float, long: float) -> Loss:
     """Send SIGTERM under load, and return the loss.
 
     Each client keeps 16 KiB outstanding. Half of the clients half-close `short` seconds after the signal, the others after

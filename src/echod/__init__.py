@@ -11,20 +11,20 @@ __all__ = ["Entry", "ListenError", "Receipt", "Server", "SettingsError", "TcpAdd
 TYPE_CHECKING = False  # that of typing would have to be imported
 
 if TYPE_CHECKING:
-    from echod.addresses import TcpAddress, UnixAddress
-    from echod.ledger import Entry, Receipt
-    from echod.listeners import ListenError
-    from echod.server import Server
+    from echod.net.addresses import TcpAddress, UnixAddress
+    from echod.net.listeners import ListenError
+    from echod.server.ledger import Entry, Receipt
+    from echod.server.server import Server
     from echod.settings.problems import SettingsError
 else:
     _MODULES = {
-        "Entry": "ledger",
-        "ListenError": "listeners",
-        "Receipt": "ledger",
-        "Server": "server",
+        "Entry": "server.ledger",
+        "ListenError": "net.listeners",
+        "Receipt": "server.ledger",
+        "Server": "server.server",
         "SettingsError": "settings.problems",
-        "TcpAddress": "addresses",
-        "UnixAddress": "addresses",
+        "TcpAddress": "net.addresses",
+        "UnixAddress": "net.addresses",
     }
 
     def __getattr__(name: str) -> object:

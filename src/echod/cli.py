@@ -8,14 +8,14 @@ import os
 import signal
 import sys
 
-from echod.signals import Signals
+from echod.daemon.signals import Signals
 
 TYPE_CHECKING = False  # that of typing would have to be imported, and the signal handlers are to be installed first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echod.resources import Resources
+    from echod.settings.resources import Resources
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -43,8 +43,11 @@ def main() -> int:
     # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
     # is to be honoured too.
     import echod  # noqa: PLC0415
-    from echod import resources  # noqa: PLC0415
-    from echod.settings import options, sources  # noqa: PLC0415
+    from echod.settings import (  # noqa: PLC0415
+        options,
+        resources,
+        sources,
+    )
     from echod.settings.problems import SettingsError  # noqa: PLC0415
 
     command, config, values = options.parse(sys.argv[1:], echod.__version__)
@@ -68,8 +71,7 @@ def main() -> int:
 def _tell(found: Resources, command: str) -> int:
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from echod import resources  # noqa: PLC0415
-    from echod.settings import toml  # noqa: PLC0415
+    from echod.settings import resources, toml  # noqa: PLC0415
     from echod.text import printable  # noqa: PLC0415
 
     if command == "check" and (problems := list(resources.log_problems(found.loaded))):
@@ -98,9 +100,9 @@ def _fill_standard_descriptors() -> None:
 def _probe(arguments: Sequence[str]) -> int:
     try:
         # Before all else that this command imports: a health check runs it every few seconds.
-        from echod import probe  # noqa: PLC0415
+        from echod.probe import command  # noqa: PLC0415
 
-        ending, text, problem = probe.run(arguments)
+        ending, text, problem = command.run(arguments)
     except KeyboardInterrupt:
         return _SIGNALLED + signal.SIGINT
     if problem:
@@ -110,16 +112,19 @@ def _probe(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
     return {
-        probe.Ending.RIGHT: EXIT_OK,
-        probe.Ending.FAILED: EXIT_FAILURE,
-        probe.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
-        probe.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
-        probe.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
+        command.Ending.RIGHT: EXIT_OK,
+        command.Ending.FAILED: EXIT_FAILURE,
+        command.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
+        command.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
+        command.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
     }[ending]
 
 
 def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
-    from echod import daemon, listeners, logs, resources, threads  # noqa: PLC0415
+    from echod import threads  # noqa: PLC0415
+    from echod.daemon import daemon, logs  # noqa: PLC0415
+    from echod.net import listeners  # noqa: PLC0415
+    from echod.settings import resources  # noqa: PLC0415
 
     try:
         log = logs.Log(found.loaded.settings.log)

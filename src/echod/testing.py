@@ -14,16 +14,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from echod import library
-from echod.addresses import TcpAddress
-from echod.resources import loop_factory
-from echod.server import Server
+from echod import embed
+from echod.net.addresses import TcpAddress
+from echod.server.server import Server
+from echod.settings.resources import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Unpack
 
-    from echod.ledger import Entry, Receipt
+    from echod.server.ledger import Entry, Receipt
 
 # A test that leaves a connection open does not wait long for its end: seconds.
 SHUTDOWN = {"quiet_period": 0.05, "drain_timeout": 1.0, "linger_timeout": 0.2}
@@ -32,7 +32,7 @@ _HOST = "127.0.0.1"
 _NAMES = ("localhost", _HOST, "::1")
 
 
-class ThreadOptions(library.CommonOptions, total=False):
+class ThreadOptions(embed.CommonOptions, total=False):
     """The options of a `ServerThread`, and of the marker `echod`."""
 
     tls: bool | dict[str, Any]
@@ -59,9 +59,9 @@ class ServerThread:
     """
 
     def __init__(self, **options: Unpack[ThreadOptions]) -> None:
-        library.check_names(options, ThreadOptions.__optional_keys__)
+        embed.check_names(options, ThreadOptions.__optional_keys__)
         loop = options.get("loop", "auto")
-        library.check_loop(loop)
+        embed.check_loop(loop)
         self._process = os.getpid()
         self._news = threading.Condition()
         self._entries: list[Entry] = []

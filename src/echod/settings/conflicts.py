@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from echod import addresses
+from echod.net import addresses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from pydantic.fields import FieldInfo
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from echod import addresses
+from echod.net import addresses
 from echod.settings.conflicts import Conflict, in_table, raise_all, repeated
 from echod.settings.types import (
     ADMIN_FORMS,

@@ -1,0 +1,109 @@
+"""Live progress on a terminal, drawn by a process of its own.
+
+Drawing takes milliseconds, in which a measurement would neither send nor receive: they would be found in its latencies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+
+from echod.probe.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from echod.probe.command import Order
+
+# So many latencies are enough for the figures shown.
+_SAMPLE = 256
+
+
+class Display:
+    """Shows the state of a measurement while it runs, where standard error is a terminal."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._pipe: int | None = None
+        self._child = 0
+
+    def __enter__(self) -> Self:
+        if sys.stderr is not None and sys.stderr.isatty():
+            reading, self._pipe = os.pipe()
+            try:
+                self._child = os.fork()
+            except OSError:  # a limit of processes: the measurement does without
+                os.close(reading)
+                os.close(self._pipe)
+                self._pipe = None
+                return self
+            if self._child == 0:
+                os.close(self._pipe)
+                try:
+                    _draw(self._order, reading)
+                finally:
+                    os._exit(0)
+            os.close(reading)
+            os.set_blocking(self._pipe, False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pipe is not None:
+            os.close(self._pipe)
+            os.waitpid(self._child, 0)
+
+    def show(self, *, seconds: float, messages: int, received: int, errors: int, sample: Sequence[int]) -> None:
+        """Show the state.
+
+        Args:
+            seconds: since the beginning.
+            messages: answered so far.
+            received: bytes so far.
+            errors: so far.
+            sample: some recent latencies, nanoseconds.
+
+        """
+        if self._pipe is None:
+            return
+        some = sorted(sample[:_SAMPLE])
+        state = (seconds, messages, received, errors, some[len(some) // 2] if some else 0, some[-1] if some else 0)
+        # Below PIPE_BUF, so all of it or nothing; a terminal that is slow misses some states.
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._pipe, json.dumps(state).encode() + b"\n")
+
+
+def _draw(order: Order, reading: int) -> None:
+    """Draw each state that comes out of the pipe, until its end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the end of the pipe comes soon enough
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
+    # It is drawn when there is news, and by no thread in between.
+    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+    total = order.count or order.duration
+    task = bar.add_task(str(order.target), total=total, text="connecting")
+    before, then = 0, 0.0
+    with Live(bar, console=bar.console, auto_refresh=False, transient=True) as live, open(reading, "rb") as states:
+        live.refresh()
+        for line in states:
+            seconds, messages, received, errors, median, largest = json.loads(line)
+            counted = received if order.stream else messages
+            speed = (counted - before) / max(seconds - then, 0.001)
+            before, then = counted, seconds
+            parts = [f"{seconds:.1f} s", f"{bytes_text(speed)}/s" if order.stream else f"{speed:,.0f}/s"]
+            if largest:
+                parts.append(f"p50 {seconds_text(median / 1e9)}, max {seconds_text(largest / 1e9)}")
+            if errors:
+                parts.append(f"[red]{errors} errors[/red]")
+            bar.update(task, completed=messages if order.count else seconds, text="  ".join(parts))
+            live.refresh()

@@ -1,0 +1,436 @@
+"""The command: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import echod
+from echod.settings import toml
+from echod.settings.model import leaves
+from harness import PATIENCE, Daemon, clean_environment, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness import Command
+
+pytestmark = pytest.mark.once
+
+UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"echod {echod.__version__}\n", "")
+
+
+def test_help() -> None:
+    """Every setting is in the help, with its default, and so are the exit codes."""
+    result = run("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    text = " ".join(result.stdout.split())  # however the lines are broken
+    for key, field in leaves():
+        assert f" --{'.'.join(key)}".replace("_", "-") in text
+        assert f" {field.description} (default: {toml.value(field.default)}) " in text
+    for part in ("serve | check | config", "exit codes: 0 stopped", "--faults.NAME.trigger TEXT", "ECHOD_CONFIG"):
+        assert part in text
+
+
+def test_check(tmp_path: Path) -> None:
+    path = tmp_path / "echo.toml"
+    path.write_text("[limits]\nidle_timout = 3\nbacklog = 0\n")
+    result = run("check", "--config", str(path))
+    assert (result.returncode, result.stdout) == (78, "")
+    assert result.stderr.splitlines() == [
+        f"echod: {path}: limits.backlog: should be greater than or equal to 1, not 0",
+        f"echod: {path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+    ]
+    path.write_text("[limits]\nidle_timeout = 3\n")
+    result = run("check", env={"ECHOD_CONFIG": str(path), "ECHOD_PORT": "tcp://10.0.0.1:80"})
+    assert (result.returncode, result.stdout) == (0, "configuration OK\n")
+    assert result.stderr == "echod: warning: ECHOD_PORT names no setting\n"
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    """What `config` prints, `--config` reads; the options and `serve` share one grammar, in any order."""
+    options = ("--limits.idle-timeout", "5", "--listen", "127.0.0.1:1")
+    first = run(*options, "config")
+    assert first.returncode == 0
+    assert "idle_timeout = 5.0  # --limits.idle-timeout\n" in first.stdout
+    path = tmp_path / "echo.toml"
+    path.write_text(first.stdout)
+    second = run("config", "--config", str(path))
+    assert [line.partition("  #")[0] for line in second.stdout.splitlines()] == [
+        line.partition("  #")[0] for line in first.stdout.splitlines()
+    ]
+
+
+def test_config_of_odd_texts(tmp_path: Path) -> None:
+    """Names that need quotes and values that need escapes are read back too, each line with its source."""
+    path = tmp_path / "echo.toml"
+    path.write_text("""\
+[listeners."a b.c"]
+address = "[::1]:1"
+fault = "#\\""
+[faults."#\\""]
+trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"
+action = "raise"
+""")
+    environment = {"ECHOD_FAULTS__ENV__TRIGGER": "ü # \t\n", "ECHOD_LOG__FILE": "#'\\"}
+    first = run("config", "--faults.env.action", "raise", "--config", str(path), env=environment)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert [line for line in first.stdout.splitlines() if line and not line.endswith("  # default")] == [
+        "[limits]",
+        "[shutdown]",
+        "[log]",
+        'file = "#\'\\\\"  # ECHOD_LOG__FILE',
+        "[admin]",
+        '[faults."#\\""]',
+        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}',
+        f'action = "raise"  # {path}',
+        "[faults.env]",
+        'trigger = "ü # \\t\\n"  # ECHOD_FAULTS__ENV__TRIGGER',
+        'action = "raise"  # --faults.env.action',
+        '[listeners."a b.c"]',
+        f'address = "[::1]:1"  # {path}',
+        f'fault = "#\\""  # {path}',
+    ]
+    printed = tmp_path / "printed.toml"
+    printed.write_text(first.stdout)
+    second = run("config", "--config", str(printed))
+    assert second.returncode == 0
+    assert tomllib.loads(second.stdout) == tomllib.loads(first.stdout)
+
+
+def test_config_is_utf8_everywhere() -> None:
+    """TOML is UTF-8, whatever the terminal's encoding."""
+    command = [sys.executable, "-m", "echod", "config", "--faults.b.trigger", "ü🎉", "--faults.b.action", "raise"]
+    environment = clean_environment({"PYTHONIOENCODING": "latin-1"})
+    result = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert tomllib.loads(result.stdout.decode())["faults"]["b"]["trigger"] == "ü🎉"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in which "$@" is echod."""
+    words = ["sh", "-c", command, "sh", sys.executable, "-m", "echod"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_output_that_cannot_be_written() -> None:
+    """1 and one line; errors that nobody can read are an exit code all the same."""
+    result = shell('"$@" config >/dev/full')
+    assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n")
+    assert shell('"$@" check --loop none 2>/dev/full').returncode == 78
+
+
+def test_a_reader_that_has_gone() -> None:
+    receiver, sender = os.pipe()
+    os.close(receiver)
+    try:
+        command = [sys.executable, "-m", "echod", "config"]
+        environment = clean_environment()
+        result = subprocess.run(
+            command, stdout=sender, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, env=environment
+        )
+    finally:
+        os.close(sender)
+    assert (result.returncode, result.stderr) == (1, "echod: standard output: Broken pipe\n")
+
+
+def test_closed_output() -> None:
+    """Where standard output or error is closed, its lines go nowhere, and not to the other one."""
+    result = shell('"$@" config >&-')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    result = shell('ECHOD_PORT=1 "$@" check 2>&-')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "configuration OK\n", "")
+    result = shell('"$@" check --loop none 2>&-')
+    assert (result.returncode, result.stdout, result.stderr) == (78, "", "")
+
+
+def test_check_opens_nothing(taken: str, tmp_path: Path) -> None:
+    """The settings are right, whoever listens on the address; and the log file is not created."""
+    log = tmp_path / "echo.log"
+    result = run("check", "--listen", taken, "--log.file", str(log))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "configuration OK\n", "")
+    assert not log.exists()
+
+
+def test_sources_of_the_file(tmp_path: Path) -> None:
+    """The option is over the variable; an empty variable is none, an empty option is an error."""
+    path = tmp_path / "echo.toml"
+    path.write_text('loop = "asyncio"\n')
+    missing = str(tmp_path / "none.toml")
+    result = run("config", "--config", str(path), env={"ECHOD_CONFIG": missing})
+    assert f'loop = "asyncio"  # {path}\n' in result.stdout
+    result = run("check", env={"ECHOD_CONFIG": missing})
+    assert (result.returncode, result.stderr) == (78, f"echod: {missing}: cannot be read: No such file or directory\n")
+    assert run("check", env={"ECHOD_CONFIG": ""}).returncode == 0
+    for arguments in (["--config", ""], ["--config="]):
+        result = run("check", *arguments, env={"ECHOD_CONFIG": str(path)})
+        assert (result.returncode, result.stderr) == (78, "echod: --config: names no file\n")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "echo.toml"
+    path.write_text('loop = "asyncio"\n')
+    path.chmod(0)
+    result = run_without("dac_override,dac_read_search", "check", "--config", str(path))
+    assert (result.returncode, result.stderr) == (78, f"echod: {path}: cannot be read: Permission denied\n")
+
+
+def test_names_that_break_lines() -> None:
+    """A variable's name may hold anything; the warning is one line."""
+    result = run("check", env={"ECHOD_A\nB\x1b": "1"})
+    assert result.stderr == "echod: warning: ECHOD_A\\nB\\x1b names no setting\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lisen", "x"], "unknown option --lisen; did you mean --listen?"),
+        (["--qqq"], "unknown option --qqq\n"),
+        (["--limits", "3"], "unknown option --limits; did you mean --limits.backlog?"),
+        (["--list", "h:1"], "unknown option --list; did you mean --listen?"),
+        (["--log.file", "--loop"], "argument --log.file: expected one argument"),
+        (["check", "--"], "unknown option --\n"),
+        (["-x"], "unrecognized arguments: -x"),
+        (["chekc"], "invalid choice: 'chekc'"),
+        (["check", "extra"], "unrecognized arguments: extra"),
+        (["--listen"], "argument --listen: expected one argument"),
+        (["--limits.backlog"], "expected one argument"),
+        (["--faults.a.b"], "argument --faults.a.b: expected one argument"),
+    ],
+)
+def test_syntax_errors(command: Command, arguments: list[str], message: str) -> None:
+    result = command(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    usage, error = result.stderr.splitlines(keepends=True)
+    assert usage.startswith("usage: echod [serve | check | config] ")
+    assert message in error
+
+
+@pytest.mark.parametrize("name", ["serve", "check", "config"])
+def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
+    """78, whatever was asked for; and a log file that cannot be written is told of in advance."""
+    result = command(name, "--limits.backlog", "none", "--limits.colour", "red")
+    assert result.returncode == 78
+    assert len(result.stderr.splitlines()) == 2
+    missing = tmp_path / "none" / "log"
+    link = tmp_path / "link"
+    link.symlink_to(missing)
+    reasons = {
+        str(tmp_path): "Is a directory",
+        str(missing): "No such file or directory",
+        str(link): "No such file or directory",
+        "x" * 300: "File name too long",
+    }
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        reasons[str(tmp_path / "socket")] = "No such device or address"
+        for file, reason in reasons.items():
+            result = command(name, "--log.file", file)
+            problem = f"echod: --log.file: log.file: {file!r} cannot be written: {reason}\n"
+            assert (result.returncode, result.stderr) == (78, problem)
+    assert not missing.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["serve", "check"])
+def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) -> None:
+    """A FIFO that nothing reads is refused by the check in the words of the start."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    result = command(name, "--log.file", str(fifo))
+    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: No such device or address\n"
+    assert (result.returncode, result.stderr) == (78, problem)
+
+
+def test_check_leaves_the_log_alone(command: Command, tmp_path: Path) -> None:
+    """A check creates no log file, changes none, and accepts a FIFO that is read."""
+    new, old, fifo = tmp_path / "new", tmp_path / "old", tmp_path / "fifo"
+    old.write_text("a line\n")
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for file in (new, old, fifo):
+        assert command("check", "--log.file", str(file)).stdout == "configuration OK\n"
+    os.close(reader)
+    assert not new.exists()
+    assert old.read_text() == "a line\n"
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """Give an address that somebody else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def free_address() -> tuple[str, int]:
+    """Return an address that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        host, port = sock.getsockname()
+        return host, port
+
+
+def test_addresses_that_cannot_be_opened(taken: str) -> None:
+    """69 with a line for each; and the address that could be opened is free again."""
+    host, port = free_address()
+    listen = (f"{host}:{port}", taken, "192.0.2.1:0", "name.invalid:0")
+    result = run(*(text for address in listen for text in ("--listen", address)))
+    assert result.returncode == 69
+    in_use, not_ours, no_name = result.stderr.splitlines()
+    assert in_use == f"echod: cannot listen on {taken}: Address already in use"
+    assert not_ours == "echod: cannot listen on 192.0.2.1:0: Cannot assign requested address"
+    assert no_name.startswith("echod: cannot listen on name.invalid:0: the name cannot be resolved (")
+    socket.create_server((host, port)).close()
+
+
+def run_without(capabilities: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as one who may do less than root."""
+    command = [sys.executable, "-m", "echod", *arguments]
+    if os.getuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv is not installed, and root may do everything")
+        # The user stays the same: another one may not be able to read the interpreter.
+        dropped = ",".join(f"-{name}" for name in capabilities.split(","))
+        command = ["setpriv", f"--inh-caps={dropped}", f"--bounding-set={dropped}", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+
+
+@pytest.mark.skipif(
+    not UNPRIVILEGED_PORTS.exists() or int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="anybody may listen on port 7"
+)
+def test_privileged_port() -> None:
+    """Not everybody may listen on the port of RFC 862; the message and exit code say that it is the address."""
+    host, port = free_address()
+    result = run_without("net_bind_service", "--listen", f"{host}:{port},127.0.0.1:7")
+    assert (result.returncode, result.stderr) == (69, "echod: cannot listen on 127.0.0.1:7: Permission denied\n")
+    socket.create_server((host, port)).close()
+
+
+HIDE_UVLOOP = """
+import sys
+from importlib.machinery import PathFinder
+class Hide(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == "uvloop" else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
+from echod.cli import main
+sys.exit(main())
+"""
+
+
+def test_without_uvloop() -> None:
+    """Where uvloop is not installed, `auto` takes asyncio, and asking for it is an error that says so."""
+    with Daemon(module=("-c", HIDE_UVLOOP)) as daemon:
+        assert daemon.wait_for("started")["loop"] == "asyncio"
+        daemon.echo(b"x")
+        assert daemon.stop() == 0
+    command = [sys.executable, "-c", HIDE_UVLOOP, "check", "--loop", "uvloop"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert result.returncode == 78
+    assert result.stderr == ("echod: --loop: loop: uvloop is not installed: install it, or choose auto or asyncio\n")
+
+
+def test_crash() -> None:
+    """What nobody expected is one line of the log, with the traceback, and 1."""
+    code = "import sys; from echod import cli; from echod.daemon import daemon; del daemon.open_listeners; sys.exit(cli.main())"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.returncode, result.stdout) == (1, "")
+    line = json.loads(result.stderr)
+    assert (line["level"], line["event"]) == ("error", "crashed")
+    assert "NameError" in line["exception"]
+
+
+def test_garbage_collection() -> None:
+    """Once it serves, garbage is collected, and not looked for in what was imported."""
+    code = (
+        "import gc, sys; from echod import cli; sys.exit(cli.main() or not gc.isenabled() or not gc.get_freeze_count())"
+    )
+    with Daemon(module=("-c", code)) as daemon:
+        assert daemon.stop() == 0
+
+
+def test_plugins_of_pydantic(tmp_path: Path) -> None:
+    """What else is installed is not run, unless somebody asks for it."""
+    (tmp_path / "meddler.py").write_text("print('here I am')\nplugin = None\n")
+    metadata = tmp_path / "meddler-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: meddler\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[pydantic]\nmeddler = meddler\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    assert run("check", env=path).stdout == "configuration OK\n"
+    assert "here I am" in run("check", env=path | {"PYDANTIC_DISABLE_PLUGINS": ""}).stdout
+
+
+def test_auto_takes_uvloop() -> None:
+    with Daemon() as daemon:
+        assert daemon.wait_for("started")["loop"] == "uvloop"
+
+
+def test_unknown_variables_are_a_warning() -> None:
+    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80"}) as daemon:
+        warning = daemon.wait_for("unknown_variable")
+        assert len(daemon.all("unknown_variable")) == 1
+        assert (warning["level"], warning["variable"]) == ("warning", "ECHOD_PORT")
+        assert daemon.stop() == 0
+
+
+def test_file_and_variables_alone(tmp_path: Path) -> None:
+    """A container needs no command line."""
+    path = tmp_path / "echo.toml"
+    path.write_text('listen = ["127.0.0.1:0"]\n')
+    environment = {"ECHOD_CONFIG": str(path), "ECHOD_LOG__CONNECTIONS": "all", "ECHOD_LOOP": "asyncio"}
+    with Daemon(listen=None, env=environment) as daemon:
+        assert daemon.wait_for("started")["loop"] == "asyncio"
+        daemon.connect().close()
+        daemon.wait_for("client_closed")
+        assert daemon.stop() == 0
+
+
+def test_closed_standard_descriptors() -> None:
+    """Started without standard error, echod does not take a client's socket for it."""
+    host, port = free_address()
+    command = f"exec {sys.executable} -m echod --listen {host}:{port} --log.connections all 0<&- 1>&- 2>&-"
+    process = subprocess.Popen(["sh", "-c", command], env=clean_environment())
+    try:
+        client = None
+        while client is None:
+            assert process.poll() is None
+            with contextlib.suppress(ConnectionRefusedError):
+                client = socket.create_connection((host, port), PATIENCE)
+        with client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_readme_commands_exist() -> None:
+    """The two commands of the README are targets of the Makefile, and its options are echod's."""
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    for target in ("run", "test"):
+        assert f"    make {target}\n" in readme
+        subprocess.run(["make", "--dry-run", target], cwd=root, check=True, capture_output=True, timeout=PATIENCE)
+    assert run("check", "--listen", ":7000", "--config", str(root / "config.example.toml")).returncode == 0

@@ -1,0 +1,567 @@
+"""One client's failure is that client's alone: in timers, in each loop over clients, and in a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import logging
+import signal
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.faults import Fault, FaultLineSession, FaultSession
+from echod.connection.modes import LineSession
+from echod.net import kernel
+from echod.net.listeners import ListeningSocket
+from echod.server import client as client_module
+from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
+from echod.server.drain import Drain, DrainSettings
+from echod.server.ledger import Ledger
+from echod.server.server import Server, ServerSettings
+from echod.settings.resources import loop_factory
+from harness import PATIENCE, UNHURRIED, receive, reset
+from pairs import Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    from certificates import Certificates
+    from echod.server.ledger import Entry
+    from harness import Start
+    from pairs import InLoop
+
+# A record that no key decrypts.
+BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
+
+SETTINGS = SessionSettings(290_000, 1.0)
+
+
+# TLS that has failed
+
+
+@pytest.mark.parametrize("shape", [{"delay": "60"}, {"rate": "1"}, {"delay": "60", "slice": "1"}])
+@pytest.mark.parametrize("mode", ["stream", "line"])
+def test_bad_record_while_echo_is_held_back(
+    start: Start, certificates: Certificates, shape: dict[str, str], mode: str
+) -> None:
+    """A bad record ends its connection at once, and a stop serves the clients of other listeners as usual."""
+    daemon = start(
+        *(text for name, value in shape.items() for text in (f"--faults.shape.{name}", value)),
+        *(*certificates.options(), "--listeners.tls.fault", "shape", "--listeners.tls.mode", mode),
+        *("--listeners.plain.address", "127.0.0.1:0", *UNHURRIED),
+        listen=None,
+    )
+    daemon.wait_for("listening", count=2)
+    host, _, port = daemon.wait_for("listening", listener="plain")["address"].rpartition(":")
+    secure = daemon.wait_for("listening", listener="tls")["address"].rpartition(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as other:
+        with certificates.over(socket.create_connection((secure[0], int(secure[2])), PATIENCE)) as client:
+            message = b"line\n" * 100 + b"half"
+            client.send(message)
+            daemon.settle()
+            client.sock.sendall(BAD_RECORD)
+            line = daemon.wait_for("client_closed")
+            assert (line["reason"], line["received"]) == ("tls", len(message))
+            assert line["acked"] <= line["sent"] < len(message)
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        other.sendall(b"still served")
+        assert receive(other, 12) == b"still served"
+    assert daemon.wait() == 0
+    receipt = daemon.receipt()
+    assert (receipt["clients"], receipt["completed"]) == (1, 1)
+    assert "error" not in {event["level"] for event in daemon.events}
+
+
+def test_bad_record_behind_half_a_line(start: Start, certificates: Certificates) -> None:
+    """The unfinished line cannot be encrypted any more, and is dropped without a traceback."""
+    daemon = start(*certificates.options(), "--listeners.tls.mode", "line", listen=None)
+    with certificates.join(daemon) as client:
+        client.send(b"whole\nhalf")
+        assert client.recv(100) == b"whole\n"
+        client.sock.sendall(BAD_RECORD)
+        with pytest.raises(ssl.SSLError, match="ALERT"):
+            client.recv(1)
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["sent"], line["acked"]) == ("tls", 10, 6, 6)
+    assert daemon.loud() == []
+
+
+# Writes after the first that fails
+
+
+@pytest.mark.parametrize("kind", [LineSession, FaultSession, FaultLineSession])
+def test_writes_after_a_reset_are_not_logged(
+    in_loop: InLoop, kind: type[EchoSession], caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the first failed write no other reaches the transport: asyncio logs each one from the fifth on."""
+
+    async def scene(pair: Pair) -> None:
+        future = asyncio.get_running_loop().create_future()
+        if kind is LineSession:
+            pair.session = LineSession(pair.sock, SETTINGS, future)
+        else:
+            assert issubclass(kind, FaultSession)
+            fault = Fault("shape", rate=None if kind is FaultLineSession else 10_000_000, probability=None)
+            pair.session = kind(pair.sock, SETTINGS, future, fault, 1)
+        await pair.connect()
+        reset(pair.client)
+        pair.session.data_received(b"x\n" * 1000)
+        await pair.session.ended
+        assert pair.session.reason == "reset"
+        assert pair.session.delivery is not None
+        assert (pair.session.delivery.received, pair.session.delivery.acked) == (2000, 0)
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        in_loop(scene)
+    assert caplog.records == []
+
+
+# Counters that fail
+
+
+class Unkind:
+    """The kernel, some of whose answers are errors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str, error: Exception) -> None:
+        for name in names:
+            monkeypatch.setattr(kernel, name, self._fail)
+        self._error = error
+
+    def _fail(self, _: socket.socket) -> int:
+        raise self._error
+
+
+def no_buffers() -> OSError:
+    return OSError(errno.ENOBUFS, "No buffer space available")
+
+
+@pytest.mark.parametrize(
+    ("failing", "acked"), [(["tcp_info"], 3), (["tcp_info", "unacknowledged"], 0), (["unacknowledged"], 0)]
+)
+def test_end_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, failing: list[str], acked: int) -> None:
+    """If the kernel's counters fail at the end, the end is reported all the same, with the figures that are known."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.client.sendall(b"abc")
+        assert await asyncio.to_thread(pair.client.recv, 3) == b"abc"
+        with monkeypatch.context() as patch:
+            Unkind(patch, *failing, error=no_buffers())
+            pair.session.abort("aborted")
+            await pair.session.ended
+        delivery = pair.session.delivery
+        assert delivery is not None
+        assert (delivery.received, delivery.sent, delivery.acked) == (3, 3, acked)
+        assert pair.session.reason == "aborted"
+        assert pair.session.detail == f"sent and acked are estimates: {no_buffers()}"
+
+    in_loop(scene)
+
+
+def test_end_with_a_defect(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other exception while the end is reported is the one that `ended` holds."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        with monkeypatch.context() as patch:
+            Unkind(patch, "tcp_info", error=KeyError("a bug"))
+            pair.session.abort("aborted")
+            with pytest.raises(KeyError):
+                await pair.session.ended
+        assert pair.session.reason == "failed"
+        assert pair.session.delivery == (0, 0, 0, 0)
+
+    in_loop(scene)
+
+
+def test_linger_option_fails(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose RST cannot be prepared is closed all the same."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        Unkind(monkeypatch, "reset_on_close", error=no_buffers())
+        pair.session.abort("stalled")
+        await pair.session.ended
+        assert pair.session.reason == "stalled"
+        assert await asyncio.to_thread(pair.client.recv, 1) == b""
+
+    in_loop(scene)
+
+
+# Steps that no transport calls
+
+
+@pytest.mark.parametrize("step", ["connection_made", "resume_writing", "eof", "poll", "eof while it lingers"])
+def test_failure_in_a_step_of_its_own(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """An exception outside a transport's call resets the client, and comes out where its end is awaited."""
+
+    async def scene(pair: Pair) -> None:
+        if step == "connection_made":
+            pair.session.close("cut")
+        else:
+            await pair.connect()
+        if step == "poll":
+            pair.session.data_received(bytes(200_000))
+        if step.startswith(("poll", "eof while")):
+            pair.session.close("cut")
+        calls = itertools.count()
+        unacknowledged = kernel.unacknowledged
+
+        def fail_once(sock: socket.socket) -> int:
+            if next(calls) == 0:
+                raise no_buffers()
+            return unacknowledged(sock)
+
+        monkeypatch.setattr(kernel, "unacknowledged", fail_once)
+        if step == "connection_made":
+            await pair.connect()
+        elif step == "resume_writing":
+            pair.session.close("cut")
+            pair.session.resume_writing()
+        elif step != "poll":
+            pair.client.shutdown(socket.SHUT_WR)
+        with pytest.raises(OSError, match="No buffer space"):
+            await pair.session.ended
+        assert pair.session.reason == "failed"
+        assert next(calls) > 1
+
+    in_loop(scene, 4096)
+
+
+def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does one in the timer that sends held echo."""
+
+    async def scene(pair: Pair) -> None:
+        future = asyncio.get_running_loop().create_future()
+        pair.session = FaultSession(pair.sock, SETTINGS, future, Fault("slow", slice=1), 1)
+        await pair.connect()
+        Unkind(monkeypatch, "has_tcp_info", error=no_buffers())
+        pair.client.sendall(b"x")
+        with pytest.raises(OSError, match="No buffer space"):
+            await pair.session.ended
+        with pytest.raises(ConnectionResetError):
+            pair.client.recv(1)
+
+    in_loop(scene)
+
+
+# Loops over clients
+
+
+class Broken(EchoSession):
+    """A session whose every step fails, except those that end it for that."""
+
+    def _fail(self, *_: object) -> Any:
+        msg = "broken"
+        raise ArithmeticError(msg)
+
+    finish: Any = _fail
+    end: Any = _fail
+    undelivered: Any = _fail
+    reconfigure: Any = _fail
+
+    def abort(self, reason: Any) -> None:
+        if reason != "failed":
+            self._fail()
+        super().abort(reason)
+
+
+def broken(pair: Pair) -> Client:
+    """Return a client of that pair whose session fails."""
+    pair.session = Broken(pair.sock, SETTINGS, asyncio.get_running_loop().create_future())
+    return pair.life()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (DrainSettings(0, quiet_period=0.01, drain_timeout=PATIENCE, linger_timeout=0), "quiet"),
+        (DrainSettings(0, quiet_period=PATIENCE, drain_timeout=0, linger_timeout=0), "cut"),
+        (None, "aborted"),
+    ],
+)
+def test_drain_isolates_clients(in_loop: InLoop, settings: DrainSettings | None, reason: str) -> None:
+    """A client that fails in a drain is reset for it; the others are brought to their ends."""
+
+    async def scene(pair: Pair) -> None:
+        other = Pair(None)
+        clients = [broken(other), pair.life()]
+        await other.connect()
+        await pair.connect()
+        drain = Drain(clients, lambda: True, settings or DrainSettings(0, 0, 0, 0))
+        if settings is None:
+            drain.hurry()
+        task = asyncio.create_task(drain.run())
+        with pytest.raises(ArithmeticError):
+            await other.session.ended
+        if reason == "quiet":
+            assert await asyncio.to_thread(pair.client.recv, 1) == b""
+            pair.client.close()
+            await pair.session.ended
+            drain.hurry()
+        assert await task == (settings is not None)
+        await pair.session.ended
+        assert (other.session.reason, pair.session.reason) == ("failed", reason)
+        other.client.close()
+
+    in_loop(scene)
+
+
+def serve(
+    loop_name: str, scene: Callable[[Server, list[Entry]], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> list[MutableMapping[str, Any]]:
+    """Run a scene with a server whose first client fails at each step; return the logged events."""
+    made = itertools.count()
+
+    def new_session(_: Server, __: Client, sock: socket.socket) -> EchoSession:
+        kind = EchoSession if next(made) else Broken
+        return kind(sock, SETTINGS, asyncio.get_running_loop().create_future())
+
+    monkeypatch.setattr(Server, "_new_session", new_session)
+    entries: list[Entry] = []
+    logged: list[MutableMapping[str, Any]] = []
+
+    def note(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+        logged.append(event)
+        return ""
+
+    async def main() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        settings = ServerSettings(10, Timeouts(0.05, 0.05, 10), SETTINGS, DrainSettings(0, 0.01, 0, 0))
+        log = structlog.wrap_logger(structlog.PrintLogger(), [note])
+        server = Server([ListeningSocket(listening)], settings, Ledger(log, "none", [entries.append]))
+        server.start()
+        await scene(server, entries)
+        await asyncio.wait_for(server.shutdown(), PATIENCE)
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        runner.run(main())
+    return logged
+
+
+async def connected(server: Server) -> list[socket.socket]:
+    """Return two clients, both accepted."""
+    address = server.addresses[0]
+    clients = [socket.create_connection((address.host, address.port)) for _ in range(2)]  # type: ignore[union-attr]
+    while server.ledger.counters.accepted < 2:  # noqa: ASYNC110  (no event tells)
+        await asyncio.sleep(0)
+    return clients
+
+
+@pytest.mark.parametrize("loop_over", ["sweep", "reload"])
+def test_server_isolates_clients(
+    loop_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loop_over: str
+) -> None:
+    """A client that fails in the sweep, or in a reload, is logged and reset; the others have their turn."""
+
+    async def scene(server: Server, entries: list[Entry]) -> None:
+        clients = await connected(server)
+        if loop_over == "reload":
+            for one in server.connected:
+                while one.session.transport is None:  # noqa: ASYNC110  (no event tells)
+                    await asyncio.sleep(0)
+            settings = server.settings._replace(session=SessionSettings(1000, 5.0), timeouts=Timeouts(60, 60, 60))
+            server.reconfigure(settings)
+            whole = list(server.connected)[1].session
+            assert whole.settings.write_buffer == 1000
+        else:
+            assert await asyncio.to_thread(clients[1].recv, 1) == b""  # idle
+            clients[1].close()
+        while not entries:  # noqa: ASYNC110  (no event tells)
+            await asyncio.sleep(0)
+        assert entries[0].reason == "failed"
+        for client in clients:
+            client.close()
+
+    logged = serve(loop_name, scene, monkeypatch)
+    capsys.readouterr()
+    failed = [event for event in logged if event["event"] == "client_failed"]
+    assert [type(event["exc_info"]) for event in failed] == [ArithmeticError]
+
+
+# A stop has an end
+
+
+class Deaf(asyncio.Transport):
+    """A transport that never reports an end."""
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None: ...
+
+
+@pytest.mark.parametrize("deaf", [True, False])
+def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    """A client whose transport hangs, or never comes, ends when its task is cancelled."""
+    monkeypatch.setattr(client_module, "LAST_STEPS", 0.01)
+
+    async def scene(pair: Pair) -> None:
+        async def join(_: object, factory: Callable[[], asyncio.Protocol], __: object) -> None:
+            if deaf:
+                factory().connection_made(Deaf())
+            else:
+                await asyncio.Event().wait()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(asyncio.get_running_loop()), "connect_accepted_socket", join)
+            task = asyncio.create_task(pair.life().run(AdmissionPolicy(), Quota(0)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            if deaf:
+                with pytest.raises(RuntimeError, match="did not report the end"):
+                    await task
+            else:
+                await task
+        assert pair.session.reason == ("failed" if deaf else "aborted")
+        assert pair.session.delivery is not None
+        pair.sock.close()
+
+    in_loop(scene)
+
+
+def test_stop_with_a_client_that_never_ends(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop ends, and its receipt counts each client, though one is never joined to its socket."""
+
+    async def main() -> None:
+        server = Server.listen("127.0.0.1:0", shutdown={"quiet_period": 0.01, "drain_timeout": 0, "linger_timeout": 0})
+        server.start()
+        address = server.addresses[0]
+        with socket.create_connection((address.host, address.port)):  # type: ignore[union-attr]
+            while not server.clients:  # noqa: ASYNC110  (no event tells)
+                await asyncio.sleep(0)
+            receipt = await asyncio.wait_for(server.shutdown(), PATIENCE)
+        assert (receipt.clients, receipt.aborted) == (1, 1)
+
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("echod.server.server.LAST_STEPS", 0.01)
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        monkeypatch.setattr(type(runner.get_loop()), "connect_accepted_socket", hang)
+        runner.run(main())
+
+
+def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception while a client is joined to its socket is the client's end, and comes out of its task."""
+
+    async def scene(pair: Pair) -> None:
+        async def refuse(*_: object) -> None:
+            raise ArithmeticError
+
+        monkeypatch.setattr(type(asyncio.get_running_loop()), "connect_accepted_socket", refuse)
+        with pytest.raises(ArithmeticError):
+            await pair.life().run(AdmissionPolicy(), Quota(0))
+        assert pair.session.reason == "failed"
+        with pytest.raises(ConnectionResetError):
+            pair.client.recv(1)
+
+    in_loop(scene)
+
+
+def patched(patch: str) -> tuple[str, ...]:
+    """Return the interpreter's arguments that run the command with a part of it replaced."""
+    return (
+        "-c",
+        f"import asyncio, sys\nfrom echod import cli\nfrom echod.daemon import daemon\nfrom echod.server import drain\n{patch}\nsys.exit(cli.main())",
+    )
+
+
+ONE_DRAIN_FAILS = """
+run = drain.Drain.run
+drains = []
+async def fail_once(self):
+    drains.append(self)
+    if len(drains) == 1:
+        raise ArithmeticError
+    return await run(self)
+drain.Drain.run = fail_once
+"""
+
+ADMIN_HANGS = """
+from echod.admin import http
+async def hang(self):
+    await asyncio.Event().wait()
+http.Admin.close = hang
+daemon._ADMIN_CLOSE = 0.01
+"""
+
+
+def test_stop_isolates_listeners(start: Start) -> None:
+    """One listener's stop fails: the others drain as usual, and the exit code tells."""
+    listeners = ("--listeners.one.address", "127.0.0.1:0", "--listeners.two.address", "127.0.0.1:0")
+    daemon = start(*listeners, *UNHURRIED, listen=None, module=patched(ONE_DRAIN_FAILS))
+    host, _, port = daemon.wait_for("listening", listener="two")["address"].rpartition(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as client:
+        daemon.send_signal()
+        daemon.wait_for("draining")
+        client.sendall(b"still served")
+        assert receive(client, 12) == b"still served"
+    assert daemon.wait() == 1
+    assert "ArithmeticError" in daemon.wait_for("stop_failed", listener="one")["exception"]
+    assert (daemon.receipt()["completed"], daemon.events[-1]["event"]) == (1, "stopped")
+
+
+def test_stop_outlasts_the_admin_listener(start: Start) -> None:
+    """The admin listener does not close: the stop ends all the same."""
+    daemon = start("--admin.address", "127.0.0.1:0", module=patched(ADMIN_HANGS))
+    assert daemon.stop() == 1
+    assert "TimeoutError" in daemon.wait_for("stop_failed", listener="admin")["exception"]
+    assert daemon.events[-1]["event"] == "stopped"
+
+
+def test_failure_after_the_end(start: Start) -> None:
+    """An exception that the loop reports for a client whose end is in the ledger already is logged by itself."""
+    patch = """
+from echod.connection import echo
+lost = echo.EchoSession.connection_lost
+def fail(self, exc):
+    lost(self, exc)
+    context = {"message": "late", "exception": ArithmeticError(), "protocol": self}
+    asyncio.get_running_loop().call_exception_handler(context)
+echo.EchoSession.connection_lost = fail
+"""
+    daemon = start(module=patched(patch))
+    daemon.echo(b"x")
+    assert "ArithmeticError" in daemon.wait_for("loop_error", message="late")["exception"]
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+    assert daemon.stop() == 0
+
+
+def test_cancelled_twice(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's task that is cancelled again while it waits for its transport ends at once, without noise."""
+
+    async def join(_: object, factory: Callable[[], asyncio.Protocol], __: object) -> None:
+        factory().connection_made(Deaf())
+
+    async def main() -> None:
+        errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        server = Server.listen("127.0.0.1:0")
+        server.start()
+        address = server.addresses[0]
+        with socket.create_connection((address.host, address.port)):  # type: ignore[union-attr]
+            while not server.clients:  # noqa: ASYNC110  (no event tells)
+                await asyncio.sleep(0)
+            ((task, client),) = server._clients.items()
+            while server.clients:
+                task.cancel()
+                await asyncio.sleep(0)
+            client.session.sock.close()
+        assert (await server.shutdown()).clients == 0
+        assert (task.cancelled(), errors) == (True, [])
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        monkeypatch.setattr(type(runner.get_loop()), "connect_accepted_socket", join)
+        runner.run(main())

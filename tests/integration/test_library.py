@@ -1,0 +1,430 @@
+"""A server inside another program: `echod.Server.listen`, on both loops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from structlog.testing import CapturingLogger
+
+import echod
+from echod.server.server import Server
+from echod.settings.resources import loop_factory
+from harness import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from certificates import Certificates
+
+    Run = Callable[[Callable[[], Awaitable[None]]], None]
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "library.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "embedded.py"
+
+# Ends of what a test leaves open: soon.
+SOON = {"quiet_period": 0.05, "drain_timeout": 0.2, "linger_timeout": 0.1}
+
+
+@pytest.fixture
+def run_scene(loop_name: str) -> Run:
+    """Return what runs a scene in the loop under test."""
+
+    async def bounded(scene: Callable[[], Awaitable[None]]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await scene()
+
+    def run_scene(scene: Callable[[], Awaitable[None]]) -> None:
+        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+            runner.run(bounded(scene))
+
+    return run_scene
+
+
+async def connect(server: Server, index: int = 0, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a client's streams."""
+    address = server.addresses[index]
+    assert isinstance(address, echod.TcpAddress)
+    return await asyncio.open_connection(address.host, address.port, **options)
+
+
+async def echo(server: Server, message: bytes, index: int = 0, **options: Any) -> bytes:
+    """Be a client that sends one message and half-closes; return what came back."""
+    reader, writer = await connect(server, index, **options)
+    writer.write(message)
+    if not options:
+        writer.write_eof()
+        answer = await reader.read()
+    else:
+        answer = await reader.readexactly(len(message))
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+def test_served_observed_and_shut_down(run_scene: Run) -> None:
+    """Clients are served at each address, their entries go to the observer, and the receipt is the same twice."""
+
+    async def scene() -> None:
+        entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
+        async with Server.listen("localhost:0", shutdown=SOON, observe=entries.put_nowait) as server:
+            for index in range(len(server.addresses)):
+                assert await echo(server, b"hello", index) == b"hello"
+                entry = await entries.get()
+                assert (entry.received, entry.acked, entry.reason) == (5, 5, "eof")
+            _, idle = await connect(server)
+            while not server.clients:  # noqa: ASYNC110  (accepting has no event)
+                await asyncio.sleep(0)
+            receipt = await server.shutdown()
+            assert (receipt.clients, receipt.quiet, server.clients) == (1, 1, 0)
+            assert (await entries.get()).reason == "quiet"
+            idle.close()
+        assert await server.shutdown() is receipt
+        for index in range(len(server.addresses)):
+            with pytest.raises(ConnectionRefusedError):
+                await connect(server, index)
+
+    run_scene(scene)
+
+
+def test_options_have_their_effect(run_scene: Run) -> None:
+    """Modes, limits and faults are those of the settings."""
+
+    async def scene() -> None:
+        entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
+        observe = entries.put_nowait
+        async with Server.listen(mode="line", limits={"max_line": 4}, shutdown=SOON, observe=observe) as lines:
+            assert await echo(lines, b"a\nlonger") == b"a\n"
+            assert (await entries.get()).reason == "line_too_long"
+        async with Server.listen(mode="info", shutdown=SOON) as info:
+            reader, writer = await connect(info)
+            assert b'"peer"' in await reader.read()
+            writer.close()
+        fault = {"trigger": "boom", "action": "raise"}
+        async with Server.listen(fault=fault, shutdown=SOON, observe=observe) as faulty:
+            assert await echo(faulty, b"boom") == b""
+            assert (await entries.get()).reason == "fault"
+        trusted = ["192.0.2.0/24"]
+        async with Server.listen(proxy_protocol="require", proxy_trusted=trusted, observe=observe) as behind:
+            _, writer = await connect(behind)
+            assert (await entries.get()).reason == "proxy_header"
+            writer.close()
+
+    run_scene(scene)
+
+
+def test_tls(run_scene: Run, certificates: Certificates) -> None:
+    """The files may be path objects."""
+
+    async def scene() -> None:
+        entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
+        tls = {"certificate": certificates.certificate, "private_key": certificates.key}
+        async with Server.listen(tls=tls, shutdown=SOON, observe=entries.put_nowait) as server:
+            assert await echo(server, b"secret", ssl=certificates.context(), server_hostname="localhost") == b"secret"
+            entry = await entries.get()
+            assert (entry.received, entry.tls) == (6, "TLSv1.3")
+
+    run_scene(scene)
+
+
+def test_unix_socket(run_scene: Run, tmp_path: Path) -> None:
+    """Its file has the permissions asked for, and is removed at the end."""
+    path = tmp_path / "echo.sock"
+
+    async def scene() -> None:
+        async with Server.listen(f"unix:{path}", socket_mode="0600", shutdown=SOON) as server:
+            assert server.addresses == [echod.UnixAddress(str(path))]
+            assert path.stat().st_mode & 0o777 == 0o600
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"x")
+            assert await reader.read(1) == b"x"
+            writer.close()
+        assert not path.exists()
+
+    run_scene(scene)
+
+
+def test_several_servers_in_one_loop(run_scene: Run) -> None:
+    """Each has its own clients and limits."""
+
+    async def scene() -> None:
+        async with (
+            Server.listen(limits={"max_connections": 1}, shutdown=SOON) as one,
+            Server.listen(shutdown=SOON) as other,
+        ):
+            streams = [await connect(server) for server in (one, other, other)]
+            for reader, writer in streams:
+                writer.write(b"x")
+                assert await reader.read(1) == b"x"
+            assert (one.clients, other.clients) == (1, 2)
+            for _, writer in streams:
+                writer.close()
+
+    run_scene(scene)
+
+
+def test_sockets_are_open_before_the_start(run_scene: Run) -> None:
+    """Who connects before is served, also by a server that is only shut down."""
+    server = Server.listen(shutdown=SOON)
+
+    async def scene() -> None:
+        reader, writer = await connect(server)
+        writer.write(b"early")
+        writer.write_eof()
+        receipt = await server.shutdown()
+        assert (receipt.clients, receipt.completed) == (1, 1)
+        assert await reader.read() == b"early"
+        writer.close()
+        with pytest.raises(RuntimeError, match="started once"):
+            server.start()
+
+    run_scene(scene)
+
+
+def test_shutdown_goes_on_without_its_caller(run_scene: Run) -> None:
+    """A caller that gives up waiting does not end the drain; `abort` does."""
+
+    async def scene() -> None:
+        async with Server.listen(shutdown={"quiet_period": PATIENCE, "drain_timeout": 2 * PATIENCE}) as server:
+            reader, writer = await connect(server)
+            writer.write(b"x")
+            assert await reader.read(1) == b"x"
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(server.shutdown(), 0.05)
+            writer.write(b"y")
+            assert await reader.read(1) == b"y"
+            server.abort()
+            assert (await server.shutdown()).aborted == 1
+            writer.close()
+
+    run_scene(scene)
+
+
+def test_cancelled_while_it_ends(run_scene: Run) -> None:
+    """The end of `async with` is graceful for an exception, and prompt when that is cancelled; clients are no more."""
+
+    async def scene() -> None:
+        closed: asyncio.Queue[echod.Entry] = asyncio.Queue()
+        server = Server.listen(
+            shutdown={"quiet_period": PATIENCE, "drain_timeout": 2 * PATIENCE}, observe=closed.put_nowait
+        )
+        leaving = asyncio.Event()
+
+        async def embed() -> None:
+            async with server:
+                leaving.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(embed())
+        await leaving.wait()
+        reader, writer = await connect(server)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        task.cancel()
+        while server._end is None:  # noqa: ASYNC110  (the drain's beginning has no event)
+            await asyncio.sleep(0)
+        writer.write(b"y")
+        assert await reader.read(1) == b"y"
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await closed.get()).reason == "aborted"
+        assert server.clients == 0
+        writer.close()
+
+    run_scene(scene)
+
+
+@pytest.mark.parametrize("stage", ["served", "leaving", "joining"])
+def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stage: str) -> None:
+    """A loop that ends cancels all tasks at once: the server's, the clients', and whichever runs it. None is noisy."""
+    entries: list[echod.Entry] = []
+    server = Server.listen(observe=entries.append)
+
+    async def embed() -> None:
+        async with server:
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        address = server.addresses[0]
+        assert isinstance(address, echod.TcpAddress)
+        client = stack.enter_context(socket.create_connection((address.host, address.port), PATIENCE))
+        tasks.append(asyncio.create_task(embed()))
+        if stage != "joining":
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(client, b"x")
+            assert await asyncio.get_running_loop().sock_recv(client, 1) == b"x"
+            if stage == "leaving":  # on asyncio, the end of the connection then comes before that of its task
+                (leaving,) = server._clients.values()
+                leaving.session.abort("aborted")
+            return
+        await asyncio.sleep(0)  # by which it is started
+        server._accept(server._sockets[0])
+
+    tasks: list[asyncio.Task[None]] = []
+    with contextlib.ExitStack() as stack:
+        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+            runner.run(main())
+        assert tasks[0].cancelled()
+    assert [entry.reason for entry in entries] == ["aborted"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_failing_observer(run_scene: Run) -> None:
+    """The loop hears of it; the server goes on, and its end waits for nobody who has left."""
+
+    async def scene() -> None:
+        told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.put_nowait(context))
+
+        def observe(_: echod.Entry) -> None:
+            msg = "the observer's"
+            raise ValueError(msg)
+
+        limits = {"max_connections": 1}  # so that the second one waits for the first one's leaving to be noticed
+        async with Server.listen(limits=limits, shutdown={"drain_timeout": 2 * PATIENCE}, observe=observe) as server:
+            reader, writer = await connect(server)
+            writer.write(b"x")
+            assert await reader.read(1) == b"x"
+            waiting = asyncio.create_task(echo(server, b"second"))
+            while not server.ledger.counters.accept_pauses:  # noqa: ASYNC110  (nor has this)
+                await asyncio.sleep(0)
+            writer.close()
+            assert await waiting == b"second"
+            for _ in range(2):
+                assert str((await told.get())["exception"]) == "the observer's"
+
+    run_scene(scene)
+
+
+def test_logger(run_scene: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """A logger gets the daemon's lines; without one nothing is written anywhere, not even for a failure."""
+    output = CapturingLogger()
+    logger = structlog.wrap_logger(output, [], structlog.make_filtering_bound_logger("info"))
+
+    async def scene() -> None:
+        for given in (logger, None):
+            fault = {"trigger": "boom", "action": "raise"}
+            async with Server.listen(fault=fault, logger=given, shutdown=SOON) as server:
+                await echo(server, b"boom")
+                name = str(server.addresses[0])
+            if given is not None:
+                lines = {call.kwargs["event"]: call for call in output.calls}
+                assert lines["client_failed"].kwargs["exc_info"]
+                assert lines["client_closed"].kwargs["reason"] == "fault"
+                assert lines["client_closed"].kwargs["listener"] == "127.0.0.1:0"
+                assert name != "127.0.0.1:0"
+
+    run_scene(scene)
+    assert len(output.calls) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+TLS = {"certificate": "/nowhere/c.pem", "private_key": "/nowhere/k.pem"}
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "address": ("nowhere", {}, "address: 'nowhere' has no port: write HOST:PORT, .*"),
+    "option": ("127.0.0.1:0", {"mod": "line"}, "mod: unknown option; did you mean 'mode'\\?"),
+    "not for one server": ("127.0.0.1:0", {"loop": "asyncio"}, "loop: unknown option; use one of: fault, limits, .*"),
+    "value": ("127.0.0.1:0", {"mode": "lines"}, "mode: should be 'stream', 'line' or 'info', not 'lines'"),
+    "key": (
+        "127.0.0.1:0",
+        {"limits": {"idle_timout": 1}, "shutdown": {"quiet_period": -1}},
+        (
+            "limits.idle_timout: unknown key; did you mean 'idle_timeout'\\?\n"
+            "shutdown.quiet_period: should be greater than or equal to 0, not -1"
+        ),
+    ),
+    "no table": ("127.0.0.1:0", {"limits": 7}, "limits: should be a table"),
+    "fault": ("127.0.0.1:0", {"fault": {"action": "rise"}}, "fault.action: should be 'raise', .*, not 'rise'"),
+    "together": (
+        "127.0.0.1:0",
+        {"proxy_trusted": ["::1"]},
+        "proxy_trusted: has no effect without proxy_protocol = 'require'",
+    ),
+    "file": ("127.0.0.1:0", {"tls": TLS}, "tls.certificate: '/nowhere/c.pem' cannot be read: No such file.*"),
+    "tls is no table": ("127.0.0.1:0", {"tls": "c.pem"}, "tls: should be a table"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options(case: str) -> None:
+    """All that is wrong is told at once, by the names that the caller used."""
+    address, options, message = WRONG[case]
+    with pytest.raises(echod.SettingsError, match=f"^{message}$"):
+        Server.listen(address, **options)
+
+
+def test_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch, run_scene: Run) -> None:
+    """The daemon's variables do not reach a server inside another program."""
+    monkeypatch.setenv("ECHOD_LIMITS__MAX_CONNECTIONS", "7")
+
+    async def scene() -> None:
+        async with Server.listen() as server:
+            assert server.settings.max_connections == 10_000
+
+    run_scene(scene)
+
+
+def test_taken_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        host, port = taken.getsockname()
+        with pytest.raises(echod.ListenError, match="Address already in use"):
+            Server.listen(f"{host}:{port}")
+
+
+def test_import_is_light() -> None:
+    """`import echod` loads nothing; each public name loads what it needs, and no other name is there."""
+    code = """
+import sys
+before = set(sys.modules)
+import echod
+assert set(sys.modules) - before == {"echod"}, set(sys.modules) - before
+for name in echod.__all__:
+    assert getattr(echod, name).__name__ == name
+from echod import *
+assert Server is echod.server.server.Server
+try:
+    echod.Servant
+except AttributeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (result.stdout, result.stderr) == ("module 'echod' has no attribute 'Servant'\n", "")
+
+
+def test_example() -> None:
+    result = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=PATIENCE)
+    assert result.stderr == ""
+    assert result.stdout.splitlines() == [
+        "b'hello, echo\\r\\nunfinished'",
+        "23 bytes received, 23 acknowledged, end: eof",
+        "0 clients were left, 0 bytes unsent",
+    ]
+
+
+def test_document(run_scene: Run) -> None:
+    """What docs/library.md shows runs as it stands: the program until its task is cancelled, the recipe for a stop."""
+    program, recipe = (block.partition("```")[0] for block in DOCUMENT.read_text().split("```python\n")[1:])
+    names: dict[str, Any] = {}
+    exec(program.replace("asyncio.run(main())\n", ""), names)
+    exec("async def stop(server):\n" + textwrap.indent(recipe, "    ") + "    return receipt", names)
+
+    async def scene() -> None:
+        task = asyncio.create_task(names["main"]())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with Server.listen() as server:
+            assert (await names["stop"](server)).clients == 0
+
+    run_scene(scene)

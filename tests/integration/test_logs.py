@@ -1,0 +1,418 @@
+"""The log: what is in it, and that nobody who reads it can hold up or end the echo."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+from echod.daemon.logs import Log, LogWriter
+from echod.settings.model import LogSettings
+from harness import PATIENCE, clean_environment, receive, reset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness import Start
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port that was free a moment ago, for where the log, which tells it, cannot be read."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def connected(port: int) -> socket.socket:
+    """Return a client of a daemon that may only just be starting."""
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE)
+        except ConnectionRefusedError:
+            continue
+
+
+def serve_one(port: int) -> None:
+    with connected(port) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+def test_log_that_nobody_reads(start: Start, free_port: int) -> None:
+    """With a full log pipe, 8,000 connections are served; lines are dropped, and counted rightly."""
+    connections = 8000
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    for _ in range(connections):
+        serve_one(free_port)
+    daemon.start_reading()
+    dropped = daemon.wait_for("log_lines_dropped")["lines"]
+    assert dropped > 1000
+    assert daemon.stop() == 0
+    assert len(daemon.all("log_lines_dropped")) == 1
+    assert len(daemon.all("client_closed")) + dropped == connections
+    assert daemon.wait_for("stopped")["connections"] == connections
+
+
+def test_closed_log_pipe(start: Start, free_port: int) -> None:
+    """Whoever closes the log's pipe does not end the echo, and the exit code is that of a good stop."""
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    daemon.log_pipe.close()
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_full_disk(start: Start, free_port: int) -> None:
+    """A log file that takes nothing more does not end the echo."""
+    daemon = start("--log.file", "/dev/full", listen=f"127.0.0.1:{free_port}", read_log=False)
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_reader_stuck_at_the_end(start: Start, free_port: int) -> None:
+    """A full pipe delays the exit by a second at most."""
+    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    serve_one(free_port)
+    filler = os.dup(daemon.log_pipe.fileno())
+    fcntl.fcntl(filler, fcntl.F_SETPIPE_SZ, 4096)
+    os.close(filler)
+    for _ in range(100):
+        serve_one(free_port)
+    assert daemon.stop() == 0
+
+
+def test_file(start: Start, tmp_path: Path) -> None:
+    """Lines are appended to `log.file`, in each format; the level holds."""
+    for form in ("json", "logfmt", "console"):
+        path = tmp_path / form
+        path.write_text("before\n")
+        port_file = ("--log.file", str(path), "--log.format", form)
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = int(sock.getsockname()[1])
+        daemon = start(*port_file, listen=f"127.0.0.1:{port}", read_log=False)
+        serve_one(port)
+        assert daemon.stop() == 0
+        first, *lines = path.read_text().splitlines()
+        assert first == "before"
+        (closed,) = (line for line in lines if "client_closed" in line)
+        match form:
+            case "json":
+                assert list(json.loads(closed))[:3] == ["timestamp", "level", "event"]
+                assert json.loads(closed)["received"] == 1
+            case "logfmt":
+                assert " level=info event=client_closed " in closed
+                assert " received=1 " in closed
+            case _:
+                assert "\x1b" not in closed
+                assert "received=1" in closed.split()
+
+
+def test_level(start: Start, tmp_path: Path, free_port: int) -> None:
+    """Below `log.level` nothing is logged."""
+    options = ("--log.level", "warning", "--log.file", str(tmp_path / "log"))
+    daemon = start(*options, listen=f"127.0.0.1:{free_port}", read_log=False)
+    serve_one(free_port)
+    assert daemon.stop() == 0
+    assert (tmp_path / "log").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("choice", "reasons"),
+    [("all", ["eof", "eof", "reset"]), ("nonempty", ["eof", "reset"]), ("failed", ["reset"]), ("none", [])],
+)
+def test_connections(start: Start, choice: str, reasons: list[str]) -> None:
+    """`log.connections` chooses the lines; all are counted whatever it says."""
+    daemon = start("--log.connections", choice)
+    daemon.echo(b"hello")
+    daemon.connect().close()
+    with daemon.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        reset(client)
+    assert daemon.stop() == 0
+    assert sorted(line["reason"] for line in daemon.all("client_closed")) == reasons
+    totals = daemon.wait_for("stopped")
+    assert (totals["connections"], totals["empty"], totals["received"], totals["acked"]) == (3, 1, 10, 10)
+
+
+def test_ledger_line(start: Start) -> None:
+    """The line of a connection has what was promised, and no payload."""
+    daemon = start("--listeners.lab.address", "127.0.0.1:0", listen=None)
+    with daemon.connect() as client:
+        port = client.getsockname()[1]
+        client.sendall(b"secret")
+        assert receive(client, 6) == b"secret"
+    line = daemon.wait_for("client_closed")
+    assert daemon.stop() == 0
+    assert line["listener"] == "lab"
+    assert line["peer"] == f"127.0.0.1:{port}"
+    counts = ("received", "sent", "acked", "discarded_bytes", "reason", "retransmits")
+    assert [line[name] for name in counts] == [6, 6, 6, 0, "eof", 0]
+    assert 0 < line["rtt_ms"] < 1000
+    assert 0 <= line["seconds"] < PATIENCE
+    assert "secret" not in "".join(daemon.raw)
+
+
+SCRIPT = """
+import asyncio, logging, sys, warnings
+from echod.daemon.logs import Log
+from echod.settings.model import LogSettings
+log = Log(LogSettings(format={form!r}))
+log.capture()
+{body}
+log.close()
+"""
+
+
+def log_of(body: str, form: str = "json", *python: str) -> str:
+    """Return what a small program with echod's log writes to standard error."""
+    program = SCRIPT.format(form=form, body=body)
+    result = subprocess.run(
+        [sys.executable, *python, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        check=True,
+    )
+    return result.stderr
+
+
+def test_what_others_say_is_logged() -> None:
+    """Python's warnings, lines of `logging` and exceptions in destructors arrive as log lines."""
+    body = """
+warnings.warn("be warned")
+logging.getLogger("asyncio").error("it is %s", "slow")
+logging.getLogger("odd").log(55, "odd level")
+logging.getLogger("chatty").info("not this")
+class Bad:
+    def __del__(self): raise ValueError("in a destructor")
+Bad()
+"""
+    warning, error, odd, ignored = map(json.loads, log_of(body).splitlines())
+    assert (warning["level"], warning["logger"]) == ("warning", "py.warnings")
+    assert "UserWarning: be warned" in warning["event"]
+    assert (error["level"], error["event"], error["logger"]) == ("error", "it is slow", "asyncio")
+    assert odd["level"] == "critical"
+    assert (ignored["event"], ignored["level"]) == ("exception_ignored", "error")
+    assert "ValueError: in a destructor" in ignored["exception"]
+
+
+@pytest.mark.parametrize("form", ["json", "logfmt", "console"])
+def test_no_line_breaks_in_a_line(form: str) -> None:
+    """A value with a line break, or one that is no text, cannot forge or break a line."""
+    text = log_of("log.logger.info('event', value='a\\nlevel=critical', bad='\\udc80')", form)
+    assert len(text.splitlines()) == 1
+    assert text.endswith("\n")
+
+
+def test_console_on_a_terminal() -> None:
+    """On a terminal, `auto` means lines for a person, with colours."""
+    master, slave = os.openpty()
+    program = SCRIPT.format(form="auto", body="log.logger.info('hello', number=1)")
+    subprocess.run([sys.executable, "-c", program], stderr=slave, timeout=PATIENCE, env=clean_environment(), check=True)
+    os.close(slave)
+    line = os.read(master, 10_000).decode()
+    os.close(master)
+    assert "\x1b[" in line
+    assert "hello" in line
+
+
+class Pipe:
+    """A writer onto a pipe."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 4096)
+        self.writer = LogWriter(self.writing, lambda lines: b"dropped %d\n" % lines)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    for descriptor in (pipe.reading, pipe.writing):
+        os.close(descriptor)
+
+
+def read_lines(descriptor: int) -> list[bytes]:
+    """Read what comes, and on to the end of its last line."""
+    data = b""
+    while not data.endswith(b"\n"):
+        assert select.select([descriptor], [], [], PATIENCE)[0]
+        data += os.read(descriptor, 1 << 20)
+    return data.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_writer_drops_and_counts(pipe: Pipe, blocking: bool) -> None:
+    """What does not fit the queue is dropped, and told of behind the lines that did."""
+    os.set_blocking(pipe.writing, blocking)
+    line = b"x" * 999 + b"\n"
+    total = 5000
+    for _ in range(total):
+        pipe.writer.write(line)
+    kept = dropped = 0
+    while kept + dropped < total:
+        for read in read_lines(pipe.reading):
+            if read == line:
+                kept += 1
+            else:
+                dropped += int(read.split()[1])
+    assert kept + dropped == total
+    assert kept >= 1024 * 1024 // len(line)
+    assert dropped > 0
+    pipe.writer.close()
+
+
+def test_writer_closes_at_once(pipe: Pipe) -> None:
+    """A line that was only just written does not hold up the end."""
+    for _ in range(20):
+        writer = LogWriter(pipe.writing, lambda _: b"")
+        writer.write(b"x\n")
+        assert read_lines(pipe.reading) == [b"x\n"]
+        writer.write(b"last\n")
+        began = time.monotonic()
+        writer.close(timeout=PATIENCE)
+        assert time.monotonic() - began < 5
+        assert read_lines(pipe.reading) == [b"last\n"]
+    pipe.writer.close()
+
+
+def test_writer_takes_no_signals(start: Start) -> None:
+    """A signal is for the main thread, whose handlers are Python's."""
+    daemon = start()
+    stop_signals = 1 << (signal.SIGTERM - 1) | 1 << (signal.SIGINT - 1)
+    blocked = {}
+    for task in Path(f"/proc/{daemon.pid}/task").iterdir():
+        status = dict(line.split(":\t") for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        blocked[int(task.name) == daemon.pid] = int(status["SigBlk"], 16) & stop_signals
+    assert blocked == {True: 0, False: stop_signals}
+
+
+def test_what_comes_after_the_log() -> None:
+    """What is said when the log is closed already is not swallowed."""
+    body = """
+class Late:
+    def __del__(self): raise ValueError("too late for the log")
+late = Late()
+log.close()
+logging.getLogger("asyncio").error("said afterwards")
+warnings.warn("warned afterwards")
+"""
+    text = log_of(body)
+    for late in ("too late for the log", "said afterwards", "warned afterwards"):
+        assert late in text
+
+
+def log_on_a_full_disk(path: Path, size: int, body: str) -> bytes:
+    """Return what a writer leaves in a file that can grow to `size` bytes, and after `body` without a limit."""
+    program = f"""
+import resource, signal, sys
+from echod.daemon.logs import Log, LogWriter
+from echod.settings.model import LogSettings
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+out = open(sys.argv[1], "ab", buffering=0)
+writer = LogWriter(out.fileno(), lambda lines: b"dropped %d\\n" % lines)
+{body}
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+writer.write(b"next\\n")
+writer.close()
+out.close()
+"""
+    subprocess.run([sys.executable, "-c", program, str(path)], timeout=PATIENCE, check=True)
+    return path.read_bytes()
+
+
+def test_writer_ends_a_torn_line(tmp_path: Path) -> None:
+    """After an error in the middle of a line, the next one begins at its own start, and the loss is counted."""
+    body = """
+for _ in range(4):
+    writer.write(b"123456789\\n")
+while not writer._dropped:
+    pass
+"""
+    log = log_on_a_full_disk(tmp_path / "log", 25, body)
+    assert log == b"123456789\n123456789\n12345\nnext\ndropped 2\n"
+
+
+def test_writer_keeps_counting_while_it_fails(tmp_path: Path) -> None:
+    """A notice that could not be written is no loss of the count."""
+    body = """
+for number in range(1, 4):
+    writer.write(b"lost\\n")
+    while writer._dropped != number:
+        pass
+"""
+    assert log_on_a_full_disk(tmp_path / "log", 0, body) == b"next\ndropped 3\n"
+
+
+def test_the_time_of_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line has its own microsecond, in UTC, also where one second follows the other, or precedes it."""
+    file = tmp_path / "log"
+    log = Log(LogSettings(file=str(file), format="json"))
+    times = [1_795_800_001_999_999_999, 1_795_800_002_000_000_000, 1_795_800_001_000_042_000]
+    for moment in times:
+        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        log.logger.info("tick")
+    monkeypatch.undo()
+    log.close()
+    assert [json.loads(line)["timestamp"] for line in file.read_text().splitlines()] == [
+        "2026-11-27T17:20:01.999999Z",
+        "2026-11-27T17:20:02.000000Z",
+        "2026-11-27T17:20:01.000042Z",
+    ]
+
+
+HOSTILE = 'CN=a\x00\x1b[2J\r\nb\x7f\x9b\u2028\u202e\udc80 \\ "='
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "\x1b", "a\x1bb"])
+@pytest.mark.parametrize("form", ["json", "logfmt", "console"])
+def test_control_characters_are_escaped(tmp_path: Path, form: Literal["json", "logfmt", "console"], text: str) -> None:
+    """Names, keys, values and tracebacks reach the log in printable characters, whatever a peer puts into them."""
+    log = Log(LogSettings(file=str(tmp_path / "log"), format=form))
+    log.logger.info(text, **{text: 1})
+    log.logger.info("closed", subject=text, parts=[text], logger=text)
+    log.logger.error("failed", detail=text, exc_info=ValueError(text))
+    log.close()
+    written = (tmp_path / "log").read_text()
+    # JSON leaves DEL as it is, and a terminal ignores it.
+    assert [char for char in written if not char.isprintable() and char not in "\n\x7f"] == []
+    first, closed, *failed = written.splitlines()
+    assert len(failed) == 1 or form == "console"
+    assert any("ValueError: " in line for line in failed)
+    match form:
+        case "json":
+            assert json.loads(first)[text] == 1
+            assert json.loads(closed)["subject"] == text
+        case "logfmt":
+            assert re.fullmatch(r"timestamp=\S+ level=info event=\".*\" \w+=1", first)
+            quoted = re.search(r' subject=("(?:[^"\\]|\\.)*") parts=', closed)
+            assert quoted is not None
+            assert json.loads(quoted[1]) == text
+        case _:
+            assert f" subject={text!r} " in f"{closed} "
+            assert len(failed) > 1
+
+
+def test_logfmt_values(tmp_path: Path) -> None:
+    """Values are quoted only if they have to be; a truth value and None have the words of logfmt."""
+    log = Log(LogSettings(file=str(tmp_path / "log"), format="logfmt"))
+    log.logger.info("event", a="b", number=1.5, yes=True, no=False, nothing=None, empty="", path="C:\\x", words="a b")
+    log.close()
+    line = (tmp_path / "log").read_text().partition(" event=")[2]
+    assert line == 'event a=b number=1.5 yes=true no=false nothing= empty= path=C:\\x words="a b"\n'

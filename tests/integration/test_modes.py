@@ -1,0 +1,315 @@
+"""Whole lines, and what the server sees."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from echod.net.addresses import TcpAddress
+from echod.net.proxy_protocol import Tlv, encode_v2
+from harness import PATIENCE, receive, reset
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from certificates import Certificates
+    from harness import Command, Start
+
+LINE = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "line")
+INFO = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "info")
+
+
+def test_lines_come_back_whole(start: Start) -> None:
+    """Nothing comes back before the line feed; then the whole line does, with its ending as it was."""
+    daemon = start(*LINE, listen=None)
+    with daemon.connect() as client, daemon.connect() as other:
+        client.sendall(b"hel")
+        other.sendall(b"x\n")
+        assert receive(other, 2) == b"x\n"  # by now the first part was read too, unless TCP is slower than that
+        client.sendall(b"lo\r")
+        other.sendall(b"y\n")
+        assert receive(other, 2) == b"y\n"
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        client.settimeout(PATIENCE)
+        client.sendall(b"\nsecond\n\nthird")
+        assert receive(client, 15) == b"hello\r\nsecond\n\n"
+        client.shutdown(socket.SHUT_WR)
+        assert receive(client, 100) == b"third"
+    line = daemon.wait_for("client_closed", received=20)
+    assert (line["acked"], line["reason"]) == (20, "eof")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_split(start: Start, seed: int) -> None:
+    """However the bytes are split, they come back the same."""
+    rng = random.Random(seed)
+    daemon = start(*LINE, "--limits.max-line", "100", listen=None)
+    text = b"".join(b"x" * rng.randrange(99) + rng.choice([b"\n", b"\r\n"]) for _ in range(3000)) + b"tail"
+    with daemon.connect() as client:
+        sent, received = 0, bytearray()
+        while sent < len(text):
+            size = rng.choice([1, 2, 7, 101, 5000])
+            client.sendall(text[sent : sent + size])
+            sent += size
+            if rng.random() < 0.1:
+                whole = text[:sent].rfind(b"\n") + 1
+                received += receive(client, whole - len(received))
+        client.shutdown(socket.SHUT_WR)
+        received += receive(client, 2 * len(text))
+        assert received == text
+
+
+def test_longest_line(start: Start) -> None:
+    """Behind the lines that fit, a longer one ends the connection; its ending counts."""
+    daemon = start(*LINE, "--limits.max-line", "10", listen=None)
+    cases = [
+        (b"1234567890\n", b""),
+        (b"123456789\n", b"123456789\n"),
+        (b"1234567890", b"1234567890"),
+        (b"12345678901", b""),
+        (b"a\nb\r\n12345678901\nnever\n", b"a\nb\r\n"),
+        (b"a\n12345678901", b"a\n"),
+        (b"a\n" * 20, b"a\n" * 20),
+        (b"a\n" * 20 + b"1234567890", b"a\n" * 20 + b"1234567890"),
+    ]
+    connections = 0
+    for text, echo in cases:
+        for pieces in ([text], [text[place : place + 1] for place in range(len(text))]):
+            with daemon.connect() as client:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for piece in pieces:
+                    client.sendall(piece)
+                client.shutdown(socket.SHUT_WR)
+                assert receive(client, 1000) == echo
+            connections += 1
+            line = daemon.wait_for("client_closed", count=connections)
+            assert line["reason"] == ("eof" if len(echo) == len(text) else "line_too_long"), text
+            assert line["acked"] == len(echo)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("by", ["idle", "quiet", "cut"])
+def test_unfinished_line_at_an_end_by_the_server(start: Start, by: str) -> None:
+    """Before its FIN the server echoes what it has kept back."""
+    options = {
+        "idle": ("--limits.idle-timeout", "0.5"),
+        "quiet": ("--shutdown.quiet-period", "0.2"),
+        "cut": ("--shutdown.quiet-period", "20", "--shutdown.drain-timeout", "0.2"),
+    }[by]
+    daemon = start(*LINE, *options, listen=None)
+    with daemon.connect() as client:
+        client.sendall(b"whole\npart")
+        assert receive(client, 6) == b"whole\n"
+        if by != "idle":
+            daemon.send_signal(signal.SIGTERM)
+        assert receive(client, 100) == b"part"
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == (by, 10, 10)
+
+
+def test_large_lines_that_nobody_reads(start: Start) -> None:
+    """Backpressure holds for lines as for a stream."""
+    daemon = start(*LINE, "--limits.max-line", "1MiB", "--limits.write-timeout", "1", listen=None)
+    with daemon.connect(receive_buffer=4096) as client:
+        lines = (b"x" * 500_000 + b"\n") * 100
+        with pytest.raises(ConnectionError):
+            client.sendall(lines)
+    assert daemon.wait_for("client_closed")["reason"] == "stalled"
+
+
+def test_a_flood_of_lines_holds_nobody_up(start: Start) -> None:
+    """Empty lines without end leave the others their turn."""
+    daemon = start(*LINE, listen=None)
+    with daemon.connect() as other, daemon.connect() as client:
+        text = b"\n" * 20_000_000
+        sender = threading.Thread(target=client.sendall, args=[text])
+        reader = threading.Thread(target=receive, args=[client, len(text)])
+        sender.start()
+        reader.start()
+        slowest = 0.0
+        while reader.is_alive():
+            used = daemon.cpu_seconds()
+            other.sendall(b"x\n")
+            assert receive(other, 2) == b"x\n"
+            slowest = max(slowest, daemon.cpu_seconds() - used)
+        sender.join()
+        assert slowest < 1
+
+
+def test_lines_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
+    """What was kept back and never written is not called sent."""
+    path = tmp_path / "echod.sock"
+    daemon = start("--listeners.x.address", f"unix:{path}", "--listeners.x.mode", "line", listen=None)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(b"whole\npart")
+        assert receive(client, 6) == b"whole\n"
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait() == 143
+    line = daemon.wait_for("client_closed")
+    assert (line["received"], line["sent"]) == (10, 6)
+
+
+def ask(daemon: Any, sent: bytes = b"") -> dict[str, Any]:
+    """Return what a client is told."""
+    with daemon.connect() as client:
+        client.sendall(sent)
+        text = receive(client, 10_000)
+    assert text.endswith(b"\n")
+    assert text.count(b"\n") == 1
+    seen: dict[str, Any] = json.loads(text)
+    return seen
+
+
+def test_info(start: Start) -> None:
+    """One object with what the server sees of a plain connection, then the end."""
+    daemon = start(*INFO, listen=None)
+    with daemon.connect() as client:
+        seen = json.loads(receive(client, 10_000))
+        host, port = client.getsockname()
+        assert seen["peer"] == f"{host}:{port}"
+        host, port = client.getpeername()
+        assert seen["local"] == f"{host}:{port}"
+    assert (seen["proxy"], seen["tls"]) == (None, None)
+    assert seen["tcp_info"]["snd_mss"] > 0
+    assert {"rtt_us", "total_retrans", "pmtu", "snd_cwnd"} <= set(seen["tcp_info"])
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == ("info", 0, line["sent"])
+    assert ask(daemon, b"what a client sends is of no interest")["tls"] is None
+    assert daemon.stop() == 0
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
+def test_info_behind_a_proxy(start: Start) -> None:
+    """The header, its TLVs by their names."""
+    daemon = start(*INFO, "--listeners.x.proxy-protocol", "require", listen=None)
+    header = encode_v2(TcpAddress("192.0.2.7", 1), TcpAddress("192.0.2.8", 2), (Tlv(2, b"example.org"),), checksum=True)
+    seen = ask(daemon, header)["proxy"]
+    assert (seen["version"], seen["source"], seen["destination"]) == (2, "192.0.2.7:1", "192.0.2.8:2")
+    assert {"type": "AUTHORITY", "text": "example.org"} in seen["tlvs"]
+
+
+def test_info_over_tls(start: Start, certificates: Certificates) -> None:
+    """What the handshake agreed on, the name that was asked for, and the client's subject."""
+    daemon = start(
+        *certificates.options("x"),
+        *("--listeners.x.mode", "info", "--listeners.x.tls.client-ca", str(certificates.ca)),
+        listen=None,
+    )
+    with certificates.connect(daemon, context=certificates.context(client=True)) as client:
+        seen = json.loads(receive(client, 10_000))["tls"]
+        assert (seen["version"], seen["cipher"]) == (client.version(), client.cipher()[0])  # type: ignore[index]
+    assert seen["server_name"] == "localhost"
+    assert seen["subject"].startswith("CN=tester,")
+    line = daemon.wait_for("client_closed")
+    assert line["sent"] == line["acked"] > 0
+
+
+def test_info_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
+    """There it is the process that is shown."""
+    path = tmp_path / "echod.sock"
+    daemon = start("--listeners.x.address", f"unix:{path}", "--listeners.x.mode", "info", listen=None)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        seen = json.loads(receive(client, 10_000))
+    assert (seen["local"], seen["tcp_info"]) == (f"unix:{path}", None)
+    assert seen["credentials"] == {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
+    line = daemon.wait_for("client_closed")
+    assert (line["received"], line["sent"] > 0, line["acked"]) == (0, True, line["sent"])
+
+
+def test_info_and_a_client_that_half_closes(start: Start) -> None:
+    """A client that has nothing to say, and says so at once, is answered."""
+    daemon = start(*INFO, listen=None)
+    daemon.freeze()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in range(20)]
+        for client in clients:
+            client.shutdown(socket.SHUT_WR)
+        daemon.send_signal(signal.SIGCONT)
+        for client in clients:
+            assert json.loads(receive(client, 10_000))["peer"]
+    daemon.wait_for("client_closed", count=20, reason="info")
+
+
+def test_info_and_a_client_that_is_gone(start: Start) -> None:
+    """A client that resets at once is no failure."""
+    daemon = start(*INFO, "--log.connections", "all", listen=None)
+    for _ in range(20):
+        reset(daemon.connect())
+    daemon.wait_for("client_closed", count=20)
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ("--listeners.x.proxy-trusted", "10.0.0.0/8"),
+            "--listeners.x.proxy-trusted: listeners.x.proxy_trusted: has no effect without proxy_protocol = 'require'",
+        ),
+        (
+            ("--listeners.x.socket-mode", "0600"),
+            "--listeners.x.socket-mode: listeners.x.socket_mode: has no effect on this address: only unix:PATH has a file",
+        ),
+        (
+            ("--listeners.x.socket-mode", "888"),
+            "--listeners.x.socket-mode: listeners.x.socket_mode: should be permissions in octal, such as '0660', not '888'",
+        ),
+        (
+            ("--listeners.x.proxy-protocol", "require", "--listeners.x.proxy-trusted", "10.0.0.1/8"),
+            (
+                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted.0: should be a network such as '10.0.0.0/8' or "
+                "'2001:db8::/32', or an address, not '10.0.0.1/8'"
+            ),
+        ),
+        (
+            (
+                "--listeners.x.mode",
+                "info",
+                "--listeners.x.fault",
+                "b",
+                "--faults.b.trigger",
+                "x",
+                "--faults.b.action",
+                "raise",
+            ),
+            "--listeners.x.fault: listeners.x.fault: has no effect in mode info, which does not echo: choose stream or line",
+        ),
+        (
+            ("--listeners.x.tls.certificate", "c"),
+            "--listeners.x.tls.certificate: listeners.x.tls.private_key: is missing",
+        ),
+        (("--listeners.x.tls", "c"), "--listeners.x.tls: listeners.x.tls: should be a table"),
+        (
+            (
+                "--listeners.x.tls.certficate",
+                "c",
+                "--listeners.x.tls.private-key",
+                "k",
+                "--listeners.x.tls.certificate",
+                "c",
+            ),
+            "--listeners.x.tls.certficate: listeners.x.tls.certficate: unknown key; did you mean 'certificate'?",
+        ),
+    ],
+)
+def test_settings(command: Command, arguments: tuple[str, ...], problem: str) -> None:
+    """What cannot be, or could have no effect, is an error that says why."""
+    result = command("check", "--listeners.x.address", "h:1", *arguments)
+    assert result.returncode == 78
+    assert f"echod: {problem}" in result.stderr.splitlines()

@@ -1,0 +1,407 @@
+"""The pytest plugin: the fixture as other people's tests use it, here and in runs of pytest of their own."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from echod import testing
+from echod.testing import ServerThread
+from harness import PATIENCE, clean_environment, receive, until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
+
+
+def converse(echod: ServerThread, message: bytes) -> bytes:
+    """Be a client that half-closes; return its echo."""
+    with socket.create_connection(echod.address, PATIENCE) as client:
+        client.sendall(message)
+        client.shutdown(socket.SHUT_WR)
+        return receive(client, len(message) + 1)
+
+
+def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
+    """Run a test file of somebody else's, strict about markers and warnings."""
+    pytester.makepyfile(test_theirs=source)
+    # hypothesis's own plugin takes a second to import.
+    return pytester.runpytest_subprocess("--strict-markers", "-Werror", "-p", "no:hypothesispytest", *arguments)
+
+
+# The fixture
+
+
+def test_ledger(echod: ServerThread) -> None:
+    """Each connection is in it once it is closed, with what it was."""
+    assert echod.connections == []
+    assert converse(echod, b"hello") == b"hello"
+    (first,) = echod.wait_for_connections(1)
+    assert (first.received, first.acked, first.reason) == (5, 5, "eof")
+    converse(echod, b"more")
+    entries = echod.wait_for_connections(2)
+    assert [entry.received for entry in entries] == [5, 4]
+    assert echod.connections == entries
+    entries.clear()
+    echod.connections.clear()
+    assert len(echod.connections) == 2
+
+
+def test_waiting_in_vain(echod: ServerThread) -> None:
+    """The error tells what came instead."""
+    converse(echod, b"x")
+    echod.wait_for_connections(1)
+    with socket.create_connection(echod.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        message = r"^not 3 connections closed in 0.01 s, but: 127\.0\.0\.1:\d+ \(eof\); still connected: 1$"
+        with pytest.raises(TimeoutError, match=message):
+            echod.wait_for_connections(3, 0.01)
+
+
+def test_waiting_for_what_comes(echod: ServerThread) -> None:
+    """It is an event that ends the waiting."""
+    with socket.create_connection(echod.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        waiter = threading.Thread(target=echod.wait_for_connections, args=(1, PATIENCE))
+        waiter.start()
+        assert echod.clients == 1
+    waiter.join(PATIENCE)
+    assert not waiter.is_alive()
+
+
+def test_stop(echod: ServerThread) -> None:
+    """It is graceful, quick also with a client that stays, and gives the same receipt again."""
+    with socket.create_connection(echod.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        receipt = echod.stop()
+        assert (receipt.clients, receipt.quiet, receipt.unsent_bytes) == (1, 1, 0)
+        assert receipt.seconds < 2  # which is the daemon's quiet_period
+        assert client.recv(1) == b""
+    assert echod.stop() is receipt
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(echod.address)
+    assert [entry.reason for entry in echod.connections] == ["quiet"]
+
+
+@pytest.mark.echod(shutdown={"quiet_period": 60, "drain_timeout": 0.05})
+def test_shutdown_is_the_markers(echod: ServerThread) -> None:
+    """What the marker does not set keeps the plugin's default."""
+    with socket.create_connection(echod.address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        receipt = echod.stop()
+    assert (receipt.cut, receipt.seconds < 1) == (1, True)
+
+
+@pytest.mark.echod(mode="line", limits={"max_line": 4}, loop="asyncio")
+def test_options(echod: ServerThread) -> None:
+    assert converse(echod, b"a\nlonger") == b"a\n"
+    assert echod.wait_for_connections(1)[0].reason == "line_too_long"
+    assert not type(echod._loop).__module__.startswith("uvloop")
+
+
+@pytest.mark.echod(loop="uvloop", fault={"trigger": "boom", "action": "raise"})
+def test_fault(echod: ServerThread) -> None:
+    assert converse(echod, b"fine") == b"fine"
+    assert converse(echod, b"boom") == b""
+    assert [entry.reason for entry in echod.wait_for_connections(2)] == ["eof", "fault"]
+    assert type(echod._loop).__module__.startswith("uvloop")
+
+
+@pytest.mark.echod(proxy_protocol="require", proxy_trusted=["127.0.0.0/8"])
+def test_proxy_header(echod: ServerThread) -> None:
+    assert converse(echod, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\nhello") == b"hello"
+    assert echod.wait_for_connections(1)[0].client == "192.0.2.1:1"
+
+
+def shake_hands(echod: ServerThread, context: ssl.SSLContext, name: str = "localhost") -> str | None:
+    """Be a client over TLS; return the version agreed on."""
+    with (
+        socket.create_connection(echod.address, PATIENCE) as sock,
+        context.wrap_socket(sock, server_hostname=name) as client,
+    ):
+        client.sendall(b"secret")
+        assert client.recv(6) == b"secret"
+        return client.version()
+
+
+@pytest.mark.echod(tls=True)
+def test_tls(echod: ServerThread) -> None:
+    """A client that trusts the authority gets on, by name and by address; one that does not, refuses."""
+    assert shake_hands(echod, echod.ssl_context()) == "TLSv1.3"
+    assert shake_hands(echod, ssl.create_default_context(cafile=echod.certificate_authority), "127.0.0.1")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(echod, ssl.create_default_context())
+    assert sorted(str(entry.tls) for entry in echod.wait_for_connections(3)) == ["None", "TLSv1.3", "TLSv1.3"]
+    folder = echod.certificate_authority.parent
+    assert folder.is_dir()
+    echod.stop()
+    assert not folder.exists()
+
+
+@pytest.mark.echod(tls={"minimum_version": "1.3"})
+def test_tls_with_settings(echod: ServerThread) -> None:
+    """Where no certificate is named, one is made, whatever else is set."""
+    old = echod.ssl_context()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError):
+        shake_hands(echod, old)
+    assert shake_hands(echod, echod.ssl_context()) == "TLSv1.3"
+
+
+def test_without_tls(echod: ServerThread) -> None:
+    with pytest.raises(RuntimeError, match=r"^no certificate was made on the spot: .*tls=True"):
+        echod.ssl_context()
+
+
+# The thread by itself
+
+
+def test_own_certificate(tmp_path: Path) -> None:
+    """A certificate that is named is used, and there is no other."""
+    tls = testing._certify(tmp_path, tmp_path / "ca.pem")
+    thread = ServerThread(tls=tls)
+    try:
+        assert shake_hands(thread, ssl.create_default_context(cafile=tmp_path / "ca.pem"))
+        with pytest.raises(RuntimeError, match="no certificate was made"):
+            thread.certificate_authority  # noqa: B018  (it raises)
+    finally:
+        thread.stop()
+
+
+def test_threads_side_by_side() -> None:
+    """Each has its loop; nothing of a thread is left behind its end."""
+    threads = [ServerThread(loop=loop) for loop in ("uvloop", "asyncio", "auto")]
+    for number, thread in enumerate(threads):
+        converse(thread, b"x" * number)
+    for number, thread in enumerate(threads):
+        (entry,) = thread.wait_for_connections(1)
+        assert entry.received == number
+        thread.stop()
+        assert not thread._thread.is_alive()
+
+
+FORKS = """
+import os, ssl, socket, sys
+from pathlib import Path
+from echod.testing import ServerThread
+
+server = ServerThread(loop=sys.argv[1], tls=True)
+
+def converse():
+    with socket.create_connection(server.address) as sock:
+        with server.ssl_context().wrap_socket(sock, server_hostname="localhost") as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+
+child = os.fork()
+if child == 0:
+    converse()
+    for ask in (server.stop, lambda: server.connections, lambda: server.clients, lambda: server.wait_for_connections(1)):
+        try:
+            ask()
+        except RuntimeError as error:
+            print(error)
+    sys.exit(7)  # not os._exit: what the interpreter does at its end is done too
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 7, status
+converse()
+server.wait_for_connections(2)
+folder = server.certificate_authority.parent
+assert folder.exists()
+print(os.getpid(), server.stop().clients)
+assert not folder.exists()
+abandoned = ServerThread(tls=True)
+print(abandoned.certificate_authority.parent)
+"""
+
+
+def test_forked_process(loop_name: str) -> None:
+    """A process forked from a test can use the server, and neither stop, hang on nor harm it."""
+    result = subprocess.run(
+        [sys.executable, "-Wignore", "-c", FORKS, loop_name],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    *errors, last, folder = result.stdout.splitlines()
+    process, clients = last.split()
+    message = f"the server runs in process {process}, from which this one was forked: ask or stop it there, and end a "
+    assert errors == [message + "forked client with os._exit"] * 4
+    assert clients == "0"
+    assert not Path(folder).exists()  # a server that is not stopped removes it at the end of the process
+
+
+def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in the thread is raised to whoever starts it."""
+    monkeypatch.setattr(testing, "_HOST", "192.0.2.1")
+    with pytest.raises(Exception, match=r"cannot listen on 192.0.2.1:0: Cannot assign requested address") as caught:
+        ServerThread()
+    assert caught.type.__name__ == "ListenError"
+    until(lambda: all(thread.name != "echod" for thread in threading.enumerate()))
+
+
+def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails then is raised at the end."""
+
+    async def broken(_: Any) -> None:
+        msg = "a bug"
+        raise KeyError(msg)
+
+    monkeypatch.setattr("echod.server.server.Server._shut_down", broken)
+    thread = ServerThread()
+    with pytest.raises(KeyError, match="a bug"):
+        thread.stop()
+    with pytest.raises(KeyError, match="a bug"):
+        thread.stop()
+    thread._server._listener.cancel()  # type: ignore[union-attr]
+    for listening in thread._server._sockets:
+        listening.close()
+
+
+def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trustme", None)
+    with pytest.raises(ImportError, match=r"takes trustme, .*: pip install 'echod\[pytest\]'$"):
+        ServerThread(tls=True)
+
+
+# Runs of other people's
+
+
+def test_unused(pytester: pytest.Pytester) -> None:
+    """Where nobody asks for the fixture, nothing of echod's is imported but the plugin itself."""
+    result = run(
+        pytester,
+        """
+        import sys
+        def test_nothing_of_it_is_here(pytestconfig):
+            assert pytestconfig.pluginmanager.has_plugin("echod")
+            assert {name for name in sys.modules if name.startswith("echod")} == {"echod", "echod.pytest_plugin"}
+            assert not {"asyncio", "pydantic", "pydantic_core", "structlog", "uvloop", "trustme"} & set(sys.modules)
+        """,
+        *("-p", "no:xdist", "-p", "no:anyio"),
+    )
+    result.assert_outcomes(passed=1)
+
+
+def test_marker_is_registered(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest_subprocess("--markers")
+    result.stdout.fnmatch_lines(
+        ["@pytest.mark.echod(mode=..., *): options of the server that the fixture echod starts."]
+    )
+
+
+def test_markers_add_up(pytester: pytest.Pytester) -> None:
+    """The nearest wins, option by option; a stop at the end ends every thread."""
+    result = run(
+        pytester,
+        """
+        import socket, threading
+        import pytest
+        pytestmark = pytest.mark.echod(mode="info", loop="asyncio")
+        servers = []
+
+        @pytest.mark.echod(limits={"max_line": 3})
+        class TestAll:
+            def test_module(self, echod):
+                with socket.create_connection(echod.address) as client:
+                    assert client.recv(1) == b"{"
+                servers.append(echod)
+
+            @pytest.mark.echod(mode="line")
+            def test_nearest(self, echod):
+                with socket.create_connection(echod.address) as client:
+                    client.sendall(b"a\\nlonger")
+                    assert client.recv(10) == b"a\\n"
+                assert echod.wait_for_connections(1)[0].reason == "line_too_long"
+                servers.append(echod)
+
+        def test_no_thread_is_left():
+            assert [thread.name for thread in threading.enumerate() if thread.name == "echod"] == []
+            assert len(servers) == 2
+        """,
+    )
+    result.assert_outcomes(passed=3)
+
+
+MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
+    "option": (
+        "tlss=True, lop=1",
+        ["tlss: unknown option; did you mean 'tls'?", "lop: unknown option; did you mean 'loop'?"],
+    ),
+    "loop": ("loop='uvlop'", ["loop: should be 'auto', 'uvloop' or 'asyncio', not 'uvlop'"]),
+    "key": (
+        "limits={'idl_timeout': 1}, shutdown={'quiet_perod': 1}, fault={'trigger': 'x', 'actoin': 'raise'}",
+        [
+            "limits.idl_timeout: unknown key; did you mean 'idle_timeout'?",
+            "shutdown.quiet_perod: unknown key; did you mean 'quiet_period'?",
+            "fault.actoin: unknown key; did you mean 'action'?",
+        ],
+    ),
+    "tables": ("shutdown=1, tls='c.pem'", ["shutdown: should be a table", "tls: should be a table"]),
+}
+
+
+def test_mistakes(pytester: pytest.Pytester) -> None:
+    """Each is an error of the test, told in one line and without a traceback."""
+    tests = "".join(
+        f"@pytest.mark.echod({arguments})\ndef test_{name}(echod): pass\n\n"
+        for name, (arguments, _) in MISTAKES.items()
+    )
+    result = run(pytester, f"import pytest\n\n{tests}@pytest.mark.echod(7)\ndef test_position(echod): pass\n")
+    result.assert_outcomes(errors=len(MISTAKES) + 1)
+    lines = result.outlines
+    for _, messages in MISTAKES.values():
+        for message in messages:
+            assert f"@pytest.mark.echod: {message}" in lines
+    assert "@pytest.mark.echod takes options by name, not 7" in lines
+    assert not any("pytest_plugin.py" in line for line in lines)
+
+
+def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
+    """At the start and at the end it is an error of the test."""
+    result = run(
+        pytester,
+        """
+        import pytest
+
+        @pytest.fixture
+        def broken(request, monkeypatch):
+            async def fail(*_):
+                raise KeyError("a bug")
+            monkeypatch.setattr("echod.server.server.Server." + request.param, fail)
+
+        @pytest.mark.parametrize("broken", ["__aenter__"], indirect=True)
+        def test_start(broken, echod):
+            raise AssertionError("it is not run")
+
+        @pytest.mark.parametrize("broken", ["__aexit__"], indirect=True)
+        def test_end(broken, echod):
+            pass
+        """,
+        "-Wignore",
+    )
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines(["ERROR *::test_start* - KeyError: 'a bug'", "ERROR *::test_end* - KeyError: 'a bug'"])
+
+
+def test_document(pytester: pytest.Pytester) -> None:
+    """What docs/testing.md shows passes as it stands."""
+    blocks = DOCUMENT.read_text().split("```python\n")[1:]
+    source = "\n\n".join(block.partition("```")[0] for block in blocks)
+    assert source.count("def test_") > 3
+    run(pytester, source).assert_outcomes(passed=source.count("def test_"))

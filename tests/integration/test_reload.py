@@ -1,0 +1,458 @@
+"""SIGHUP: the settings are read again, and nobody is dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crowd import Crowd, Stuck
+from harness import PATIENCE, Daemon, clean_environment, receive, until
+
+if TYPE_CHECKING:
+    from certificates import Certificates
+    from harness import Event, Start
+
+
+class Configured:
+    """A file of settings that is rewritten, and the daemon that reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> None:
+        self.path.write_text(text)
+
+    def reload(self, daemon: Daemon, text: str, outcome: str = "reloaded") -> Event:
+        """Rewrite the file, and have it read."""
+        self.write(text)
+        before = len(daemon.all(outcome))
+        daemon.send_signal(signal.SIGHUP)
+        return daemon.wait_for(outcome, count=before + 1)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Configured:
+    """Return a file of settings."""
+    return Configured(tmp_path / "echo.toml")
+
+
+def descriptors(daemon: Daemon) -> int:
+    return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+
+
+def test_a_hundred_under_load(start: Start, file: Configured, certificates: Certificates) -> None:
+    """While clients stream, plain and over TLS, the settings are read 100 times, and no byte is lost."""
+    options = certificates.options()
+
+    def text(number: int) -> str:
+        return f"""
+[limits]
+write_buffer = {32768 + number}
+[listeners.plain]
+address = "127.0.0.1:0"
+[listeners.tls]
+address = "127.0.0.1:0"
+tls = {{ certificate = "{options[3]}", private_key = "{options[5]}" }}
+"""
+
+    file.write(text(0))
+    daemon = start("--config", str(file.path), listen=None)
+    daemon.wait_for("listening", count=2)
+    ports = [int(event["address"].rpartition(":")[2]) for event in daemon.all("listening")]
+    with Crowd() as crowd:
+        for seed in range(10):
+            sock = socket.create_connection(("127.0.0.1", ports[seed % 2]), PATIENCE)
+            crowd.add(sock if seed % 2 == 0 else certificates.over(sock), 10**12, seed)
+        open_before = 0
+        for number in range(1, 101):
+            file.write(text(number))
+            daemon.send_signal(signal.SIGHUP)
+            crowd.run(lambda number=number: len(daemon.all("reloaded")) == number)  # type: ignore[misc]
+            if number == 10:
+                open_before = descriptors(daemon)
+        until(lambda: descriptors(daemon) <= open_before)
+        for peer in crowd.peers:
+            peer.total = peer.sent
+            peer.sock.shutdown(socket.SHUT_WR)
+        crowd.finish()
+        assert [(peer.end, peer.received, peer.wrong) for peer in crowd.peers] == [
+            ("eof", peer.total, False) for peer in crowd.peers
+        ]
+        assert min(peer.received for peer in crowd.peers) > 0
+    daemon.wait_for("client_closed", count=10)
+    assert daemon.stop() == 0
+    assert {tuple(event["changed"]) for event in daemon.all("reloaded")} == {("limits.write_buffer",)}
+    assert {line["reason"] for line in daemon.all("client_closed")} == {"eof"}
+
+
+def test_limits(start: Start, file: Configured) -> None:
+    """A lower cap drops nobody; a higher one lets in who waits, at once."""
+    file.write("[limits]\nmax_connections = 3\n")
+    daemon = start("--config", str(file.path))
+    clients = [daemon.connect() for _ in range(3)]
+    for client in clients:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    event = file.reload(daemon, "[limits]\nmax_connections = 1\nmax_connections_per_client = 4\n")
+    assert event["changed"] == ["limits.max_connections", "limits.max_connections_per_client"]
+    clients.append(daemon.connect())
+    daemon.wait_for("accept_paused")
+    for client in clients[:3]:
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+    clients[3].sendall(b"z")
+    file.reload(daemon, "[limits]\nmax_connections = 10\nmax_connections_per_client = 4\n")
+    assert clients[3].recv(1) == b"z"
+    with daemon.connect() as fifth:
+        assert fifth.recv(1) == b""
+    daemon.wait_for("client_closed", reason="client_limit")
+    for client in clients:
+        client.close()
+
+
+def test_timeouts_of_clients_that_are_connected(start: Start, file: Configured) -> None:
+    """They hold from the reload on, also for who has been idle under a longer one; so does the write buffer."""
+    file.write("[limits]\nidle_timeout = 3600\nwrite_buffer = '64MiB'\n")
+    daemon = start("--config", str(file.path))
+    with daemon.connect() as client, Crowd() as crowd:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        peer = crowd.add(daemon.connect(receive_buffer=4096), None, 1)
+        crowd.pause_reading(peer)
+        crowd.run(lambda: peer.sent > 5_000_000)
+        file.reload(daemon, "[limits]\nidle_timeout = 0.5\nwrite_buffer = '64KiB'\nwrite_timeout = 1\n")
+        crowd.run(Stuck(peer))
+        assert peer.sent < 40_000_000
+        assert client.recv(1) == b""
+        daemon.wait_for("client_closed", reason="idle")
+        crowd.finish()
+        daemon.wait_for("client_closed", reason="stalled")
+
+
+def test_shutdown_settings(start: Start, file: Configured) -> None:
+    """A stop goes by the settings that were read last."""
+    file.write("[shutdown]\nquiet_period = 20\ndrain_timeout = 20\n")
+    daemon = start("--config", str(file.path))
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        file.reload(daemon, "[shutdown]\nquiet_period = 0.1\ndrain_timeout = 20\n")
+        began = time.monotonic()
+        daemon.send_signal(signal.SIGTERM)
+        assert client.recv(1) == b""
+        assert time.monotonic() - began < 10
+    assert daemon.wait() == 0
+
+
+def test_invalid_settings_change_nothing(start: Start, file: Configured, certificates: Certificates) -> None:
+    """Every problem is logged at once, in the words of `check`; what was in force stays so."""
+    good = "[limits]\nmax_connections = 2\n"
+    file.write(good)
+    daemon = start("--config", str(file.path))
+    text = f"""
+[limits]
+max_connections = 1
+idle_timout = 3
+backlog = 0
+[listeners.tls]
+address = "127.0.0.1:0"
+tls = {{ certificate = "{certificates.ca}", private_key = "{certificates.key}" }}
+"""
+    problems = file.reload(daemon, text, "reload_failed")["problems"]
+    assert problems == [
+        f"{file.path}: limits.backlog: should be greater than or equal to 1, not 0",
+        f"{file.path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+    ]
+    text = text.replace("idle_timout", "idle_timeout").replace("backlog = 0", "backlog = 1")
+    (problem,) = file.reload(daemon, text, "reload_failed")["problems"]
+    assert "is not the key of the certificate in" in problem
+    file.path.unlink()
+    daemon.send_signal(signal.SIGHUP)
+    daemon.wait_for("reload_failed", count=3)
+    with daemon.connect() as one, daemon.connect() as two:
+        for client in (one, two):
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+    assert not daemon.all("reloaded")
+    assert file.reload(daemon, good)["changed"] == []
+    assert daemon.stop() == 0
+
+
+def test_what_needs_a_restart(start: Start, file: Configured) -> None:
+    """It is named, and the rest takes effect; a listener that is gone from the file is served on as it was."""
+    file.write(
+        """
+[listeners.a]
+address = "127.0.0.1:0"
+[listeners.b]
+address = "127.0.0.1:0"
+mode = "line"
+"""
+    )
+    daemon = start("--config", str(file.path), listen=None)
+    daemon.wait_for("listening", count=2)
+    port = int(daemon.all("listening")[1]["address"].rpartition(":")[2])
+    file.reload(
+        daemon,
+        """
+listen = ["127.0.0.1:0"]
+[limits]
+idle_timeout = 5
+[listeners.a]
+address = "127.0.0.1:7"
+mode = "info"
+[listeners.c]
+address = "127.0.0.1:0"
+""",
+    )
+    expected = ["listen", "listeners.a.address", "listeners.b", "listeners.c"]
+    assert daemon.wait_for("restart_needed")["settings"] == expected
+    with daemon.connect() as client:
+        assert json.loads(receive(client, 10_000))["peer"]
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.sendall(b"a\nb")
+        assert receive(client, 2) == b"a\n"
+
+
+def test_modes_and_faults_of_new_clients(start: Start, file: Configured) -> None:
+    """Who is connected keeps the mode that it began with."""
+    table = '[listeners.x]\naddress = "127.0.0.1:0"\n'
+    file.write(table)
+    daemon = start("--config", str(file.path), listen=None)
+    with daemon.connect() as old:
+        old.sendall(b"a")
+        assert old.recv(1) == b"a"
+        file.reload(daemon, f'{table}mode = "line"\n')
+        with daemon.connect() as new:
+            old.sendall(b"b")
+            assert old.recv(1) == b"b"
+            new.sendall(b"c\nd")
+            assert receive(new, 2) == b"c\n"
+    file.reload(daemon, f'{table}fault = "f"\n[faults.f]\ntrigger = "boom"\naction = "raise"\n')
+    with daemon.connect() as victim:
+        victim.sendall(b"boom")
+        assert victim.recv(1) == b""
+    daemon.wait_for("client_failed")
+
+
+def test_certificates_are_swapped(start: Start, file: Configured, certificates: Certificates) -> None:
+    """New clients see the new certificate, old ones go on; of a pair that does not match neither is taken."""
+    certificate, key = certificates.issue("renewed", "localhost")
+
+    def text() -> str:
+        return f"""
+[listeners.tls]
+address = "127.0.0.1:0"
+tls = {{ certificate = "{certificate}", private_key = "{key}" }}
+"""
+
+    def shown() -> bytes | None:
+        with certificates.connect(daemon) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            return client.getpeercert(binary_form=True)
+
+    file.write(text())
+    daemon = start("--config", str(file.path), listen=None)
+    with certificates.connect(daemon) as old:
+        first = shown()
+        key_before = key.read_bytes()
+        certificates.issue("renewed", "localhost")
+        second_key = key.read_bytes()
+        key.write_bytes(key_before)
+        file.reload(daemon, text(), "reload_failed")
+        assert shown() == first
+        key.write_bytes(second_key)
+        assert file.reload(daemon, text())["changed"] == []
+        second = shown()
+        assert second not in {first, None}
+        file.reload(daemon, '[listeners.tls]\naddress = "127.0.0.1:0"\n')
+        daemon.echo(b"plain now")
+        old.sendall(b"y")
+        assert old.recv(1) == b"y"
+    with pytest.raises(ssl.SSLError):
+        shown()
+
+
+def test_log(start: Start, file: Configured, tmp_path: Path) -> None:
+    """Level, format, file and choice of connections change; a file that was moved away is opened anew."""
+    log = tmp_path / "log"
+    file.write("")
+    daemon = start("--config", str(file.path))
+    daemon.echo(b"x")
+    daemon.wait_for("client_closed")
+    file.write(f'[log]\nfile = "{log}"\nformat = "logfmt"\nconnections = "none"\n')
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and "event=reloaded" in log.read_text())
+    daemon.echo(b"not a word of it")
+    log.rename(tmp_path / "rotated")
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and "event=reloaded" in log.read_text())
+    kept = tmp_path / "kept"
+    log.rename(kept)
+    log.mkdir()
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: f"'{log}' cannot be written: Is a directory" in kept.read_text())
+    log.rmdir()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(log))
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: f"log.file: '{log}' cannot be written: No such device or address" in kept.read_text())
+    file.write('[log]\nlevel = "warning"\n')
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: descriptors_of_logs(daemon, tmp_path) == 0)
+    assert daemon.stop() == 0
+    assert len(daemon.all("client_closed")) == 1
+    assert not daemon.all("stopped")
+
+
+def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -> None:
+    """Lines that wait for the reader of a pipe go there or nowhere, whoever has connected since the log is another."""
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    file.write("")
+    daemon = start("--config", str(file.path))
+    file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
+    problem = f"{file.path}: log.file: '{pipe}' cannot be written: No such device or address"
+    assert daemon.all("reload_failed")[0]["problems"] == [problem]
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: descriptors_of_logs(daemon, tmp_path) == 1)
+        for _ in range(500):
+            daemon.echo(b"a line")
+        file.write(f'[log]\nfile = "{log}"\nconnections = "none"\n')
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: log.exists() and "reloaded" in log.read_text())
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(daemon.connect()) for _ in range(20)]
+            for client in clients:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            lines = b""
+            os.set_blocking(reader, True)
+            while more := os.read(reader, 1 << 16):
+                lines += more
+            for client in clients:
+                client.sendall(b"y")
+                client.shutdown(socket.SHUT_WR)
+                assert receive(client, 1000) == b"y"
+        assert lines.count(b'"client_closed"') == 500
+    finally:
+        os.close(reader)
+    assert daemon.stop() == 0
+
+
+def test_unexpected_failure(loop_name: str) -> None:
+    """What must not happen is logged with its traceback, and the next reload is as good as any."""
+    patch = """
+from echod.settings import resources
+acquire, calls = resources.acquire, []
+def broken(loaded):
+    calls.append(loaded)
+    if len(calls) == 2:
+        raise KeyError("a bug")
+    return acquire(loaded)
+resources.acquire = broken
+import sys
+from echod.cli import main
+sys.exit(main())
+"""
+    with Daemon("--loop", loop_name, module=("-c", patch)) as daemon:
+        daemon.send_signal(signal.SIGHUP)
+        assert "KeyError: 'a bug'" in daemon.wait_for("reload_crashed")["exception"]
+        daemon.wait_for("reload_failed")
+        daemon.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded")
+        assert daemon.stop() == 0
+
+
+def descriptors_of_logs(daemon: Daemon, folder: Path) -> int:
+    """Return how many files below a folder the daemon has open."""
+    count = 0
+    for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            count += link.readlink().is_relative_to(folder)
+    return count
+
+
+def test_at_the_start(loop_name: str) -> None:
+    """A SIGHUP while echod is still importing is not its end: the settings are read again when it is up."""
+    script = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "echod.settings":
+            signal.raise_signal(signal.SIGHUP)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["echod", "--loop", "{loop_name}", *sys.argv[1:]]
+from echod.cli import main
+sys.exit(main())
+"""
+    with Daemon(module=("-c", script)) as daemon:
+        daemon.wait_for("reloaded")
+        daemon.echo(b"x")
+        assert daemon.stop() == 0
+
+
+def test_while_it_reads_and_while_it_stops(loop_name: str, file: Configured) -> None:
+    """A file that takes its time holds up nothing, neither the echo nor a stop; signals meanwhile are one more reading."""
+    file.write("")
+    environment = clean_environment({"ECHOD_CONFIG": str(file.path)})
+    with Daemon("--loop", loop_name, env=environment) as daemon:
+        file.path.unlink()
+        os.mkfifo(file.path)
+        for _ in range(3):
+            daemon.send_signal(signal.SIGHUP)
+            daemon.echo(b"goes on")
+        for count in (1, 2):
+            writer = threading.Thread(target=file.write, args=["[limits]\nbacklog = 5\n"])
+            writer.start()
+            daemon.wait_for("reloaded", count=count)
+            writer.join()
+        assert [event["changed"] for event in daemon.all("reloaded")] == [["limits.backlog"], []]
+        daemon.send_signal(signal.SIGHUP)
+        with daemon.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait_for("draining")
+            daemon.send_signal(signal.SIGHUP)
+            daemon.wait_for("reload_ignored")
+            file.write("")  # which the thread that reads has waited for
+            daemon.wait_for("reload_ignored", count=2)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        assert daemon.wait() == 0
+        assert len(daemon.all("reloaded")) == 2
+
+
+def test_backlog(start: Start, file: Configured) -> None:
+    """The backlog of the daemon's own sockets changes with the settings."""
+    file.write("[limits]\nbacklog = 1\n")
+    daemon = start("--config", str(file.path))
+    daemon.freeze()
+    with pytest.raises(TimeoutError):
+        fill(daemon, 5)
+    daemon.send_signal(signal.SIGCONT)
+    file.reload(daemon, "[limits]\nbacklog = 100\n")
+    daemon.freeze()
+    fill(daemon, 20)
+    daemon.send_signal(signal.SIGCONT)
+
+
+def fill(daemon: Daemon, count: int) -> None:
+    """Connect so many clients, which nobody accepts."""
+    with contextlib.ExitStack() as clients:
+        for _ in range(count):
+            clients.enter_context(daemon.connect(timeout=0.5))

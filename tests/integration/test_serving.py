@@ -1,0 +1,336 @@
+"""Listening and echoing, as a client sees it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crowd import Crowd, Stuck
+from echod.net.addresses import TcpAddress
+from echod.net.listeners import ListenError, ListenerSpec, open_listeners
+from harness import PATIENCE, Daemon, receive, reset, run
+
+if TYPE_CHECKING:
+    from harness import Start
+
+
+def has_ipv6() -> bool:
+    """Tell whether this machine has ::1."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+# What this machine says localhost is, IPv4 first.
+LOCALHOST = sorted(
+    {
+        f"[{sockaddr[0]}]" if family == socket.AF_INET6 else str(sockaddr[0])
+        for family, _, _, _, sockaddr in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
+    }
+)
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+def test_started(start: Start, loop_name: str) -> None:
+    """The first line says what runs, the next where it listens."""
+    daemon = start()
+    started, listening = daemon.events[:2]
+    assert (started["event"], started["loop"], started["pid"]) == ("started", loop_name, daemon.pid)
+    assert started["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", listening["address"])
+    assert listening["listener"] == "127.0.0.1:0"
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    ("listen", "addresses"),
+    [
+        ("127.0.0.1:0", ["127.0.0.1"]),
+        ("[::1]:0", ["[::1]"]),
+        ("[::]:0", ["[::]"]),
+        (":0", ["0.0.0.0", "[::]"]),
+        ("localhost:0", LOCALHOST),
+    ],
+)
+def test_families(start: Start, listen: str, addresses: list[str]) -> None:
+    """Each form of address listens where it says; port 0 takes one free port for both families."""
+    daemon = start(listen=listen)
+    daemon.wait_for("listening", count=len(addresses))
+    pairs = [event["address"].rpartition(":") for event in daemon.all("listening")]
+    assert [host for host, _, _ in pairs] == addresses
+    (port,) = {int(port) for _, _, port in pairs}
+    for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with socket.socket(family) as client:
+            client.settimeout(PATIENCE)
+            served = client.connect_ex((host, port)) == 0
+            assert served == any(("." in address) == (family == socket.AF_INET) for address in addresses)
+            if served:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+    assert daemon.stop() == 0
+    peers = {line["peer"].rpartition(":")[0] for line in daemon.all("client_closed")}
+    assert peers <= {"127.0.0.1", "[::1]"}  # and never an IPv4 address in IPv6's clothes
+
+
+def test_several_listeners(start: Start) -> None:
+    """Addresses and tables are all served, each under its name."""
+    daemon = start("--listen", "127.0.0.1:0", "--listeners.lab.address", "127.0.0.1:0", listen=None)
+    daemon.wait_for("listening", count=2)
+    for event in daemon.all("listening"):
+        with socket.create_connection(("127.0.0.1", int(event["address"].rpartition(":")[2])), PATIENCE) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+    assert daemon.stop() == 0
+    assert sorted(line["listener"] for line in daemon.all("client_closed")) == ["127.0.0.1:0", "lab"]
+
+
+def test_half_close(start: Start) -> None:
+    """Who closes its own direction gets all of its echo, then EOF."""
+    daemon = start()
+    with daemon.connect() as client:
+        client.sendall(b"first ")
+        client.sendall(b"and last")
+        client.shutdown(socket.SHUT_WR)
+        assert receive(client, 100) == b"first and last"
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+
+
+def test_reset(start: Start) -> None:
+    """A client's reset is a reason like any other: no error, no traceback."""
+    daemon = start()
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        reset(client)
+    assert daemon.wait_for("client_closed")["reason"] == "reset"
+    assert {event["level"] for event in daemon.events} == {"info"}
+
+
+def test_fault(start: Start) -> None:
+    """A message equal to the trigger raises in that client's session: it is closed, and nobody else notices."""
+    daemon = start(
+        *("--faults.boom.trigger", "boom\r\n", "--faults.boom.action", "raise"),
+        *("--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "boom"),
+        listen=None,
+    )
+    with daemon.connect() as victim, daemon.connect() as other:
+        for client in (victim, other):
+            client.sendall(b"not boom\r\n")
+            assert receive(client, 10) == b"not boom\r\n"
+        victim.sendall(b"boom\r\n")
+        assert victim.recv(1) == b""
+        victim.close()
+        failed = daemon.wait_for("client_failed")
+        other.sendall(b"still here")
+        assert receive(other, 10) == b"still here"
+    closed = daemon.wait_for("client_closed", reason="fault")
+    assert failed["peer"] == closed["peer"]
+    assert failed["level"] == "error"
+    assert "Traceback" in failed["exception"]
+    assert "fault 'boom'" in failed["exception"]
+    assert (closed["received"], closed["acked"]) == (16, 10)
+    daemon.wait_for("client_closed", reason="eof")
+    assert not daemon.all("loop_error")
+
+
+def test_bug_in_a_session(loop_name: str) -> None:
+    """An exception that nobody meant is its client's failure: one line, with the traceback, and the rest goes on."""
+    patch = """
+from echod.connection.echo import EchoSession
+echo = EchoSession.data_received
+def data_received(self, data):
+    if data == b"bug":
+        raise KeyError("a bug")
+    echo(self, data)
+EchoSession.data_received = data_received
+"""
+    with patched_daemon(patch, loop_name) as daemon:
+        with daemon.connect() as victim, daemon.connect() as other:
+            victim.sendall(b"bug")
+            assert daemon.wait_for("client_closed")["reason"] == "failed"
+            other.sendall(b"x")
+            assert other.recv(1) == b"x"
+        assert daemon.stop() == 0
+        (failed,) = daemon.all("client_failed")
+        assert "KeyError: 'a bug'" in failed["exception"]
+        assert not daemon.all("loop_error")
+        assert "\nTraceback" not in "".join(daemon.raw)
+
+
+@pytest.mark.parametrize("method", ["pause_writing", "resume_writing"])
+def test_bug_in_flow_control(loop_name: str, method: str) -> None:
+    """What the loops only report, and go on, ends the client too: it is its failure, and it does not hang."""
+    patch = f"""
+from echod.connection.echo import EchoSession
+def broken(self):
+    raise KeyError("a bug")
+EchoSession.{method} = broken
+"""
+    with patched_daemon(patch, loop_name) as daemon, Crowd() as crowd:
+        peer = crowd.add(daemon.connect(receive_buffer=4096), None, 1)
+        crowd.pause_reading(peer)
+        crowd.run(Stuck(peer))
+        crowd.pause_reading(peer, reading=True)
+        crowd.finish()
+        assert "KeyError: 'a bug'" in daemon.wait_for("client_failed")["exception"]
+        assert daemon.wait_for("client_closed")["reason"] == "failed"
+        assert daemon.stop() == 0
+        assert len(daemon.all("client_failed")) == 1
+
+
+def test_bug_in_a_callback(loop_name: str) -> None:
+    """What the loop reports is a line of the log."""
+    patch = """
+from echod.server.server import Server
+start = Server.start
+def broken(self):
+    start(self)
+    self._loop.call_soon(lambda: 1 / 0)
+Server.start = broken
+"""
+    with patched_daemon(patch, loop_name) as daemon:
+        error = daemon.wait_for("loop_error")
+        assert "ZeroDivisionError" in error["exception"]
+        daemon.echo(b"on it goes")
+
+
+def test_unexpected_failure(loop_name: str) -> None:
+    """What must not happen is logged with its traceback, and the exit code is 1."""
+    patch = """
+from echod.daemon.daemon import _Daemon
+def totals(self):
+    raise RuntimeError("unforeseen")
+_Daemon._totals = totals
+"""
+    with patched_daemon(patch, loop_name) as daemon:
+        assert daemon.stop() == 1
+        crashed = daemon.wait_for("crashed")
+        assert (crashed["level"], "unforeseen" in crashed["exception"]) == ("error", True)
+
+
+def patched_daemon(patch: str, loop_name: str) -> Daemon:
+    """Return a daemon in which something is broken on purpose."""
+    main = "import sys; from echod.cli import main; sys.exit(main())"
+    return Daemon("--loop", loop_name, module=("-c", f"{patch}\n{main}"))
+
+
+def test_connections_inherit_socket_options() -> None:
+    """Accepted connections have TCP_NODELAY and keepalive on, whichever loop serves them."""
+    (listener,) = open_listeners([ListenerSpec("x", TcpAddress("127.0.0.1", 0))], 10)
+    listening = listener.sockets[0].sock
+    with listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+
+def found(*sockaddrs: tuple[int, str]) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    """Return what getaddrinfo would."""
+    return [
+        (family, socket.SOCK_STREAM, 6, "", (host, 0, 0, 0) if family == socket.AF_INET6 else (host, 0))
+        for family, host in sockaddrs
+    ]
+
+
+def test_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with an IPv6 address that this host does not have is served on the others."""
+    answer = found((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    (listener,) = open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
+    (listening,) = listener.sockets
+    with listening.sock as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+
+
+def test_other_missing_addresses_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An IPv4 address of a name that is not ours is an error, and nothing stays open."""
+    answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "192.0.2.1"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    with pytest.raises(ListenError, match=r"cannot listen on name:0: Cannot assign requested address"):
+        open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
+
+
+def test_all_or_none() -> None:
+    """Where one address cannot be opened, those that could are closed again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as chosen:
+        good, bad = chosen.getsockname(), taken.getsockname()
+        chosen.close()
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_listeners([ListenerSpec("good", TcpAddress(*good)), ListenerSpec("bad", TcpAddress(*bad))], 10)
+        socket.create_server(good).close()
+
+
+def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the free port of one family is taken in the next, another is tried, and a fixed one is an error."""
+    answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    bind = socket.socket.bind
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.2", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        tries = []
+
+        class Steered(socket.socket):
+            def bind(self, address: tuple[str, int]) -> None:  # type: ignore[override]
+                host, wanted = address
+                tries.append(wanted)
+                bind(self, (host, port if len(tries) == 1 else wanted))
+
+        monkeypatch.setattr(socket, "socket", Steered)
+        (listener,) = open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
+        ports = {listening.sock.getsockname()[1] for listening in listener.sockets}
+        for listening in listener.sockets:
+            listening.close()
+        assert len(ports) == 1
+        assert port not in ports
+        assert len(tries) == 4
+        with pytest.raises(ListenError, match="Address already in use"):
+            open_listeners([ListenerSpec("x", TcpAddress("name", port))], 10)
+
+
+CLIENTS = {
+    "telnet": "(sleep .5; printf 'x\\r\\n'; sleep .5) | telnet {host} {port}",
+    "ncat": "printf 'x\\r\\n' | ncat {host} {port}",
+    "nc": "printf 'x\\r\\n' | nc -N {host} {port}",
+    "socat": "printf 'x\\r\\n' | socat -t5 - TCP:{host}:{port}",
+    "bash": "exec 3<>/dev/tcp/{host}/{port}; printf 'x\\r\\n' >&3; head -n 1 <&3",
+}
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_real_clients(start: Start, name: str) -> None:
+    """What people have at hand gets its echo."""
+    if not shutil.which(name):
+        pytest.skip(f"{name} is not installed")
+    daemon = start()
+    host, port = daemon.address
+    command = CLIENTS[name].format(host=host, port=port)
+    result = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert b"x\r\n" in result.stdout
+    # telnet sends CR as CR NUL (RFC 854), before any LF.
+    assert daemon.wait_for("client_closed")["received"] == (5 if name == "telnet" else 3)
+
+
+def test_python_m_and_script() -> None:
+    """The installed script and `python -m echod` are one command."""
+    script = Path(sys.executable).with_name("echod")
+    by_script = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert by_script.stdout == run("--version").stdout

@@ -1,0 +1,121 @@
+"""Signals that are blocked, come in bursts, or ask for a stop at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from echod.daemon.signals import HANDLED
+from harness import PATIENCE, UNHURRIED, Daemon, clean_environment, until
+
+if TYPE_CHECKING:
+    from harness import Start
+
+MAIN = "import sys; from echod.cli import main; sys.exit(main())"
+
+
+def block() -> None:
+    """Block every signal, as a parent that forgets to restore its mask does."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+def test_a_blocked_mask_is_cleared(start: Start) -> None:
+    """A daemon whose parent has blocked all signals reloads and stops as any other."""
+    daemon = start(prepare=block)
+    daemon.send_signal(signal.SIGHUP)
+    daemon.wait_for("reloaded")
+    assert daemon.stop() == 0
+    assert daemon.wait_for("draining")["signal"] == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "code"), [("check", "echod.settings", -signal.SIGINT), ("probe", "echod.probe", 130)]
+)
+def test_a_blocked_mask_is_cleared_for_other_commands(command: str, module: str, code: int) -> None:
+    """Ctrl-C ends `check` and `probe` even if the parent has blocked SIGINT."""
+    script = f"""
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            signal.raise_signal(signal.SIGINT)
+import signal, sys
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["echod", "{command}"]
+{MAIN}
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        preexec_fn=block,
+        capture_output=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (code, b"")
+
+
+def test_a_burst_does_not_hide_the_stop(loop_name: str) -> None:
+    """SIGTERM after 100,000 SIGHUPs in one iteration of the loop stops the daemon."""
+    burst = """
+import signal
+from echod.daemon import daemon
+reload = daemon._Daemon._on_hangup
+burst = [signal.SIGTERM] + 100_000 * [signal.SIGHUP]
+def _on_hangup(self):
+    while burst:
+        signal.raise_signal(burst.pop())
+    reload(self)
+daemon._Daemon._on_hangup = _on_hangup
+"""
+    with Daemon("--loop", loop_name, module=("-c", burst + MAIN)) as daemon:
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.wait_for("draining")["signal"] == "SIGTERM"
+        assert daemon.wait() == 0
+
+
+def test_quit(start: Start) -> None:
+    """SIGQUIT resets every client at once, in spite of a delay, and the receipt is written."""
+    daemon = start("--shutdown.delay", "60", *UNHURRIED)
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        daemon.send_signal(signal.SIGQUIT)
+        assert daemon.wait() == 131
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert daemon.wait_for("draining")["signal"] == "SIGQUIT"
+    receipt = daemon.receipt()
+    assert (receipt["clients"], receipt["aborted"]) == (1, 1)
+    assert daemon.events[-1]["event"] == "stopped"
+
+
+def test_the_signal_that_forces_the_stop_makes_the_exit_code(start: Start) -> None:
+    """After SIGQUIT, another signal changes neither the stop nor the exit code."""
+    daemon = start()
+    daemon.freeze()
+    daemon.send_signal(signal.SIGQUIT)
+    daemon.send_signal(signal.SIGTERM)
+    daemon.send_signal(signal.SIGCONT)
+    # The kernel delivers the lower number first: SIGQUIT is 3, SIGTERM 15.
+    assert daemon.wait() == 131
+    assert [event["signal"] for event in daemon.all("draining")] == ["SIGQUIT"]
+
+
+def test_handlers_stand_until_the_end(start: Start) -> None:
+    """The signals that are handled are neither blocked nor left to their default."""
+    daemon = start()
+
+    def masks() -> dict[str, int]:
+        status = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
+        lines = [line.split() for line in status if line.startswith("Sig")]
+        return {name: int(mask, 16) for name, mask in lines if "/" not in mask}
+
+    handled = sum(1 << (number - 1) for number in HANDLED)
+    until(lambda: masks()["SigCgt:"] & handled == handled)
+    assert masks()["SigBlk:"] & handled == 0
+    assert daemon.stop() == 0

@@ -1,0 +1,513 @@
+"""Unix sockets and inherited ones."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from crowd import Crowd, Stuck
+from echod.net.listeners import ListenError, inherit
+from harness import PATIENCE, Daemon, clean_environment, receive, run, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from harness import Start
+
+
+def connect(address: str, receive_buffer: int | None = None) -> socket.socket:
+    """Return a client of a unix socket."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    if receive_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_unix(start: Start, tmp_path: Path, abstract: bool) -> None:
+    """A unix socket echoes, half-closes and counts as TCP does; in the log is who the client is."""
+    path = tmp_path / "echod.sock"
+    address = f"\0{path}" if abstract else str(path)
+    text = f"unix:@{path}" if abstract else f"unix:{path}"
+    daemon = start(listen=text)
+    assert daemon.wait_for("listening")["address"] == text
+    with Crowd() as crowd:
+        for seed in range(20):
+            crowd.add(connect(address), 500_000 + seed, seed)
+        crowd.finish()
+        assert [(peer.end, peer.received, peer.wrong) for peer in crowd.peers] == [
+            ("eof", peer.total, False) for peer in crowd.peers
+        ]
+    daemon.wait_for("client_closed", count=20)
+    for line in daemon.all("client_closed"):
+        assert line["peer"] == f"unix:pid={os.getpid()},uid={os.getuid()}"
+        assert line["received"] == line["sent"] == line["acked"]
+        assert line["reason"] == "eof"
+        assert "rtt_ms" not in line
+    with connect(address) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        daemon.send_signal(signal.SIGTERM)
+        assert client.recv(1) == b""
+    assert daemon.wait() == 0
+    assert daemon.receipt()["quiet"] == 1
+    assert not path.exists()
+
+
+def test_unix_clients_that_do_not_read(start: Start, tmp_path: Path) -> None:
+    """Backpressure, the stall and its accounting hold on a unix socket too."""
+    path = tmp_path / "echod.sock"
+    daemon = start("--limits.write-timeout", "1", listen=f"unix:{path}")
+    with Crowd() as crowd:
+        peer = crowd.add(connect(str(path), 4096), None, 1)
+        crowd.pause_reading(peer)
+        crowd.run(Stuck(peer, 0.3))
+        assert peer.sent < 3_000_000
+        line = daemon.wait_for("client_closed")
+        assert (line["reason"], line["received"] > line["sent"] >= line["acked"]) == ("stalled", True)
+    with connect(str(path)) as client:
+        client.sendall(b"never read")
+        assert client.recv(10, socket.MSG_PEEK) == b"never read"
+    line = daemon.wait_for("client_closed", reason="reset")
+    assert (line["received"], line["sent"], line["acked"]) == (10, 10, 0)
+    assert daemon.stop() == 0
+
+
+def test_cap_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
+    """Who waits at a unix socket is told of, and let in as others leave."""
+    path = tmp_path / "echod.sock"
+    daemon = start("--limits.max-connections", "1", listen=f"unix:{path}")
+    with connect(str(path)) as first, connect(str(path)) as second:
+        for client in (first, second):
+            client.sendall(b"x")
+        assert first.recv(1) == b"x"
+        daemon.wait_for("accept_paused")
+        first.close()
+        assert second.recv(1) == b"x"
+        daemon.wait_for("accept_resumed")
+    assert daemon.stop() == 0
+
+
+def test_mode(start: Start, tmp_path: Path) -> None:
+    """The file has the permissions that the listener's table says, whatever the umask."""
+    for mode in ("0600", "0666", "0660"):
+        path = tmp_path / mode
+        daemon = start(
+            *("--listeners.x.address", f"unix:{path}", "--listeners.x.socket-mode", mode),
+            listen=None,
+            prepare=lambda: os.umask(0o027),
+        )
+        assert stat.S_IMODE(path.stat().st_mode) == int(mode, 8)
+        daemon.kill()
+
+
+def test_stale_socket(start: Start, tmp_path: Path) -> None:
+    """What a killed process left behind is replaced; what a live one listens on is not, nor is a file of another kind."""
+    path = tmp_path / "echod.sock"
+    daemon = start(listen=f"unix:{path}")
+    daemon.kill()
+    assert path.is_socket()
+    daemon = start(listen=f"unix:{path}")
+    failed = run("--listen", f"unix:{path}")
+    assert (failed.returncode, failed.stderr) == (69, f"echod: cannot listen on unix:{path}: Address already in use\n")
+    with connect(str(path)) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    assert daemon.stop() == 0
+    path.write_text("precious")
+    failed = run("--listen", f"unix:{path}")
+    message = f"echod: cannot listen on unix:{path}: the file exists and is no socket\n"
+    assert (failed.returncode, failed.stderr) == (69, message)
+    assert path.read_text() == "precious"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        failed = run("--listen", f"unix:{path}")
+        assert (failed.returncode, path.is_socket()) == (69, True)
+    failed = run("--listen", f"unix:{tmp_path}/missing/echod.sock")
+    assert failed.returncode == 69
+    assert "No such file or directory" in failed.stderr
+
+
+def test_stale_socket_and_two_that_want_it(loop_name: str, tmp_path: Path) -> None:
+    """Of processes that start together on a stale socket, one gets it, and the others are told."""
+    path = tmp_path / "echod.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    arguments = [sys.executable, "-m", "echod", "--loop", loop_name, "--listen", f"unix:{path}"]
+    processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, env=clean_environment()) for _ in range(4)]
+    try:
+        until(lambda: sum(process.poll() is not None for process in processes) == 3)
+        with connect(str(path)) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        assert sorted(process.poll() or 0 for process in processes) == [0, 69, 69, 69]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate(timeout=PATIENCE)
+    assert not path.exists()
+
+
+def test_lock(loop_name: str, tmp_path: Path) -> None:
+    """While a socket's folder is locked, as echod does from the look at a stale one on, nobody else replaces that."""
+    path = tmp_path / "echod.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        failed = run("--loop", loop_name, "--listen", f"unix:{path}")
+    finally:
+        os.close(folder)
+    message = f"echod: cannot listen on unix:{path}: another process has the folder '{tmp_path}' locked\n"
+    assert (failed.returncode, failed.stderr) == (69, message)
+    with Daemon("--loop", loop_name, listen=f"unix:{path}"):
+        connect(str(path)).close()
+
+
+def test_socket_of_another(start: Start, tmp_path: Path) -> None:
+    """At the end, only the socket's own file is removed, not what has taken its place."""
+    path = tmp_path / "echod.sock"
+    daemon = start(listen=f"unix:{path}")
+    path.unlink()
+    path.write_text("another's")
+    assert daemon.stop() == 0
+    assert path.read_text() == "another's"
+
+
+def test_all_or_none(start: Start, tmp_path: Path) -> None:
+    """Where another address cannot be opened, the unix socket's file is gone again."""
+    path = tmp_path / "echod.sock"
+    taken = start()
+    failed = run("--listen", f"unix:{path},127.0.0.1:{taken.address[1]}")
+    assert failed.returncode == 69
+    assert not path.exists()
+
+
+def test_second_signal(start: Start, tmp_path: Path) -> None:
+    """A stop at once removes the file as well."""
+    path = tmp_path / "echod.sock"
+    daemon = start(listen=f"unix:{path}")
+    with connect(str(path)) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait() == 143
+    assert not path.exists()
+
+
+# Inherited sockets
+
+
+@pytest.fixture
+def parents() -> Iterator[list[socket.socket]]:
+    """Collect the sockets of a stand-in for systemd; they are closed in the end."""
+    sockets: list[socket.socket] = []
+    yield sockets
+    for sock in sockets:
+        sock.close()
+
+
+def listening(parents: list[socket.socket], family: int = socket.AF_INET) -> socket.socket:
+    """Return a listening socket of the parent's."""
+    sock = socket.socket(family)
+    sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
+    sock.listen(4096)
+    parents.append(sock)
+    return sock
+
+
+# Passes descriptors on as sd_listen_fds(3) describes, and becomes the daemon.
+HAND_OVER = """
+import os, sys
+names, descriptors, arguments = sys.argv[1], [int(text) for text in sys.argv[2].split(",")], sys.argv[3:]
+high = [os.dup2(descriptor, 200 + place) for place, descriptor in enumerate(descriptors)]
+for place, descriptor in enumerate(high):
+    os.dup2(descriptor, 3 + place)
+    os.close(descriptor)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(descriptors))
+if names:
+    os.environ["LISTEN_FDNAMES"] = names
+os.execv(sys.executable, [sys.executable, "-m", "echod", *arguments])
+"""
+
+
+def module(sockets: list[Any], names: str) -> tuple[str, ...]:
+    """Return what an interpreter is to run in order to be a daemon that inherits these sockets."""
+    return ("-c", HAND_OVER, names, ",".join(str(sock.fileno()) for sock in sockets))
+
+
+def hand_over(sockets: list[socket.socket], names: str, *arguments: str, loop_name: str) -> Daemon:
+    """Start a daemon that inherits sockets."""
+    descriptors = [sock.fileno() for sock in sockets]
+    options = ("--loop", loop_name, *arguments)
+    return Daemon(*options, module=module(sockets, names), listen=None, pass_fds=descriptors)
+
+
+def test_all_inherited_sockets(loop_name: str, parents: list[socket.socket]) -> None:
+    """Without an address in the settings, every inherited socket is served, under its name, whatever its family."""
+    sockets = [listening(parents), listening(parents), listening(parents, socket.AF_UNIX)]
+    with hand_over(sockets, "web:web:local", loop_name=loop_name) as daemon:
+        daemon.wait_for("listening", count=3)
+        for sock in sockets:
+            with socket.socket(sock.family) as client:
+                client.settimeout(PATIENCE)
+                client.connect(sock.getsockname())
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+        assert daemon.stop() == 0
+        assert [event["listener"] for event in daemon.all("listening")] == ["web", "web", "local"]
+        assert sorted(line["listener"] for line in daemon.all("client_closed")) == ["local", "web", "web"]
+
+
+def test_reload_of_inherited_sockets(loop_name: str, parents: list[socket.socket], tmp_path: Path) -> None:
+    """They go by the settings that were read last, as all others do."""
+    file = tmp_path / "echo.toml"
+    file.touch()
+    with hand_over([listening(parents)], "web", "--config", str(file), loop_name=loop_name) as daemon:
+        with socket.create_connection(parents[0].getsockname(), PATIENCE) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            file.write_text("[limits]\nidle_timeout = 0.3\n")
+            daemon.send_signal(signal.SIGHUP)
+            assert client.recv(1) == b""
+        assert daemon.wait_for("client_closed")["reason"] == "idle"
+        assert daemon.stop() == 0
+        assert not daemon.all("restart_needed")
+
+
+def test_inherited_sockets_by_name(loop_name: str, parents: list[socket.socket]) -> None:
+    """A listener takes the one it names; one that nobody names is told of."""
+    sockets = [listening(parents), listening(parents)]
+    arguments = ("--listeners.lines.address", "systemd:b", "--listeners.lines.mode", "line")
+    with hand_over(sockets, "a:b", *arguments, loop_name=loop_name) as daemon:
+        assert daemon.wait_for("inherited_socket_unused")["name"] == "a"
+        with socket.create_connection(sockets[1].getsockname(), PATIENCE) as client:
+            client.sendall(b"x\ny")
+            assert receive(client, 2) == b"x\n"
+        assert daemon.stop() == 0
+
+
+def test_both_families_in_one_socket(loop_name: str, parents: list[socket.socket]) -> None:
+    """An IPv4 client of a socket for both families, as systemd opens them, is shown as what it is."""
+    try:
+        sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    parents.append(sock)
+    with hand_over([sock], "", loop_name=loop_name) as daemon:
+        assert daemon.wait_for("listening")["listener"] == "unknown"
+        with socket.create_connection(("127.0.0.1", sock.getsockname()[1]), PATIENCE) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        assert daemon.wait_for("client_closed")["peer"].startswith("127.0.0.1:")
+
+
+def refusal(sockets: list[Any], names: str, *arguments: str) -> list[str]:
+    """Return what the command says of what it has inherited, having seen that it says so by exit code 69."""
+    result = subprocess.run(
+        [sys.executable, *module(sockets, names), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean_environment(),
+        pass_fds=[sock.fileno() for sock in sockets],
+    )
+    assert result.returncode == 69
+    return result.stderr.splitlines()
+
+
+def test_names_that_do_not_match(parents: list[socket.socket]) -> None:
+    """What is wrong, and what there was."""
+    sockets = [listening(parents), listening(parents)]
+    assert refusal(sockets, "a:b", "--listen", "systemd:c") == [
+        "echod: cannot listen on systemd:c: no socket of that name was inherited; there are: a, b"
+    ]
+    assert refusal(sockets, "é:") == [
+        "echod: inherited descriptor 3: 'é' is no name",
+        "echod: inherited descriptor 4: '' is no name",
+    ]
+    assert refusal(sockets, "a") == ["echod: LISTEN_FDNAMES has 1 names for 2 sockets: a"]
+    failed = run("--listen", "systemd:c")
+    message = "echod: cannot listen on systemd:c: no socket of that name was inherited; there are: none\n"
+    assert (failed.returncode, failed.stderr) == (69, message)
+
+
+def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path) -> None:
+    """Each is named, with what it is."""
+    parents += [socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()]
+    with (tmp_path / "file").open("w") as file:
+        assert refusal([*parents, file], "datagrams:deaf:file") == [
+            "echod: inherited descriptor 3, 'datagrams', is a SOCK_DGRAM socket, not SOCK_STREAM",
+            "echod: inherited descriptor 4, 'deaf', does not listen",
+            "echod: inherited descriptor 5, 'file': Socket operation on non-socket",
+        ]
+
+
+def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is meant for another process is none of ours; what makes no sense is an error; and all are used up."""
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert inherit() == {}
+    assert "LISTEN_FDS" not in os.environ
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "many")
+    with pytest.raises(ListenError, match="LISTEN_FDS should be a number, not 'many'"):
+        inherit()
+
+
+def test_who_waits_is_left_to_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
+    """A stop does not take in who waits at an inherited socket, as it does at its own: the next process will."""
+    sock = listening(parents)
+    with contextlib.ExitStack() as clients:
+        connected, waiting = (clients.enter_context(socket.socket()) for _ in range(2))
+        with hand_over([sock], "web", "--limits.max-connections", "1", loop_name=loop_name) as daemon:
+            for client in (connected, waiting):
+                client.settimeout(PATIENCE)
+                client.connect(sock.getsockname())
+                client.sendall(b"x")
+            assert connected.recv(1) == b"x"
+            daemon.wait_for("accept_paused")
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait_for("draining")
+            connected.shutdown(socket.SHUT_WR)
+            assert connected.recv(1) == b""
+            assert daemon.wait() == 0
+            assert daemon.receipt()["clients"] == 1
+        with hand_over([sock], "web", loop_name=loop_name) as daemon:
+            assert waiting.recv(1) == b"x"
+
+
+def test_backlog_waits_for_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
+    """At its end a daemon lets go of an inherited socket: who connects meanwhile is served by the next."""
+    sock = listening(parents)
+    with hand_over([sock], "web", loop_name=loop_name) as daemon:
+        assert daemon.stop() == 0
+    with socket.create_connection(sock.getsockname(), PATIENCE) as client:
+        client.sendall(b"early")
+        with hand_over([sock], "web", loop_name=loop_name) as daemon:
+            assert receive(client, 5) == b"early"
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+            assert daemon.stop() == 0
+
+
+def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> None:
+    """While daemons come and go on one inherited socket, no connect fails and no echo is lost."""
+    sock = listening(parents)
+    with Connects(sock.getsockname(), 200) as connects:
+        for _ in range(RESTARTS):
+            with hand_over([sock], "web", loop_name=loop_name) as daemon:
+                served = connects.served
+                until(lambda served=served: connects.served > served + 20)  # type: ignore[misc]
+                assert daemon.stop() == 0
+                receipt = daemon.receipt()
+                assert (receipt["unsent_bytes"], receipt["unacked_bytes"]) == (0, 0)
+        with hand_over([sock], "web", loop_name=loop_name) as daemon:
+            connects.finish()
+            assert daemon.stop() == 0
+    assert connects.failures == []
+    assert connects.served == connects.begun > 0
+    sys.stdout.write(f"{RESTARTS} restarts on {loop_name}: {connects.served} clients served, none failed\n")
+
+
+# A soak test sets more.
+RESTARTS = int(os.environ.get("SOAK_RESTARTS", "4"))
+
+
+class Connects:
+    """Clients that connect at a rate, each from a thread of a pool, and check their echo."""
+
+    def __init__(self, address: tuple[str, int], rate: float) -> None:
+        self._address = address
+        self._pause = 1 / rate
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(2000)
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run)
+        self.begun = 0
+        self.served = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Let no more connect, and wait for those that have."""
+        self._stop.set()
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            due += self._pause
+            self.begun += 1
+            self._pool.submit(self._echo, self.begun)
+
+    def _echo(self, number: int) -> None:
+        message = b"%d" % number * 100
+        try:
+            with socket.create_connection(self._address, PATIENCE) as client:
+                client.sendall(message)
+                client.shutdown(socket.SHUT_WR)
+                right = receive(client, len(message) + 1) == message
+        except OSError as error:
+            self.failures.append(repr(error))
+            return
+        with self._lock:
+            self.served += right
+        if not right:
+            self.failures.append("wrong echo")
+
+
+def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
+    """A stand-in of systemd's own starts the daemon when the first client comes."""
+    if not shutil.which("systemd-socket-activate"):
+        pytest.skip("systemd-socket-activate is not installed")
+    path = tmp_path / "echod.sock"
+    command = ["systemd-socket-activate", "--listen", str(path), "--fdname", "web"]
+    command += [sys.executable, "-m", "echod", "--loop", loop_name]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=clean_environment()) as process:
+        try:
+            until(path.is_socket)
+            with connect(str(path)) as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            process.terminate()
+            _, log = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert b'"listener": "web"' in log
+    assert process.returncode == 0

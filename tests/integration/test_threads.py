@@ -1,0 +1,199 @@
+"""Threads and processes that the system refuses: each use of one degrades, and the next attempt works."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from echod import threads
+from echod.probe import command, load, progress
+from echod.settings.resources import loop_factory
+from harness import PATIENCE, Daemon, clean_environment, until
+from refusal import refusing
+from watching import WATCHED, scrape
+
+REFUSED = "can't start new thread: raise the limit of processes (ulimit -u, pids.max, TasksMax=), or free memory"
+
+
+def descriptors(process: object) -> set[str]:
+    return {path.name for path in Path(f"/proc/{process}/fd").iterdir()}
+
+
+def test_reload(loop_name: str, tmp_path: Path) -> None:
+    """A reload without a thread fails, systemd hears the end of it, and the next reload works."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(PATIENCE)
+        manager.bind(str(tmp_path / "notify"))
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with Daemon("--loop", loop_name, module=refusing(reload="--"), env=environment) as daemon:
+            assert manager.recv(4096).startswith(b"READY=1\n")
+            for count in (1, 2):
+                daemon.send_signal(signal.SIGHUP)
+                assert daemon.wait_for("reload_failed", count=count)["problems"] == [REFUSED]
+                assert manager.recv(4096).startswith(b"RELOADING=1\n")
+                ready = manager.recv(4096)
+                assert ready.startswith(b"READY=1\n")
+                assert REFUSED.encode() in ready
+            daemon.send_signal(signal.SIGHUP)
+            daemon.wait_for("reloaded")
+            daemon.echo(b"x")
+            assert daemon.stop() == 0
+            assert not daemon.all("reload_queued")
+            assert not daemon.all("loop_error")
+
+
+def test_start(loop_name: str) -> None:
+    """Without a thread for the log, the start ends with one line and the exit code of a failure."""
+    command = [sys.executable, *refusing(log="-"), "--loop", loop_name, "--listen", "127.0.0.1:0"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(), check=False
+    )
+    assert result.stderr == f"echod: the log: {REFUSED}\n"
+    assert result.returncode == 1
+
+
+def test_another_log(loop_name: str, tmp_path: Path) -> None:
+    """A reload that needs a thread for another log changes nothing without one, and leaves no descriptor open."""
+    config, log = tmp_path / "echo.toml", tmp_path / "log"
+    config.write_text("")
+    with Daemon("--loop", loop_name, "--config", str(config), module=refusing(log="+-")) as daemon:
+        config.write_text(f'log.file = "{log}"\nlimits.max_connections = 1\n')
+        before = descriptors(daemon.pid)
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.wait_for("reload_failed")["problems"] == [REFUSED]
+        assert descriptors(daemon.pid) == before
+        with daemon.connect() as one, daemon.connect() as two:
+            for client in (one, two):
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: log.exists() and '"reloaded"' in log.read_text())
+        assert daemon.stop() == 0
+
+
+def test_rotation(loop_name: str, tmp_path: Path) -> None:
+    """A log file is reopened without a new thread, so a limit of processes cannot prevent it."""
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    arguments = ("--loop", loop_name, "--log.file", str(log), "--log.format", "json")
+    with Daemon(*arguments, listen=listen, module=refusing(reload="-", log="+-----"), read_log=False) as daemon:
+        until(lambda: log.exists() and '"listening"' in log.read_text())
+        log.rename(tmp_path / "rotated")
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: log.exists() and '"reload_failed"' in log.read_text())
+        assert "reload" not in (tmp_path / "rotated").read_text()
+        assert daemon.stop() == 0
+        assert '"stopped"' in log.read_text()
+
+
+def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
+    """A FIFO is reopened by a new thread. Without one, lines still go to the old thread, and the reload goes on."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    arguments = ("--loop", loop_name, "--log.file", str(fifo), "--log.format", "json")
+    data = b""
+
+    def has(text: bytes) -> bool:
+        nonlocal data
+        assert select.select([reader], [], [], PATIENCE)[0]
+        data += os.read(reader, 65536)
+        return text in data
+
+    with Daemon(*arguments, listen=listen, module=refusing(log="+-"), read_log=False) as daemon:
+        until(lambda: has(b'"listening"'))
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: has(b'"reloaded"'))
+        assert f'"log_reopen_failed", "file": "{fifo}", "error": "{REFUSED}"'.encode() in data
+        assert daemon.stop() == 0
+        until(lambda: has(b'"stopped"'))
+    os.close(reader)
+
+
+def test_metrics(loop_name: str) -> None:
+    """A scrape without a thread has all metrics except those of the process, and the next one has these too."""
+    with Daemon("--loop", loop_name, *WATCHED, module=refusing(admin="-")) as daemon:
+        assert {"echod_draining", "process_open_fds"} & {key[0] for key in scrape(daemon)} == {"echod_draining"}
+        assert {"echod_draining", "process_open_fds"} <= {key[0] for key in scrape(daemon)}
+        assert daemon.stop() == 0
+        assert daemon.loud() == []
+
+
+@pytest.mark.parametrize("granted", [0, 3])
+def test_measurement(granted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement connects on as many threads as it gets, and without any on its own."""
+    begin, started = threading.Thread.start, list[str]()
+
+    def start(self: threading.Thread) -> None:
+        if len(started) == granted:
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+        started.append(self.name)
+        begin(self)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        order = command.parse([f"127.0.0.1:{listening.getsockname()[1]}", "--connections", "20", "--count", "1"])
+        assert isinstance(order, command.Order)
+        with progress.Display(order) as display:
+            generator = load.Load(order, load.Interrupt(), display)
+            monkeypatch.setattr(threading.Thread, "start", start)
+            generator.connect()
+        assert generator._figures.connected == 20
+        assert len(started) == granted
+        generator._finish(0)  # closes them
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement on a terminal does without its progress if no process can be forked."""
+
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(os, "fork", fork)
+        before = descriptors("self")
+        order = command.parse(["127.0.0.1:7", "--count", "1"])
+        assert isinstance(order, command.Order)
+        with progress.Display(order) as display:
+            assert descriptors("self") == before
+            display.show(seconds=1.0, messages=1, received=1, errors=0, sample=[1])
+    os.close(master)
+
+
+@pytest.mark.parametrize("over", ["cancelled", "closed"])
+def test_result_that_is_not_wanted(loop_name: str, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that outlives the interest in its result, or the loop, ends without an error."""
+    errors: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    loop = loop_factory(loop_name)()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    go = threading.Event()
+    future = threads.call(loop, go.wait, "unwanted")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "unwanted")
+    if over == "cancelled":
+        future.cancel()
+        go.set()
+        thread.join(PATIENCE)
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+    else:
+        loop.close()
+        go.set()
+        thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert errors == []

@@ -1,0 +1,111 @@
+"""Test that the page on operations lists exactly the events that the source logs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import echod
+from echod import cli
+from echod.connection.echo import Reason
+from echod.server.ledger import Entry, Receipt
+
+if TYPE_CHECKING:
+    from harness import Start
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+LEVELS = {"debug", "info", "warning", "error", "exception"}
+
+# Fields that are not keyword arguments of the call: the listener is bound to the logger, other fields are unpacked.
+BOUND = {"accept_failed", "accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
+UNPACKED = {
+    "client_closed": set(Entry._fields),
+    "drained": set(Receipt.__slots__),
+    "stopped": {
+        "connections",
+        "empty",
+        "accept_pauses",
+        "accept_failures",
+        "received",
+        "sent",
+        "acked",
+        "discarded_bytes",
+    },
+}
+
+# Warnings whose names are not literals where they are logged.
+CERTIFICATES: dict[str, set[str]] = {
+    "certificate_ends_soon": {"listener", "file", "subject", "not_after", "days"},
+    "certificate_expired": {"listener", "file", "subject", "not_after"},
+    "certificate_not_yet_valid": {"listener", "file", "subject", "not_before"},
+}
+
+
+class Logged(NamedTuple):
+    """The level and fields of an event in the source."""
+
+    level: str
+    fields: frozenset[str]
+
+
+def logged() -> dict[str, Logged]:
+    """Return all events in the source by name."""
+    found = {
+        "log_lines_dropped": Logged("warning", frozenset({"lines"})),  # the log's writer makes it itself
+        **{event: Logged("warning", frozenset(fields)) for event, fields in CERTIFICATES.items()},
+    }
+    for module in Path(echod.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(attr=method), args=[ast.Constant(value=str(name))], keywords=keywords
+                ) if method in LEVELS:
+                    fields = {keyword.arg for keyword in keywords if keyword.arg}
+                    fields |= UNPACKED.get(name, set()) | ({"listener"} if name in BOUND else set())
+                    if method == "exception" or "exc_info" in fields:
+                        fields = fields - {"exc_info"} | {"exception"}
+                    level = "error" if method == "exception" else method
+                    found[name] = Logged(level, frozenset(fields))
+    return found
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of the first table after a heading."""
+    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    assert table, heading
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()[2:]]
+
+
+def test_events() -> None:
+    """Check the level and fields of each event, and that the page has advice for it."""
+    source = logged()
+    page = {name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("The log")}
+    assert page == {name: (event.level, set(event.fields)) for name, event in source.items()}
+    assert len(page) > 15
+    assert all(row[3] for row in rows("The log"))
+
+
+def test_a_run(start: Start) -> None:
+    """Check the fields that a daemon really logs. The line of a connection may omit fields."""
+    daemon = start()
+    daemon.echo(b"hello")
+    daemon.wait_for("client_closed")
+    assert daemon.stop() == 0
+    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("The log")}
+    for event in daemon.events:
+        fields = set(event) - {"timestamp", "level", "event"}
+        assert fields == page[event["event"]] or (event["event"] == "client_closed" and fields < page["client_closed"])
+    assert {"started", "listening", "draining", "drained", "stopped"} <= {event["event"] for event in daemon.events}
+
+
+def test_reasons() -> None:
+    assert {row[0].strip("`") for row in rows("How connections end")} == set(get_args(Reason))
+
+
+def test_exit_codes() -> None:
+    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes"))))
+    own = {cli.EXIT_OK, cli.EXIT_FAILURE, cli.EXIT_UNAVAILABLE, cli.EXIT_CONFIG}
+    assert codes == {str(code) for code in own} | {"2", "130", "131", "143"}

@@ -1,0 +1,267 @@
+"""Pauses of the process: no client is closed for the time in which the process itself did not run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import signal
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+import pytest
+
+from echod.clock import Clock
+from echod.connection.echo import EchoSession, Linger, SessionSettings
+from echod.server.client import Client, Timeouts
+from echod.server.drain import Drain, DrainSettings
+from echod.settings.resources import loop_factory
+from harness import PATIENCE, UNHURRIED
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from certificates import Certificates
+    from echod.connection.echo import Stage
+    from harness import Daemon, Start
+
+V1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 2000\r\n"
+TIMEOUTS = Timeouts(idle=10, write=10, handshake=10)
+
+
+class Source:
+    """The time, as a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_passes_up_to_the_announced_look() -> None:
+    """Time counts as usual for a look that is in time or a little late; of a pause, only that much counts."""
+    source = Source()
+    clock = Clock(source)
+    source.now += 7
+    assert (clock.time(), clock.late) == (107, False)
+    clock.announce(1)
+    source.now += 1.125
+    assert (clock.time(), clock.late) == (108.125, False)
+    clock.announce(1)
+    source.now += 3600
+    assert (clock.time(), clock.late) == (109.375, True)
+    clock.announce(1)
+    assert (clock.time(), clock.late) == (109.375, False)
+    source.now += 1
+    assert clock.time() == 110.375
+
+
+class Ends:
+    """A client of a server, and the other end of its connection."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.peer = socket.create_connection(listening.getsockname(), PATIENCE)
+            sock, address = listening.accept()
+        sock.setblocking(False)
+        session = EchoSession(sock, SessionSettings(65536, 1.0), asyncio.get_running_loop().create_future())
+        self.client = Client(sock, address, 0, 0, lambda _, __: session)
+        self.session = session
+
+    async def connect(self) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(self.session, self.session.sock)
+
+
+@contextlib.contextmanager
+def ends() -> Iterator[Ends]:
+    both = Ends()
+    try:
+        yield both
+    finally:
+        both.peer.close()
+        both.session.sock.close()
+
+
+def run(loop_name: str, scene: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(scene(), PATIENCE)
+
+    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("sent", [V1, b""])
+@pytest.mark.parametrize("stage", ["proxy_header", "handshake"])
+def test_unread_input_in_a_stage(loop_name: str, stage: Stage, sent: bytes) -> None:
+    """A client is not closed in a stage while the kernel has bytes of it, or its FIN, that were not read yet."""
+
+    async def scene() -> None:
+        with ends() as both:
+            both.session.stage = stage
+            assert both.client.overdue(9.9, TIMEOUTS) is None
+            assert both.client.overdue(10, TIMEOUTS) == stage
+            both.peer.sendall(sent)
+            if not sent:
+                both.peer.shutdown(socket.SHUT_WR)
+            assert both.client.overdue(10, TIMEOUTS) is None
+            both.session.sock.recv(len(sent))
+            if sent:
+                assert both.client.overdue(10, TIMEOUTS) == stage
+
+    run(loop_name, scene)
+
+
+def test_an_unread_fin_is_no_silence(loop_name: str) -> None:
+    """A client that has closed its direction is neither idle nor quiet: its FIN is the next thing to be read."""
+
+    async def scene() -> None:
+        with ends() as both:
+            drain = Drain([both.client], lambda: True, DrainSettings(0, 1, 9, 1))
+            drain._dismiss_quiet(0)
+            both.peer.shutdown(socket.SHUT_WR)
+            assert both.client.overdue(11, TIMEOUTS) is None
+            drain._dismiss_quiet(11)
+            assert both.session.reason is None
+
+    run(loop_name, scene)
+
+
+def test_pause_in_a_linger(loop_name: str) -> None:
+    """What the client sent in a pause of the process is read before the linger ends, and so is its FIN."""
+
+    async def scene() -> None:
+        with ends() as both:
+            await both.connect()
+            both.session.close("idle")
+            assert await asyncio.to_thread(both.peer.recv, 1) == b""
+            assert both.session.transport is not None
+            linger = both.session.transport.get_protocol()
+            assert isinstance(linger, Linger)
+            source = Source()
+            linger._clock = Clock(source)
+            linger._expiry = source.now + 1
+            linger._schedule(PATIENCE)
+            source.now += 3600
+            both.peer.sendall(b"late")
+            linger._poll()
+            assert not both.session.transport.is_closing()
+            both.peer.shutdown(socket.SHUT_WR)
+            await both.session.ended
+            assert (both.session.eof, both.session.discarded) == (True, 4)
+
+    run(loop_name, scene)
+
+
+def test_pause_in_a_linger_of_a_silent_client(loop_name: str) -> None:
+    """A client that sent nothing in the pause either is closed."""
+
+    async def scene() -> None:
+        with ends() as both:
+            await both.connect()
+            both.session.close("idle")
+            assert both.session.transport is not None
+            linger = both.session.transport.get_protocol()
+            assert isinstance(linger, Linger)
+            source = Source()
+            linger._clock = Clock(source)
+            linger._expiry = source.now
+            linger._schedule(PATIENCE)
+            source.now += 3600
+            linger._poll()
+            await both.session.ended
+            assert not both.session.eof
+
+    run(loop_name, scene)
+
+
+class Paused(Drain):
+    """A drain with a clock of the test's, whose first wait is a pause of an hour."""
+
+    source: Source
+    waits = 0
+
+    async def _wait_until(self, when: float) -> None:
+        self._clock.announce(when - self._clock.time())
+        self.waits += 1
+        self.source.now += 3600 if self.waits == 1 else when - self._clock.time()
+
+
+def test_pause_in_a_drain(loop_name: str) -> None:
+    """After an hour's pause, a client still has most of `drain_timeout`, and then most of `linger_timeout`."""
+
+    async def scene() -> None:
+        with ends() as both:
+            clients = [both.client]
+            drain = Paused(clients, lambda: True, DrainSettings(0, PATIENCE, drain_timeout=10, linger_timeout=5))
+            drain.source = Source()
+            drain._clock = Clock(drain.source)
+            await drain.run()
+            assert both.session.reason == "cut"
+            # 9.5 seconds of the drain and 5 of the linger, a quarter of a second at a time.
+            assert drain.waits == pytest.approx((9.5 + 5) / 0.25, abs=2)
+
+    run(loop_name, scene)
+
+
+# The real daemon, stopped by SIGSTOP for longer than its timeouts
+
+
+def pause(daemon: Daemon, client: socket.socket, seconds: float) -> None:
+    """Let some time pass in which the daemon is paused, and let it go on."""
+    assert select.select([client], [], [], seconds)[0] == []
+    daemon.send_signal(signal.SIGCONT)
+
+
+def test_paused_before_the_proxy_header(start: Start) -> None:
+    """The whole header and data arrive while the daemon is paused for longer than `handshake_timeout`: they are served."""
+    options = ("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol", "require")
+    daemon = start(*options, "--limits.handshake-timeout", "0.5", *UNHURRIED, listen=None)
+    with daemon.connect() as client, daemon.connect() as header_only:
+        daemon.settle()
+        daemon.freeze()
+        client.sendall(V1 + b"data")
+        header_only.sendall(V1)
+        pause(daemon, client, 2)
+        assert client.recv(4) == b"data"
+        header_only.sendall(b"x")
+        assert header_only.recv(1) == b"x"
+    daemon.wait_for("client_closed", count=2, reason="eof")
+    assert daemon.stop() == 0
+
+
+def received(sock: socket.socket) -> bytes:
+    """Return what has come, which is not the end of the connection."""
+    data = sock.recv(65536)
+    assert data
+    return data
+
+
+def test_paused_in_the_tls_handshake(start: Start, certificates: Certificates) -> None:
+    """A client's first flight arrives while the daemon is paused for longer than `handshake_timeout`: it is served."""
+    daemon = start(*certificates.options(), "--limits.handshake-timeout", "3", *UNHURRIED, listen=None)
+    with daemon.connect() as sock:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        first = certificates.context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            first.do_handshake()
+        daemon.settle()
+        daemon.freeze()
+        sock.sendall(outgoing.read())
+        pause(daemon, sock, 3.5)
+        while True:
+            try:
+                first.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                incoming.write(received(sock))
+        first.write(b"data")
+        sock.sendall(outgoing.read())
+        echo = b""
+        while not echo:
+            incoming.write(received(sock))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                echo = first.read(10)
+        assert echo == b"data"
+    assert daemon.stop() == 0

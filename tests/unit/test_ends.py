@@ -1,0 +1,338 @@
+"""The reason of an end is true: `eof` means all echo was acknowledged, and `io_error` that a call failed on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from echod.connection.echo import SessionSettings
+from echod.connection.faults import Fault, FaultSession
+from harness import PATIENCE, UNHURRIED, receive, reset, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from certificates import Certificates
+    from harness import Daemon, Start
+    from pairs import InLoop, Pair
+
+
+# A TLS client that closes without waiting for our close_notify (RFC 8446, section 6.1)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("last", ["FIN", "RST"])
+def test_close_after_close_notify(start: Start, certificates: Certificates, version: str, last: str) -> None:
+    """A client that has its echo, sends close_notify and is gone has ended well, though its kernel answers with RST."""
+    daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
+    context = certificates.context(version=version)
+    for number in range(1, 21):
+        client = certificates.join(daemon, context)
+        client.send(b"hello")
+        assert client.recv(5) == b"hello"
+        client.shutdown(socket.SHUT_WR)
+        if last == "RST":
+            reset(client.sock)
+        client.close()
+        line = daemon.wait_for("client_closed", count=number)
+        assert (line["reason"], line["received"], line["acked"]) == ("eof", 5, 5)
+    assert daemon.stop() == 0
+
+
+def test_close_without_a_byte(start: Start, certificates: Certificates) -> None:
+    """A client that closes after its handshake, with our session tickets unread, has ended well too."""
+    daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
+    client = certificates.join(daemon)
+    with contextlib.closing(client):
+        client.shutdown(socket.SHUT_WR)
+    assert daemon.wait_for("client_closed")["reason"] == "eof"
+
+
+def test_probe_ends_well(start: Start, certificates: Certificates) -> None:
+    """So does each health check by the probe."""
+    daemon = start(*certificates.options(), listen=None)
+    host, port = daemon.address
+    for number in range(1, 4):
+        done = run("probe", f"{host}:{port}", "--tls", "--ca", str(certificates.ca), "--server-name", "localhost")
+        assert done.returncode == 0, done.stderr
+        assert daemon.wait_for("client_closed", count=number)["reason"] == "eof"
+
+
+def test_close_before_the_echo(start: Start, certificates: Certificates) -> None:
+    """A client that closes before its echo arrives has not got it: that is a reset."""
+    daemon = start(*certificates.options(), listen=None)
+    client = certificates.join(daemon)
+    client.send(b"hello")
+    assert client.recv(5) == b"hello"
+    daemon.freeze()
+    client.send(b"never echoed in time")
+    client.shutdown(socket.SHUT_WR)
+    client.close()
+    daemon.send_signal(signal.SIGCONT)
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == ("reset", 25, 5)
+
+
+def test_close_while_echo_is_held_back(start: Start, certificates: Certificates) -> None:
+    """Nor has one whose echo a fault holds back until it has gone."""
+    daemon = start(
+        *certificates.options(),
+        *("--listeners.tls.fault", "late", "--faults.late.trigger", "late", "--faults.late.delay", "1"),
+        listen=None,
+    )
+    client = certificates.join(daemon)
+    client.send(b"soon")
+    assert client.recv(4) == b"soon"
+    client.send(b"late")
+    daemon.settle()
+    client.shutdown(socket.SHUT_WR)
+    client.close()
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == ("reset", 8, 4)
+
+
+def test_end_with_echo_held_back(in_loop: InLoop) -> None:
+    """A client that closes has not got the echo that a fault still holds back."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session = FaultSession(
+            pair.sock,
+            SessionSettings(290_000, 1.0),
+            asyncio.get_running_loop().create_future(),
+            Fault("f", delay=60),
+            1,
+        )
+        await pair.connect()
+        pair.session.data_received(b"x")
+        pair.client.shutdown(socket.SHUT_WR)
+        while not pair.session.eof:  # noqa: ASYNC110  (the session has no event for it)
+            await asyncio.sleep(0)
+        assert pair.session.transport is not None
+        pair.session.transport.abort()
+        await pair.session.ended
+        assert pair.session.reason == "undelivered"
+
+    in_loop(scene)
+
+
+def test_reset_after_all_echo(in_loop: InLoop) -> None:
+    """A client in clear that has closed, has all of its echo, and resets while it lingers has ended well too."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.client.sendall(b"hello")
+        assert await asyncio.to_thread(pair.client.recv, 5) == b"hello"
+        pair.session.close("eof")
+        assert await asyncio.to_thread(pair.client.recv, 1) == b""
+        reset(pair.client)
+        await pair.session.ended
+        assert pair.session.reason == "eof"
+
+    in_loop(scene)
+
+
+# A client that does not take its echo
+
+
+def closing_unread(daemon: Daemon) -> socket.socket:
+    """Return a client that has closed its direction and does not read its echo."""
+    client = daemon.connect(receive_buffer=4096)
+    client.sendall(bytes(100_000))
+    client.shutdown(socket.SHUT_WR)
+    return client
+
+
+@pytest.mark.parametrize("choice", ["nonempty", "failed"])
+def test_client_does_not_read(start: Start, choice: str) -> None:
+    """A client that closes its direction, and does not take its echo before `linger_timeout`, is `undelivered`."""
+    daemon = start("--shutdown.linger-timeout", "0.3", "--log.connections", choice, *UNHURRIED)
+    with closing_unread(daemon):
+        line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"]) == ("undelivered", 100_000)
+    assert line["acked"] < 100_000
+
+
+def test_client_does_not_read_in_a_stop(start: Start) -> None:
+    """So is one at which the drain's end comes first; the receipt counts it as aborted, not as completed."""
+    daemon = start("--shutdown.drain-timeout", "0.1", "--shutdown.linger-timeout", "0.5")
+    with closing_unread(daemon):
+        daemon.settle()
+        assert daemon.stop() == 0
+    line = daemon.wait_for("client_closed")
+    assert line["reason"] == "undelivered"
+    receipt = daemon.receipt()
+    assert (receipt["aborted"], receipt["unacked_bytes"]) == (1, line["sent"] - line["acked"])
+
+
+def test_client_reads_in_the_end(start: Start) -> None:
+    """One that takes all of it, however late, is `eof`, and no failure."""
+    daemon = start("--shutdown.linger-timeout", str(PATIENCE), *UNHURRIED)
+    with closing_unread(daemon) as client:
+        daemon.settle()
+        assert len(receive(client, 200_000)) == 100_000
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["acked"]) == ("eof", 100_000)
+
+
+# System calls that fail
+
+
+@contextlib.contextmanager
+def injected(daemon: Daemon, *injections: str) -> Iterator[None]:
+    """Have system calls of the loop's thread fail."""
+    if (strace := shutil.which("strace")) is None:
+        pytest.skip("strace is not installed")
+    options = [text for injection in injections for text in ("-e", f"inject={injection}")]
+    with subprocess.Popen(
+        [strace, "-p", str(daemon.pid), "-o", os.devnull, *options], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        try:
+            if "Operation not permitted" in said:
+                pytest.skip(f"strace may not attach here: {said}")
+            assert "attached" in said
+            yield
+        finally:
+            process.terminate()
+
+
+def test_write_fails(start: Start) -> None:
+    """Reset a client whose echo cannot be sent, as FIN would make a part look complete. The detail names the call."""
+    daemon = start(*UNHURRIED)
+    with daemon.connect() as client, daemon.connect() as other:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        with injected(daemon, "write,writev,sendto,sendmsg:error=ENOBUFS:when=1"):
+            client.sendall(b"lost")
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        line = daemon.wait_for("client_closed")
+        assert (line["reason"], line["detail"]) == ("io_error", "write: ENOBUFS")
+        assert (line["received"], line["sent"], line["acked"]) == (9, 5, 5)
+        other.sendall(b"served")
+        assert receive(other, 6) == b"served"
+        daemon.send_signal()
+    assert daemon.wait() == 0
+    assert daemon.loud() == []
+
+
+@pytest.mark.parametrize("reason", ["cut", "line_too_long"])
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+def test_write_fails_behind_the_end(in_loop: InLoop, reason: str, family: str) -> None:
+    """A close that was to lose nothing has not done so then; a client that did wrong keeps its reason."""
+
+    async def scene(pair: Pair) -> None:
+        if family == "unix":
+            pair.client.close()
+            pair.sock.close()
+            pair.sock, pair.client = socket.socketpair()
+            pair.sock.setblocking(False)
+            pair.client.settimeout(PATIENCE)
+            pair.renew()
+        pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await pair.connect()
+        pair.session.data_received(bytes(1_000_000))
+        pair.session.close(reason)  # type: ignore[arg-type]
+        pair.break_off(OSError(errno.ENOBUFS, "No buffer space available"))
+        await pair.session.ended
+        assert pair.session.reason == ("io_error" if reason == "cut" else reason)
+        assert pair.session.delivery is not None
+        assert pair.session.delivery.acked == 0 or family == "tcp"
+        if reason == "cut":
+            call = "write" if family == "tcp" else "read or write"
+            assert pair.session.detail == f"{call}: ENOBUFS"
+        if family == "tcp":
+            with pytest.raises(ConnectionResetError):
+                await asyncio.to_thread(receive, pair.client, 2_000_000)
+
+    in_loop(scene, 4096)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "detail"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "io_error", "read: ENOMEM"),
+        (OSError("odd"), "io_error", "read: odd"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "reset", ""),
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "reset", ""),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "reset", ""),
+    ],
+)
+def test_errors_of_the_host_and_of_the_network(in_loop: InLoop, error: OSError, reason: str, detail: str) -> None:
+    """An error of the network is `reset`; an error of this host is `io_error`."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.client.sendall(b"hello")
+        assert await asyncio.to_thread(pair.client.recv, 5) == b"hello"
+        pair.break_off(error)
+        await pair.session.ended
+        assert (pair.session.reason, pair.session.detail) == (reason, detail)
+        if reason == "io_error":
+            with pytest.raises(ConnectionResetError):
+                pair.client.recv(1)
+
+    in_loop(scene)
+
+
+class Unwilling(socket.socket):
+    """A socket whose shutdown fails."""
+
+    error = OSError(errno.ENOBUFS, "No buffer space available")
+
+    def shutdown(self, _: int) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("action", ["finish", "half_close"])
+def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
+    """FIN that cannot be sent is replaced by RST."""
+
+    async def scene(pair: Pair) -> None:
+        pair.sock = Unwilling(fileno=pair.sock.detach())
+        pair.sock.setblocking(False)
+        if action == "finish":
+            pair.renew()
+        else:
+            fault = Fault("half", trigger=b"x", action="half_close")
+            pair.session = FaultSession(
+                pair.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future(), fault, 1
+            )
+        await pair.connect()
+        if action == "finish":
+            pair.session.close("quiet")
+        else:
+            pair.client.sendall(b"x")
+        await pair.session.ended
+        assert (pair.session.reason, pair.session.detail) == ("io_error", "shutdown: ENOBUFS")
+        with pytest.raises(ConnectionResetError):
+            pair.client.recv(1)
+
+    in_loop(scene)
+
+
+def test_stop_without_counters(start: Start) -> None:
+    """The kernel refuses its counters: the stop ends, with each client's end in the log."""
+    daemon = start("--shutdown.quiet-period", "0.1", "--log.connections", "all")
+    with daemon.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 5) == b"hello"
+        with injected(daemon, "getsockopt:error=ENOBUFS"):
+            daemon.send_signal()
+            assert client.recv(1) == b""
+            client.close()
+            assert daemon.wait() == 0
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["sent"]) == ("quiet", 5, 5)
+    assert line["detail"] == "sent and acked are estimates: [Errno 105] No buffer space available"
+    assert daemon.receipt()["quiet"] == 1
