@@ -295,6 +295,7 @@ def test_wake_up_pipe_fails(loop_name: str, monkeypatch: pytest.MonkeyPatch, fai
         loop = asyncio.get_running_loop()
         stop: asyncio.Future[int] = loop.create_future()
         signals.attach(loop, stop.set_result, lambda: None)
+        await asyncio.sleep(0)  # the signals that were recorded earlier are acted on
         with monkeypatch.context() as patch:
             if failing == "write":
                 signal.set_wakeup_fd(-1)

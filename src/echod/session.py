@@ -461,7 +461,7 @@ class EchoSession(asyncio.Protocol):
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
         # Decided by the acknowledgements alone. A client that has all of its echo may reset then: over TLS, one that
         # closes without waiting for our close_notify does (RFC 8446, section 6.1).
-        if self.reason == "eof" and not self._delivered and acked < self.owed:
+        if self.reason in {"eof", "info"} and not self._delivered and acked < self.owed:
             self.reason = "reset" if self._lost else "undelivered"
 
 
