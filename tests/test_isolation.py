@@ -215,6 +215,23 @@ def test_client_is_not_hurt_for_counters_in_a_drain(in_loop: InLoop, monkeypatch
     in_loop(scene)
 
 
+def test_acknowledgement_between_two_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are acknowledged while the counters are read count once, so `sent` is not above `received`."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.client.sendall(b"abc")
+        assert await asyncio.to_thread(pair.client.recv, 3) == b"abc"
+        looks = iter([3, 0])
+        monkeypatch.setattr(kernel, "unacknowledged", lambda _: next(looks))
+        monkeypatch.setattr(kernel, "tcp_info", lambda _: kernel.TcpInfo(0.1, 0, 3))
+        pair.session.abort("aborted")
+        await pair.session.ended
+        assert pair.session.delivery == (3, 3, 3, 0)
+
+    in_loop(scene)
+
+
 class Refusing(socket.socket):
     """A socket of which the kernel tells nothing."""
 

@@ -432,19 +432,33 @@ class EchoSession(asyncio.Protocol):
         # Without TCP_INFO it is not known whether asyncio's transport had unsent echo.
         self.detail = _describe(call if self.tcp_info is not None else "read or write", error)
 
-    def _settle(self, *, broken: bool) -> None:
-        written = self.written if self.tls_layer is None else self.tls_layer.written
+    def _count(self) -> int | None:
+        """Take the kernel's counters of one moment, and return how many bytes are unacknowledged, or None if unknown.
+
+        Each counter may fail by itself.
+        """
         waiting = 0 if self._delivered else None
-        # Each counter may fail by itself. ValueError: the loop has closed the socket.
+        failure: Exception | None = None
         try:
             if waiting is None:
                 waiting = kernel.unacknowledged(self.sock)
-        except (OSError, ValueError) as error:
-            self.detail = self.detail or f"sent and acked are estimates: {error}"
+        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
+            failure = error
         try:
             self.tcp_info = kernel.tcp_info(self.sock)
+            # An acknowledgement between the two calls would be in both figures.
+            while waiting and waiting != (now := kernel.unacknowledged(self.sock)):
+                waiting = now
+                self.tcp_info = kernel.tcp_info(self.sock)
         except (OSError, ValueError) as error:
-            self.detail = self.detail or f"sent and acked are estimates: {error}"
+            failure = failure or error
+        if failure is not None:
+            self.detail = self.detail or f"sent and acked are estimates: {failure}"
+        return waiting
+
+    def _settle(self, *, broken: bool) -> None:
+        written = self.written if self.tls_layer is None else self.tls_layer.written
+        waiting = self._count()
         if self.tcp_info is None or waiting is None:
             sent = written - max(self.unsent(), self._dropped)
         else:
