@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import shutil
 import signal
@@ -544,8 +545,12 @@ class Transport:
         return 0
 
 
-def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many small writes are not acknowledged, what is known of them stays bounded, and never too much."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch, *, refused: bool) -> None:
+    """However many small writes are not acknowledged, what is known of them stays bounded, and never too much.
+
+    If the kernel does not tell, none of them counts as acknowledged.
+    """
     tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
     with socket.socket() as sock:
         session = EchoSession(sock, SessionSettings(1, 1), None)  # type: ignore[arg-type]
@@ -565,7 +570,13 @@ def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> N
                 sent.clear()
         layer.feed(outgoing.read())
         assert begun(session)
-        monkeypatch.setattr(kernel, "unacknowledged", lambda _: layer.written)
+
+        def none_is_acknowledged(_: socket.socket) -> int:
+            if refused:
+                raise OSError(errno.ENOBUFS, "No buffer space available")
+            return layer.written
+
+        monkeypatch.setattr(kernel, "unacknowledged", none_is_acknowledged)
         before = layer.written
         for number in range(1, 5001):
             layer.write(b"0123456789")

@@ -301,9 +301,16 @@ class EchoSession(asyncio.Protocol):
         self.connection_lost(RuntimeError(msg))
 
     def fail(self, error: Exception) -> None:
-        """Reset the connection for a failure of our own, which `ended` then holds."""
-        self.failure = error
-        self.abort("failed")
+        """Reset the connection for a failure of our own. If it is a defect, `ended` then holds it.
+
+        A system call that fails, such as epoll_ctl(2) of asyncio's transport, is no defect.
+        """
+        if _is_defect(error):
+            self.failure = error
+            self.abort("failed")
+        else:
+            self.detail = _describe("system call", cast("OSError", error))
+            self.abort("io_error")
 
     def end(self) -> None:
         """Stop lingering: reset a client that left echo in our write buffer, close all others.
@@ -338,7 +345,18 @@ class EchoSession(asyncio.Protocol):
         """Return the number of bytes written and not yet acknowledged, a FIN counting as one."""
         if self.transport is None:
             return 0
-        return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
+        return self.transport.get_write_buffer_size() + self.unacknowledged()
+
+    def unacknowledged(self) -> int:
+        """Return the number of bytes in the kernel and not yet acknowledged, a FIN counting as one.
+
+        If the kernel does not tell, it is 1 for as long as the connection exists: then a close waits for its timeout,
+        and no client is reset for it.
+        """
+        try:
+            return kernel.unacknowledged(self.sock)
+        except OSError:
+            return int(not kernel.is_reset(self.sock))
 
     def unread(self) -> bool:
         """Return whether the client has sent something, FIN included, that this session is still to read."""
@@ -367,7 +385,7 @@ class EchoSession(asyncio.Protocol):
     def _send_fin(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset meanwhile
-        if self.eof and not kernel.unacknowledged(self.sock):
+        if self.eof and not self.unacknowledged():
             # Nothing can come any more and nothing is on its way, so the close's own FIN can destroy nothing.
             self._delivered = True
             self.transport.close()
@@ -395,10 +413,9 @@ class EchoSession(asyncio.Protocol):
 
     def _blame(self, error: Exception) -> None:
         """Derive the reason from an error that a transport reports."""
-        # An error of OpenSSL's is an OSError too, and is a defect here.
-        if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
+        if _is_defect(error):
             self.reason, self.failure = "failed", error
-        elif _is_from_network(error):
+        elif _is_from_network(cast("OSError", error)):
             self._lost = True
             self.reason = self.reason or "reset"
             return
@@ -415,31 +432,56 @@ class EchoSession(asyncio.Protocol):
         # Without TCP_INFO it is not known whether asyncio's transport had unsent echo.
         self.detail = _describe(call if self.tcp_info is not None else "read or write", error)
 
+    def _count(self) -> int | None:
+        """Take the kernel's counters of one moment, and return how many bytes are unacknowledged, or None if unknown.
+
+        Each counter may fail by itself.
+        """
+        waiting = 0 if self._delivered else None
+        failure: Exception | None = None
+        try:
+            if waiting is None:
+                waiting = kernel.unacknowledged(self.sock)
+        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
+            failure = error
+        try:
+            self.tcp_info = kernel.tcp_info(self.sock)
+            # An acknowledgement between the two calls would be in both figures.
+            while waiting and waiting != (now := kernel.unacknowledged(self.sock)):
+                waiting = now
+                self.tcp_info = kernel.tcp_info(self.sock)
+        except (OSError, ValueError) as error:
+            failure = failure or error
+        if failure is not None:
+            self.detail = self.detail or f"sent and acked are estimates: {failure}"
+        return waiting
+
     def _record_delivery(self, *, broken: bool) -> None:
         written = self.written if self.tls_layer is None else self.tls_layer.written
-        waiting = 0 if self._delivered else written
-        try:
-            if not self._delivered:
-                waiting = kernel.unacknowledged(self.sock)
-            self.tcp_info = kernel.tcp_info(self.sock)
-        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
-            self.detail = self.detail or f"sent and acked are estimates: {error}"
-        if self.tcp_info is None:  # a unix socket, or no Linux
+        waiting = self._count()
+        if self.tcp_info is None or waiting is None:
             sent = written - max(self.unsent(), self._dropped)
-            # A client that resets may have left anything unread, and the kernel has forgotten how much. asyncio's
-            # transport has forgotten too how much it had not sent.
-            acked = 0 if broken else max(0, sent - waiting)
         else:
             # Not the transport's figures: asyncio's drops its buffer before it reports a reset.
             sent = max(0, self.tcp_info.acked + waiting - self._fin_sent)
+        if self.tcp_info is None:  # a unix socket, or no Linux
+            # A client that resets may have left anything unread, and the kernel has forgotten how much. asyncio's
+            # transport has forgotten too how much it had not sent.
+            acked = 0 if broken or waiting is None else max(0, sent - waiting)
+        else:
             acked = min(self.tcp_info.acked, sent)
         if self.tls_layer is not None:
             sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
         # Decided by the acknowledgements alone. A client that has all of its echo may reset then: over TLS, one that
         # closes without waiting for our close_notify does (RFC 8446, section 6.1).
-        if self.reason == "eof" and not self._delivered and acked < self.owed:
+        if self.reason in {"eof", "info"} and not self._delivered and acked < self.owed:
             self.reason = "reset" if self._lost else "undelivered"
+
+
+def _is_defect(error: Exception) -> bool:
+    # An error of OpenSSL's is an OSError too.
+    return not isinstance(error, OSError) or isinstance(error, ssl.SSLError)
 
 
 def _is_from_network(error: OSError) -> bool:
@@ -463,7 +505,7 @@ class Linger(asyncio.Protocol):
         self.session = session
         self._transport = transport
         self._loop = session.ended.get_loop()
-        self._least = kernel.unacknowledged(session.sock)
+        self._least = session.unacknowledged()
         self._clock = Clock(self._loop.time)
         self._expiry = self._clock.time() + session.settings.linger_timeout
         self._poll_after = _FIRST_POLL
@@ -492,13 +534,13 @@ class Linger(asyncio.Protocol):
         self._timer = self._loop.call_later(seconds, self.session.attempt, self._poll)
 
     def _close_if_acknowledged(self) -> None:
-        if not kernel.unacknowledged(self.session.sock):
+        if not self.session.unacknowledged():
             self._transport.close()
 
     def _poll(self) -> None:
         # In this order: a connection that is gone may have ended well, and what it leaves then changes no more.
         gone = self.session.eof and kernel.is_reset(self.session.sock)
-        left = kernel.unacknowledged(self.session.sock)
+        left = self.session.unacknowledged()
         now = self._clock.time()
         if left < self._least:
             self._least = left

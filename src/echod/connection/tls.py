@@ -308,7 +308,11 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def _prune(self) -> None:
         """Drop the marks of what has arrived; where that is not enough, every other one."""
         # On a unix socket, what is not acknowledged is counted in buffers, and may seem to be more than there is.
-        arrived = self.written - self.get_write_buffer_size() - kernel.unacknowledged(self.session.sock)
+        try:
+            waiting = kernel.unacknowledged(self.session.sock)
+        except OSError:
+            waiting = self.written  # as far as is known, nothing has arrived
+        arrived = self.written - self.get_write_buffer_size() - waiting
         first = bisect_right(self._marks, arrived, key=lambda mark: mark[0]) - 1
         del self._marks[: max(0, first)]
         if len(self._marks) > _MARKS // 2:
