@@ -280,7 +280,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str],
     assert "WATCHDOG_USEC" not in os.environ
 
 
-@pytest.mark.parametrize("value", ["soon", "0", "-1", "٣"])
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "٣", "9" * 400, "9" * 5000])
 def test_watchdog_without_a_time(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """What is no time is warned about."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@x")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin
 
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from echod import addresses, render
+from echod import addresses, files, render
 from echod.settings import PREFIX, Key, ListenerSettings, Settings, section
 
 if TYPE_CHECKING:
@@ -125,9 +123,7 @@ def _read_file(file: str, problems: list[Problem], *, had_values: bool) -> dict[
     data = b""
     try:
         # At once, and not by way of pydantic-settings, which takes what is no regular file (a pipe) for an empty one.
-        with Path(file).open("rb") as opened:
-            data = opened.read()
-            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        data, regular = files.read(file)
         if data or regular or not had_values:
             return tomllib.loads(data.decode())
         message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
