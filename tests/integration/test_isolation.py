@@ -184,7 +184,7 @@ def test_client_is_not_hurt_for_counters(in_loop: InLoop, monkeypatch: pytest.Mo
         Unkind(monkeypatch, "unacknowledged", error=no_buffers())
         pair.session.settings = BRIEF
         if end == "cut":
-            pair.session.finish("cut")
+            pair.session.close("cut")
         else:
             pair.client.shutdown(socket.SHUT_WR)
         rest = size if size > 3 else 0

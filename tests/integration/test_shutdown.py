@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd, Stuck
-from echod.resources import loop_factory
-from echod.signals import Signals
+from echod.daemon.signals import Signals
+from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, clean_environment, receive, until
 
 if TYPE_CHECKING:
