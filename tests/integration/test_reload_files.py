@@ -99,7 +99,7 @@ def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kin
     assert not is_limited(daemon)
 
 
-HASTY = "import sys; from echod import daemon; daemon._RELOAD_LOOKS = 1; from echod.cli import main; sys.exit(main())"
+HASTY = "import sys; from echod.daemon import daemon; daemon._RELOAD_LOOKS = 1; from echod.cli import main; sys.exit(main())"
 
 
 def test_reload_that_is_given_up(loop_name: str, tmp_path: Path) -> None:

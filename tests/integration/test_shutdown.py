@@ -300,7 +300,7 @@ def test_wake_up_pipe_fails(loop_name: str, monkeypatch: pytest.MonkeyPatch, fai
             if failing == "write":
                 signal.set_wakeup_fd(-1)
             else:
-                patch.setattr("echod.signals.os.read", fail)
+                patch.setattr("echod.daemon.signals.os.read", fail)
             signal.raise_signal(signal.SIGTERM)
             number = await asyncio.wait_for(stop, PATIENCE)
         signals.detach(loop)
