@@ -73,7 +73,8 @@ class Drain:
         tick = min(max(self._settings.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
         next_look = 0.0
         self._emptied = not self._hurried and self._accept_rest()
-        while not self._hurried and (now := self._clock.time()) < cut:
+        # After a pause of this process, one more turn of the loop reads and writes what the clients were ready for.
+        while not self._hurried and ((now := self._clock.time()) < cut or self._clock.late):
             self._emptied = self._emptied or self._accept_rest()
             if self._emptied and not self._clients:
                 break
@@ -85,7 +86,7 @@ class Drain:
             for client in self._clients:
                 client.session.attempt(client.session.finish, "cut")
         end = cut + self._settings.linger_timeout
-        while self._clients and not self._hurried and self._clock.time() < end:
+        while self._clients and not self._hurried and (self._clock.time() < end or self._clock.late):
             await self._wait_until(min(end, self._clock.time() + tick))
         for client in self._clients:
             if self._hurried:
