@@ -73,8 +73,7 @@ class Drain:
         tick = min(max(self._settings.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
         next_look = 0.0
         self._emptied = not self._hurried and self._accept_rest()
-        # After a pause of this process, one more turn of the loop reads and writes what the clients were ready for.
-        while not self._hurried and ((now := self._clock.time()) < cut or self._clock.late):
+        while not self._hurried and (now := self._clock.time()) < cut:
             self._emptied = self._emptied or self._accept_rest()
             if self._emptied and not self._clients:
                 break
@@ -82,18 +81,25 @@ class Drain:
                 self._dismiss_quiet(now)
                 next_look = now + tick
             await self._wait_until(min(next_look, cut))
+        await self._catch_up()
         if not self._hurried:
             for client in self._clients:
                 client.session.attempt(client.session.finish, "cut")
         end = cut + self._settings.linger_timeout
-        while self._clients and not self._hurried and (self._clock.time() < end or self._clock.late):
+        while self._clients and not self._hurried and self._clock.time() < end:
             await self._wait_until(min(end, self._clock.time() + tick))
+        await self._catch_up()
         for client in self._clients:
             if self._hurried:
                 client.session.attempt(client.session.abort, "aborted")
             else:
                 client.session.attempt(client.session.end)
         return self._emptied
+
+    async def _catch_up(self) -> None:
+        """After a pause of this process, give the loop one turn to read and write what the clients were ready for."""
+        if self._clients and not self._hurried and self._clock.late:
+            await self._wait_until(self._clock.time())
 
     def _dismiss_quiet(self, now: float) -> None:
         for client in self._clients:
