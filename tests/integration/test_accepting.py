@@ -447,3 +447,27 @@ def test_listening_socket_fails_to_close(serve: Callable[..., None]) -> None:
             assert (await stop).completed == 1
 
     serve(scene)
+
+
+def test_sweep_fails(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that fails as a whole is reported, and the next one closes the clients that are late."""
+    errors: list[dict[str, Any]] = []
+
+    async def scene(serving: Serving) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        close_overdue = Server._close_overdue
+
+        def fail_once(self: Server) -> None:
+            if not errors:
+                raise MemoryError
+            close_overdue(self)
+
+        monkeypatch.setattr(Server, "_close_overdue", fail_once)
+        serving.server.settings = serving.server.settings._replace(timeouts=Timeouts(idle=0.1, write=30, handshake=10))
+        serving.server.start()
+        with socket.create_connection(serving.address, PATIENCE) as client:
+            assert await asyncio.to_thread(client.recv, 1) == b""
+        assert (await serving.server.shutdown()).failed == 0
+
+    serve(scene)
+    assert [type(context["exception"]) for context in errors] == [MemoryError]

@@ -257,18 +257,22 @@ def test_socket_without_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernel.readable(sock)
 
 
-def test_system_call_of_a_step_fails(in_loop: InLoop) -> None:
-    """A step that fails in a system call resets the client as `io_error`, without a traceback."""
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "system call: ENOSPC"), (MemoryError(), "out of memory")],
+)
+def test_system_call_of_a_step_fails(in_loop: InLoop, error: Exception, detail: str) -> None:
+    """A step that fails in a system call, or lacks memory, resets the client as `io_error`, without a traceback."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
 
         def step() -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
 
         pair.session.attempt(step)
         await pair.session.ended
-        assert (pair.session.reason, pair.session.detail) == ("io_error", "system call: ENOSPC")
+        assert (pair.session.reason, pair.session.detail) == ("io_error", detail)
         with pytest.raises(ConnectionResetError):
             pair.client.recv(1)
 

@@ -205,6 +205,42 @@ def test_pause_in_a_drain(loop_name: str) -> None:
     run(loop_name, scene)
 
 
+class Spoken(Drain):
+    """A drain whose first wait is a pause of an hour, in which the client sends something."""
+
+    source: Source
+    peer: socket.socket
+
+    async def _wait_until(self, when: float) -> None:
+        if self.source.now == Source().now:
+            self._clock.announce(when - self._clock.time())
+            self.peer.sendall(b"last words")
+            self.source.now += 3600
+        else:
+            await super()._wait_until(when)
+            self.source.now += max(0.0, when - self._clock.time())
+
+
+def test_client_speaks_in_a_pause_that_outlasts_the_drain(loop_name: str) -> None:
+    """What a client sends while the process is paused is echoed, though `drain_timeout` is over afterwards."""
+
+    async def scene() -> None:
+        with ends() as both:
+            await both.connect()
+            drain = Spoken(
+                [both.client], lambda: True, DrainSettings(0, PATIENCE, drain_timeout=0.1, linger_timeout=0.1)
+            )
+            drain.source, drain.peer = Source(), both.peer
+            drain._clock = Clock(drain.source)
+            await drain.run()
+            assert both.peer.recv(100) == b"last words"
+            assert both.peer.recv(1) == b""
+            await both.session.ended
+            assert both.session.reason == "cut"
+
+    run(loop_name, scene)
+
+
 # The real daemon, stopped by SIGSTOP for longer than its timeouts
 
 

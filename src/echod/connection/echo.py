@@ -303,13 +303,13 @@ class EchoSession(asyncio.Protocol):
     def fail(self, error: Exception) -> None:
         """Reset the connection for a failure of our own. If it is a defect, `ended` then holds it.
 
-        A system call that fails, such as epoll_ctl(2) of asyncio's transport, is no defect.
+        A system call that fails, such as epoll_ctl(2) of asyncio's transport, and a lack of memory are no defects.
         """
         if _is_defect(error):
             self.failure = error
             self.abort("failed")
         else:
-            self.detail = _describe("system call", cast("OSError", error))
+            self.detail = _describe("system call", error)
             self.abort("io_error")
 
     def end(self) -> None:
@@ -415,7 +415,7 @@ class EchoSession(asyncio.Protocol):
         """Derive the reason from an error that a transport reports."""
         if _is_defect(error):
             self.reason, self.failure = "failed", error
-        elif _is_from_network(cast("OSError", error)):
+        elif _is_from_network(error):
             self._lost = True
             self.reason = self.reason or "reset"
             return
@@ -426,7 +426,6 @@ class EchoSession(asyncio.Protocol):
 
     def _explain(self, error: Exception) -> None:
         """Name the system call that failed. The transports do not: echo left unsent means that it was a write."""
-        assert isinstance(error, OSError)
         assert self.delivery is not None
         call = "write" if self.delivery.sent < self.written else "read"
         # Without TCP_INFO it is not known whether asyncio's transport had unsent echo.
@@ -481,14 +480,16 @@ class EchoSession(asyncio.Protocol):
 
 def _is_defect(error: Exception) -> bool:
     # An error of OpenSSL's is an OSError too.
-    return not isinstance(error, OSError) or isinstance(error, ssl.SSLError)
+    return not isinstance(error, OSError | MemoryError) or isinstance(error, ssl.SSLError)
 
 
-def _is_from_network(error: OSError) -> bool:
-    return isinstance(error, ConnectionError) or error.errno in _NETWORK_ERRORS
+def _is_from_network(error: Exception) -> bool:
+    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in _NETWORK_ERRORS)
 
 
-def _describe(call: str, error: OSError) -> str:
+def _describe(call: str, error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return "out of memory"
     return f"{call}: {errno.errorcode.get(error.errno or 0, str(error))}"
 
 

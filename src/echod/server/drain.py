@@ -81,18 +81,25 @@ class Drain:
                 self._dismiss_quiet(now)
                 next_look = now + tick
             await self._wait_until(min(next_look, cut))
+        await self._catch_up()
         if not self._hurried:
             for client in self._clients:
                 client.session.attempt(client.session.close, "cut")
         end = cut + self._settings.linger_timeout
         while self._clients and not self._hurried and self._clock.time() < end:
             await self._wait_until(min(end, self._clock.time() + tick))
+        await self._catch_up()
         for client in self._clients:
             if self._hurried:
                 client.session.attempt(client.session.abort, "aborted")
             else:
                 client.session.attempt(client.session.end)
         return self._emptied
+
+    async def _catch_up(self) -> None:
+        """After a pause of this process, give the loop one turn to read and write what the clients were ready for."""
+        if self._clients and not self._hurried and self._clock.late:
+            await self._wait_until(self._clock.time())
 
     def _dismiss_quiet(self, now: float) -> None:
         for client in self._clients:

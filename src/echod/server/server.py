@@ -523,14 +523,20 @@ class Server:
             pause = max(_SHORTEST_SWEEP, pause)
             self._clock.announce(pause)
             await asyncio.sleep(pause)
-            timeouts = self.settings.timeouts
-            now = self._clock.time()
-            clients: Collection[Client] = self._clients.values()
-            if not timeouts.idle:
-                # Of the others none can be late, and with ten thousand of them a look at each is a cost.
-                clients = [one for one in clients if one.session.paused or one.session.stage is not None]
-            for client in clients:
-                client.session.attempt(_close_if_overdue, client, now, timeouts)
+            try:
+                self._close_overdue()
+            except Exception as error:  # noqa: BLE001  (such as MemoryError; without sweeps no client has a timeout)
+                self._loop.call_exception_handler({"message": "a sweep over the clients failed", "exception": error})
+
+    def _close_overdue(self) -> None:
+        timeouts = self.settings.timeouts
+        now = self._clock.time()
+        clients: Collection[Client] = self._clients.values()
+        if not timeouts.idle:
+            # Of the others none can be late, and with ten thousand of them a look at each is a cost.
+            clients = [one for one in clients if one.session.paused or one.session.stage is not None]
+        for client in clients:
+            client.session.attempt(_close_if_overdue, client, now, timeouts)
 
 
 def _close_if_overdue(client: Client, now: float, timeouts: Timeouts) -> None:
