@@ -60,12 +60,30 @@ def main() -> int:
         return resources.acquire(sources.load(values, config, None if before is None else before.loaded.origins))
 
     try:
-        found = load()
+        found = _load_unless_stopped(load, signals) if command == "serve" else load()
+    except InterruptedError:
+        return signals.exit_code
     except SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
     if command == "serve":
         return _serve(found, signals, load)
     return _tell(found, command)
+
+
+def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Resources:
+    """Load the settings in a thread, as a file may be a pipe without a writer.
+
+    Raises:
+        InterruptedError: a signal has stopped the start.
+        SettingsError: the settings cannot be used.
+
+    """
+    from echod import threads  # noqa: PLC0415
+
+    try:
+        return threads.wait(load, "settings", signals.is_stopping)
+    except threads.ThreadError:
+        return load()
 
 
 def _tell(found: Resources, command: str) -> int:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Seconds between two looks at `stopped`.
+_PATIENCE = 0.1
+
 
 class ThreadError(Exception):
     """A thread could not be started."""
@@ -68,3 +71,37 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
 
     start(run, name)
     return future
+
+
+def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
+    """Call a function in a thread of its own, and return its result, unless the wait for it is ended first.
+
+    Args:
+        work: the function; it may never return.
+        name: of the thread.
+        stopped: called every 100 ms; True ends the wait.
+
+    Raises:
+        InterruptedError: `stopped` returned True.
+        ThreadError: as `start`.
+
+    """
+    outcomes: list[Callable[[], T]] = []
+
+    def fail(error: Exception) -> T:
+        raise error
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001  (it is raised in the caller's thread)
+            outcomes.append(partial(fail, error))
+        else:
+            outcomes.append(lambda: result)
+
+    thread = start(run, name)
+    while thread.is_alive():
+        if stopped():
+            raise InterruptedError
+        thread.join(_PATIENCE)
+    return outcomes[0]()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -217,6 +219,28 @@ def test_log_is_reopened_whatever_fails(start: Start, tmp_path: Path, change: st
     assert '"client_closed"' in logged.log.read_text()
     assert '"stopped"' in logged.log.read_text()
     assert logged.rotated.read_text().splitlines()[-1].count('"listening"') == 1
+
+
+def test_rotation_of_a_full_log(start: Start, tmp_path: Path) -> None:
+    """A line that the end of the space cut short stays in the old file: the new one begins with a whole line."""
+    largest = 2000
+    log, config = tmp_path / "log", tmp_path / "echo.toml"
+    config.write_text("")
+    limits = (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    daemon = start("--config", str(config), prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    config.write_text(f'log.file = "{log}"\nlog.format = "json"\n')
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and '"reloaded"' in log.read_text())
+    while log.stat().st_size < largest:
+        daemon.echo(b"x")
+    daemon.settle()
+    log.rename(tmp_path / "rotated")
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and '"reloaded"' in log.read_text())
+    assert daemon.stop() == 0
+    assert (tmp_path / "rotated").stat().st_size == largest
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events[-1] == "stopped"
 
 
 def test_log_is_reopened_while_settings_are_read(start: Start, tmp_path: Path) -> None:

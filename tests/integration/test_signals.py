@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,3 +121,22 @@ def test_handlers_stand_until_the_end(start: Start) -> None:
     until(lambda: masks()["SigCgt:"] & handled == handled)
     assert masks()["SigBlk:"] & handled == 0
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 131)])
+def test_stop_while_the_settings_are_read(start: Start, tmp_path: Path, number: int, code: int) -> None:
+    """Settings that cannot be read to the end do not hold up a stop."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    daemon = start("--config", str(fifo), read_log=False)
+    until(lambda: not handled_by_default(daemon.pid, signal.SIGHUP))
+    daemon.settle()
+    daemon.send_signal(number)
+    assert daemon.process.wait(PATIENCE) == code
+    assert daemon.log_pipe.read() == b""
+
+
+def handled_by_default(process: int, number: int) -> bool:
+    """Tell whether a process has no handler for a signal."""
+    (caught,) = re.findall(r"^SigCgt:\s(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return not int(caught, 16) >> (number - 1) & 1

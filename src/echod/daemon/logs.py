@@ -108,6 +108,7 @@ class LogWriter:
         """Write to another file from now on, queued lines included. The descriptor is this object's from then on."""
         os.dup2(descriptor, self._descriptor, inheritable=False)
         os.close(descriptor)
+        self._torn = False  # the line that was cut short is in the other file
 
     def end(self) -> None:
         """Write what is queued, and nothing after it; not waited for."""

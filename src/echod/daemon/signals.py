@@ -39,6 +39,11 @@ class Signals:
         """Tell whether a signal that stops the process has arrived."""
         return bool(self._stops)
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a stop before anything was opened."""
+        return 128 + signal.SIGQUIT if signal.SIGQUIT in self._stops else 0
+
     def _note_stop(self, number: int, _: object) -> None:
         if self._stops and not self._attached:  # a second one, before or after there are clients
             os._exit(128 + number)
