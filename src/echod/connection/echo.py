@@ -10,38 +10,17 @@ import ssl
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from echod.clock import Clock
+from echod.connection.outcome import MEANINGS
 from echod.net import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
+    from echod.connection.outcome import Reason
     from echod.connection.tls import TlsFacts, TlsLayer
 
-Reason = Literal[
-    "eof",
-    "undelivered",
-    "reset",
-    "idle",
-    "stalled",
-    "handshake",
-    "tls",
-    "proxy_header",
-    "client_limit",
-    "line_too_long",
-    "info",
-    "quiet",
-    "cut",
-    "aborted",
-    "fault",
-    "io_error",
-    "failed",
-]
-
 Stage = Literal["proxy_header", "handshake"]
-
-# Ends for which a client is not to blame.
-_NO_FAULTS = frozenset({"eof", "idle", "quiet", "cut"})
 
 # Errors of a connected socket that report the network or the peer: RST, timeouts and the errors of ICMP messages
 # (tcp(7), ip(7)). All other errors report this host.
@@ -290,7 +269,7 @@ class EchoSession(asyncio.Protocol):
     def lose(self) -> None:
         """End a session whose connection the peer or the network has ended, if no transport reports that."""
         self._lost = True
-        if self.reason != "eof" and self.reason in {None, *_NO_FAULTS}:
+        if self.reason is None or (MEANINGS[self.reason].is_clean and MEANINGS[self.reason].outcome != "completed"):
             self.reason = "reset"
         self._dropped = self.unsent()
         self._connected.abort()
@@ -402,7 +381,7 @@ class EchoSession(asyncio.Protocol):
             self._lost = True
             self.reason = self.reason or "reset"
             return
-        elif self.reason in {None, "info", *_NO_FAULTS}:
+        elif self.reason is None or MEANINGS[self.reason].is_clean:
             self.reason = "io_error"
         # FIN would tell the client that it has all of its echo.
         self._reset_on_close()

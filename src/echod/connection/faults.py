@@ -8,7 +8,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echod.connection.echo import EchoSession, Reason, SessionSettings
+from echod.connection.echo import EchoSession, SessionSettings
 from echod.connection.modes import whole_lines
 from echod.net import kernel
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from typing import Self
 
+    from echod.connection.outcome import Reason
     from echod.settings.model import FaultSettings
 
 Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]

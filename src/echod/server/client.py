@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from ipaddress import IPv4Network, IPv6Network
 
-    from echod.connection.echo import EchoSession, Reason, Stage
+    from echod.connection.echo import EchoSession, Stage
+    from echod.connection.outcome import Reason
     from echod.net.addresses import UnixAddress
 
 
