@@ -16,7 +16,7 @@ import structlog
 
 from echod.connection.echo import EchoSession, SessionSettings
 from echod.connection.faults import Fault, FaultLineSession, FaultSession
-from echod.connection.modes import LineSession
+from echod.connection.line import LineSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import client as client_module

@@ -14,7 +14,7 @@ import structlog
 
 from echod.admin.status import Count, _look
 from echod.connection.echo import Linger, SessionSettings
-from echod.connection.modes import InfoSession
+from echod.connection.info import InfoSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts

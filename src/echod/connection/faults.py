@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from echod.connection.echo import EchoSession, SessionSettings
-from echod.connection.modes import whole_lines
+from echod.connection.line import whole_lines
 from echod.net import kernel
 
 if TYPE_CHECKING:

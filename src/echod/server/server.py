@@ -16,7 +16,8 @@ from echod import embed
 from echod.clock import Clock
 from echod.connection.echo import EchoSession, SessionSettings
 from echod.connection.faults import Fault, FaultLineSession, FaultSession
-from echod.connection.modes import InfoSession, LineSession
+from echod.connection.info import InfoSession
+from echod.connection.line import LineSession
 from echod.connection.tls import TlsBuffers, TlsEnd
 from echod.net import addresses, kernel
 from echod.net.listeners import ListenerSpec, open_listeners
