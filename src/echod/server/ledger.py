@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from echod.connection.echo import Delivery
     from echod.connection.outcome import Reason
+    from echod.connection.state import Delivery
     from echod.server.client import Client
 
 Choice = Literal["all", "nonempty", "failed", "none"]
