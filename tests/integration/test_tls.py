@@ -1,4 +1,4 @@
-"""TLS loses no byte, lets no client delay the others, and reports every mistake in its settings."""
+"""Test TLS: it loses no byte, no client delays the others, and every mistake in the settings is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIENTS = 200
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_every_byte_comes_back(start: Start, certificates: Certificates, version: str) -> None:
-    """Clients send random bytes, half-close with close_notify, and get everything back, then a close_notify."""
+    """Echo random bytes to clients that half-close with close_notify, then send close_notify."""
     daemon = start(*certificates.options(), listen=None)
     context = certificates.context(version=version)
     with Crowd() as crowd:
@@ -48,7 +48,7 @@ def test_every_byte_comes_back(start: Start, certificates: Certificates, version
 
 
 def test_end_without_close_notify(start: Start, certificates: Certificates) -> None:
-    """A client that only sends FIN gets all of its echo too, and then the server's close_notify."""
+    """Send all of the echo and close_notify to a client that only sends FIN."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         client.sendall(bytes(2_000_000 // 8))
@@ -59,7 +59,7 @@ def test_end_without_close_notify(start: Start, certificates: Certificates) -> N
 
 @pytest.mark.parametrize("round_", range(3))
 def test_stop_under_load(start: Start, certificates: Certificates, round_: int) -> None:
-    """At SIGTERM, clients that send endlessly get the echo of everything that was read, then close_notify."""
+    """At SIGTERM, echo everything that was read from clients that send endlessly, then send close_notify."""
     drain, linger = 0.3, 8.0
     daemon = start(
         *certificates.options(),
@@ -88,7 +88,7 @@ def test_stop_under_load(start: Start, certificates: Certificates, round_: int) 
 
 @pytest.mark.parametrize("by", ["idle", "cut"])
 def test_server_closes_while_the_client_sends(start: Start, certificates: Certificates, by: str) -> None:
-    """Echo that is on its way survives a close by the server, even if the client continues to send."""
+    """Deliver all echo when the server closes, even if the client continues to send."""
     options = ("--limits.idle-timeout", "1") if by == "idle" else ("--shutdown.drain-timeout", "0.5")
     daemon = start(*certificates.options(), *options, "--shutdown.linger-timeout", "8", listen=None)
     with Crowd() as crowd:
@@ -112,7 +112,7 @@ def test_server_closes_while_the_client_sends(start: Start, certificates: Certif
 
 
 def test_quiet(start: Start, certificates: Certificates) -> None:
-    """A drain closes silent clients with a close_notify, and also clients without a handshake."""
+    """Close silent clients in a drain with close_notify, and also clients without a handshake."""
     daemon = start(*certificates.options(), "--shutdown.quiet-period", "0.3", listen=None)
     with certificates.connect(daemon) as client, daemon.connect() as silent:
         client.sendall(b"x")
@@ -127,7 +127,7 @@ def test_quiet(start: Start, certificates: Certificates) -> None:
 
 
 def test_write_buffer_holds_for_ciphertext(start: Start, certificates: Certificates) -> None:
-    """The server stops reading from a client that does not read, and resets it later. The log has the missing bytes."""
+    """Stop reading from a client that does not read, and reset it later. Log the missing bytes."""
     daemon = start(*certificates.options(), "--limits.write-timeout", "1", listen=None)
     with Crowd() as crowd:
         peer = crowd.add(certificates.join(daemon, receive_buffer=4096), None, 1)
@@ -140,7 +140,7 @@ def test_write_buffer_holds_for_ciphertext(start: Start, certificates: Certifica
 
 
 def test_bad_record(start: Start, certificates: Certificates) -> None:
-    """After bytes that are not TLS, the client has the earlier echo and an alert. The log has the reason."""
+    """Send an alert after bytes that are not TLS. Echo the data before them, and log the reason."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         client.sendall(b"good")
@@ -155,7 +155,7 @@ def test_bad_record(start: Start, certificates: Certificates) -> None:
 
 
 def test_bad_record_after_a_good_one(start: Start, certificates: Certificates) -> None:
-    """A good and a bad record in one segment: the client gets an alert, and the log counts the missing echo."""
+    """Send an alert after a good and a bad record in one segment. Log the missing echo."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.join(daemon) as client:
         client.object.write(b"good")
@@ -168,7 +168,7 @@ def test_bad_record_after_a_good_one(start: Start, certificates: Certificates) -
 
 
 def test_a_flood_of_records_delays_no_other_client(start: Start, certificates: Certificates) -> None:
-    """Endless tiny records do not delay other clients."""
+    """Serve other clients during endless tiny records."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as other, certificates.join(daemon) as client:
         records = b"".join(one_byte_records(client, 100_000))
@@ -204,7 +204,7 @@ def one_byte_records(client: TlsSocket, count: int) -> Iterator[bytes]:
 
 
 def test_key_update(start: Start, certificates: Certificates) -> None:
-    """Echo continues after a client requests new keys for both directions."""
+    """Continue the echo after a client requests new keys for both directions."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -233,7 +233,7 @@ REAL_CLIENTS = {
 
 @pytest.mark.parametrize("name", REAL_CLIENTS)
 def test_real_clients(start: Start, certificates: Certificates, name: str) -> None:
-    """Common clients verify the certificate and get their echo."""
+    """Echo to common clients, which verify the certificate."""
     if not shutil.which(name):
         pytest.skip(f"{name} is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -248,7 +248,7 @@ def test_real_clients(start: Start, certificates: Certificates, name: str) -> No
 
 
 def test_a_large_file_through_socat(start: Start, certificates: Certificates, tmp_path: Path) -> None:
-    """A real client that half-closes over TLS gets all of its echo."""
+    """Send all of the echo to a real client that half-closes over TLS."""
     if not shutil.which("socat"):
         pytest.skip("socat is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -275,7 +275,7 @@ def problems(command: Command, certificates: Certificates, **files: object) -> l
 
 
 def test_settings(command: Command, certificates: Certificates, tmp_path: Path) -> None:
-    """The error names each unusable file and its problem."""
+    """Report each unusable file and its problem."""
     missing = tmp_path / "missing"
     empty = tmp_path / "empty"
     empty.touch()
@@ -346,7 +346,7 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
 
 
 def test_reset_in_the_middle(start: Start, certificates: Certificates) -> None:
-    """After a reset, the log has the acknowledged bytes as plaintext."""
+    """Log the acknowledged bytes as plaintext after a reset."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         for _ in range(20):
@@ -359,7 +359,7 @@ def test_reset_in_the_middle(start: Start, certificates: Certificates) -> None:
 
 
 def test_half_close_while_more_is_on_its_way(start: Start, certificates: Certificates) -> None:
-    """The last bytes before a close_notify in the same segment come back. Data after it is ignored."""
+    """Echo the last bytes before a close_notify in the same segment. Ignore the data after it."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.join(daemon) as client:
         client.send(b"last words")

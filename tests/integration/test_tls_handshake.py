@@ -1,4 +1,4 @@
-"""Handshakes that succeed, fail, take too long or never begin."""
+"""Test handshakes that succeed, fail, take too long or never begin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def test_silent_handshakes(start: Start, certificates: Certificates) -> None:
-    """2,000 silent clients are closed in time, with at most one line each, and do not delay other clients."""
+    """Close 2,000 silent clients, with at most one line each, and serve other clients meanwhile."""
     count, timeout = 2000, 2.0
     daemon = start(*certificates.options(), "--limits.handshake-timeout", str(timeout), listen=None)
     context = certificates.context()
@@ -45,7 +45,7 @@ def test_silent_handshakes(start: Start, certificates: Certificates) -> None:
 
 
 def test_look_at_the_port(start: Start, certificates: Certificates) -> None:
-    """A client that connects and closes, as health checks do, is not an error."""
+    """Report no error if a client connects and closes, as health checks do."""
     daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
     with daemon.connect() as client:
         client.shutdown(socket.SHUT_WR)
@@ -56,7 +56,7 @@ def test_look_at_the_port(start: Start, certificates: Certificates) -> None:
 
 
 def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates) -> None:
-    """A client without a handshake gets no description."""
+    """Send no description to a client without a handshake."""
     daemon = start(*certificates.options(), "--listeners.tls.mode", "info", "--log.connections", "all", listen=None)
     with daemon.connect() as client:
         client.shutdown(socket.SHUT_WR)
@@ -65,7 +65,7 @@ def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates)
 
 
 def test_broken_handshake(start: Start, certificates: Certificates) -> None:
-    """Bytes that are not TLS cause one line with the problem, without a traceback."""
+    """Log one line with the problem, without a traceback, for bytes that are not TLS."""
     daemon = start(*certificates.options(), listen=None)
     cases = [
         (b"GET / HTTP/1.1\r\n\r\n", "http request"),
@@ -86,7 +86,7 @@ def test_broken_handshake(start: Start, certificates: Certificates) -> None:
 
 
 def test_refused_handshake_is_explained_to_the_client(start: Start, certificates: Certificates) -> None:
-    """A client with too low a version gets an alert, not a reset."""
+    """Send an alert, not a reset, to a client with too low a version."""
     daemon = start(*certificates.options(), "--listeners.tls.tls.minimum-version", "1.3", listen=None)
     with pytest.raises(ssl.SSLError, match="ALERT_PROTOCOL_VERSION"):
         certificates.connect(daemon, context=certificates.context(version="TLSv1_2"))
@@ -96,7 +96,7 @@ def test_refused_handshake_is_explained_to_the_client(start: Start, certificates
 
 
 def test_refused_and_reset(start: Start, certificates: Certificates) -> None:
-    """The reason stays `handshake` if the client resets before it gets the alert."""
+    """Keep the reason `handshake` if the client resets before it gets the alert."""
     daemon = start(*certificates.options(), listen=None)
     for _ in range(10):
         with daemon.connect() as client:
@@ -107,7 +107,7 @@ def test_refused_and_reset(start: Start, certificates: Certificates) -> None:
 
 
 def test_malformed_server_name(start: Start, certificates: Certificates) -> None:
-    """A server name that is not ASCII is a failed handshake, not a defect."""
+    """Report a server name that is not ASCII as a failed handshake, not as a defect."""
     daemon = start(*certificates.options(), listen=None)
     hello = client_hello(certificates).replace(b"localhost", b"\xff\xfe\xfdalhost")
     with daemon.connect() as client:
@@ -127,7 +127,7 @@ def client_hello(certificates: Certificates) -> bytes:
 
 
 def test_client_certificates(start: Start, certificates: Certificates) -> None:
-    """With `client_ca`, a client needs a certificate. The log has its subject, or the reason for the refusal."""
+    """Require a certificate with `client_ca`. Log its subject, or the reason for the refusal."""
     daemon = start(*certificates.options(), "--listeners.tls.tls.client-ca", str(certificates.ca), listen=None)
     with certificates.connect(daemon, context=certificates.context(client=True)) as client:
         client.sendall(b"x")
@@ -147,7 +147,7 @@ def test_client_certificates(start: Start, certificates: Certificates) -> None:
 
 
 def test_renegotiation_is_refused(start: Start, certificates: Certificates) -> None:
-    """A TLS 1.2 client that renegotiates gets an alert: renegotiation costs the server CPU time."""
+    """Refuse to renegotiate with a TLS 1.2 client, because that costs the server CPU time."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -169,7 +169,7 @@ def test_renegotiation_is_refused(start: Start, certificates: Certificates) -> N
 
 @pytest.mark.parametrize("what", ["record", "handshake"])
 def test_slow_records_are_no_silence(start: Start, certificates: Certificates, what: str) -> None:
-    """A client whose record or handshake arrives a few bytes at a time is neither idle nor quiet."""
+    """Do not close a client as idle or quiet while a record or handshake arrives a few bytes at a time."""
     daemon = start(
         *certificates.options(),
         *("--limits.idle-timeout", "0.6", "--shutdown.quiet-period", "0.6", "--shutdown.drain-timeout", "20"),

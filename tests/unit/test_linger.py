@@ -1,4 +1,4 @@
-"""The linger after our FIN: it closes when the client has everything, or after a time without progress."""
+"""Test the linger after our FIN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ECHO = 200_000
 
 
 class Lab:
-    """A connection with echo that the client has not read, and a linger with a clock of the test's own."""
+    """Provide a connection with unread echo, and a linger with a clock that the test controls."""
 
     def __init__(self, pair: Pair) -> None:
         self.now = 100.0
@@ -44,7 +44,7 @@ class Lab:
 
 
 def test_timeout_without_progress(in_loop: InLoop) -> None:
-    """A client that takes nothing for `linger_timeout`, here one second, is closed."""
+    """Close a client that takes nothing for `linger_timeout`, here one second."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -58,7 +58,7 @@ def test_timeout_without_progress(in_loop: InLoop) -> None:
 
 
 def test_progress_renews_the_timeout(in_loop: InLoop) -> None:
-    """A client that takes some of its echo has the whole `linger_timeout` again."""
+    """Restart `linger_timeout` when a client takes some of its echo."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -77,7 +77,7 @@ def test_progress_renews_the_timeout(in_loop: InLoop) -> None:
 
 
 def test_reset_while_lingering(in_loop: InLoop) -> None:
-    """After the client's EOF no transport watches the socket, so the linger must notice the client's reset."""
+    """Notice the client's reset after its EOF, when no transport watches the socket."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -104,7 +104,7 @@ def read_to_the_end(client: socket.socket) -> bytes:
 
 
 def test_late_acknowledgement(in_loop: InLoop) -> None:
-    """After its EOF the client gets all of its echo, even if it reads late."""
+    """Deliver all echo after the client's EOF, even if it reads late."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -123,7 +123,7 @@ def test_late_acknowledgement(in_loop: InLoop) -> None:
 
 
 def test_last_acknowledgement_during_a_poll(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection whose last acknowledgement arrives during a poll ended well."""
+    """Keep the reason `eof` if the last acknowledgement arrives during a poll."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -151,7 +151,7 @@ def test_last_acknowledgement_during_a_poll(in_loop: InLoop, monkeypatch: pytest
 
 
 def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
-    """After our FIN the client sends its own and then reads its echo. The connection waits for that."""
+    """Wait for a client that sends FIN after ours and then reads its echo."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()

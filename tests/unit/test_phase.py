@@ -1,4 +1,4 @@
-"""The phase of a connection, and the state on the status page."""
+"""Test the phases of a connection, and the states on the status page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def test_phases(in_loop: InLoop) -> None:
-    """The phase follows the connection, and the status page shows it."""
+    """Follow the connection from phase to phase, and show its state on the status page."""
 
     async def scene(pair: Pair) -> None:
         session = pair.session

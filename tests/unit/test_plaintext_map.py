@@ -1,4 +1,4 @@
-"""How much plaintext has arrived, derived from the acknowledged ciphertext."""
+"""Test how much plaintext is derived from acknowledged ciphertext."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ciphertext_size(plaintext: int) -> int:
 
 
 class Writer:
-    """A map, and the exact answer for each of its writes. It prunes as a connection does."""
+    """Fill a map and prune it as a connection does."""
 
     def __init__(self) -> None:
         self.map = PlaintextMap()
@@ -52,7 +52,7 @@ def test_incomplete_record_does_not_count() -> None:
 
 
 def test_complete_records_of_a_large_write_count() -> None:
-    """In a write of several records, the result is at most one record below the truth."""
+    """Return at most one record less than the truth within a write of several records."""
     writer = Writer()
     writer.write(10)
     before = writer.written
@@ -66,7 +66,7 @@ def test_complete_records_of_a_large_write_count() -> None:
 
 
 def test_message_of_tls_before_a_write() -> None:
-    """A key update or a session ticket between two writes makes no record count too early."""
+    """Count no record too early after a key update or a session ticket between two writes."""
     map_ = PlaintextMap()
     map_.add(ciphertext_size(RECORD), RECORD)
     start = ciphertext_size(RECORD) + 300
@@ -76,7 +76,7 @@ def test_message_of_tls_before_a_write() -> None:
 
 
 def test_number_of_marks_is_bounded() -> None:
-    """However many small writes are unacknowledged, the map stays small and never returns too much."""
+    """Stay small and never return too much, however many small writes are unacknowledged."""
     writer = Writer()
     for number in range(1, 5001):
         writer.write(10)
@@ -87,7 +87,7 @@ def test_number_of_marks_is_bounded() -> None:
 
 
 def test_exact_again_after_the_acknowledgements() -> None:
-    """Once the merged marks have been acknowledged, the results for later writes are exact."""
+    """Return exact results for later writes after the merged marks have been acknowledged."""
     writer = Writer()
     for _ in range(5000):
         writer.write(10)
@@ -100,7 +100,7 @@ def test_exact_again_after_the_acknowledgements() -> None:
 
 
 def test_kernel_that_counts_buffers() -> None:
-    """On a unix socket, the acknowledged part may seem to be negative."""
+    """Accept a negative number of acknowledged bytes, as a unix socket may report."""
     writer = Writer()
     writer.acked = -1_000_000
     for _ in range(2000):
@@ -110,7 +110,7 @@ def test_kernel_that_counts_buffers() -> None:
 
 
 def test_unknown_acknowledgements() -> None:
-    """If the kernel does not tell what arrived, the result is 0, even after marks were dropped."""
+    """Return 0 for 0 acknowledged bytes, even after marks were dropped."""
     writer = Writer()
     for _ in range(2000):
         writer.acked = writer.written
@@ -120,7 +120,7 @@ def test_unknown_acknowledgements() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_writes_and_acknowledgements(seed: int) -> None:
-    """The result is never more than the complete records hold, and exact when everything is acknowledged."""
+    """Never return more than the complete records hold, and be exact when everything is acknowledged."""
     rng = random.Random(seed)
     writer = Writer()
     writes = [(HANDSHAKE, 0)]

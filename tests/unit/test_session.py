@@ -1,4 +1,4 @@
-"""A session by itself, at moments that a client cannot cause at will."""
+"""Test a session by itself, at moments that a client cannot cause at will."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def test_close_while_connecting(in_loop: InLoop) -> None:
-    """A client that a drain closes before it has a transport gets FIN as soon as it has one."""
+    """Send FIN to a client that was closed while connecting."""
 
     async def scene(pair: Pair) -> None:
         phases = [pair.session.phase]
@@ -50,7 +50,7 @@ def test_close_while_connecting(in_loop: InLoop) -> None:
 
 
 def test_abort_while_connecting(in_loop: InLoop) -> None:
-    """A client that is aborted before it has a transport is reset as soon as it has one."""
+    """Reset a client that was aborted while connecting."""
 
     async def scene(pair: Pair) -> None:
         pair.session.abort("aborted")
@@ -64,7 +64,7 @@ def test_abort_while_connecting(in_loop: InLoop) -> None:
 
 
 def test_close_after_an_unread_reset(in_loop: InLoop) -> None:
-    """The kernel has the client's reset, but the loop has not read it yet when the session closes."""
+    """Report a reset that the kernel has, but the loop has not read yet when the session closes."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -77,7 +77,7 @@ def test_close_after_an_unread_reset(in_loop: InLoop) -> None:
 
 
 def test_closed_session_does_not_change(in_loop: InLoop) -> None:
-    """A session may be closed again between its end and its removal from the registry."""
+    """Ignore a second close between the end of a session and its removal from the registry."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -96,7 +96,7 @@ def test_closed_session_does_not_change(in_loop: InLoop) -> None:
 
 
 def test_refused_transport(in_loop: InLoop) -> None:
-    """If the loop cannot make a transport, the client is reset, the socket is closed and nothing is raised."""
+    """Report a reset and close the socket if the loop cannot make a transport."""
 
     async def scene(pair: Pair) -> None:
         loop = asyncio.get_running_loop()
@@ -114,7 +114,7 @@ def test_refused_transport(in_loop: InLoop) -> None:
 
 
 def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
-    """A read larger than the write buffer pauses reading while any of it is unsent, because all of it is in memory."""
+    """Pause reading while a read larger than the write buffer is unsent, because all of it is in memory."""
 
     async def scene(pair: Pair) -> None:
         pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
@@ -131,7 +131,7 @@ def test_a_large_read_counts_whole(in_loop: InLoop) -> None:
 
 
 def test_abort_meets_the_last_write(in_loop: InLoop) -> None:
-    """If the buffer empties between an abort and its report, the client still gets RST instead of EOF."""
+    """Send RST instead of FIN even if the buffer empties between an abort and its report."""
 
     async def scene(pair: Pair) -> None:
         pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
@@ -188,7 +188,7 @@ def test_unread_input_is_no_silence(in_loop: InLoop) -> None:
 
 
 def test_reset_after_our_fin(in_loop: InLoop) -> None:
-    """The reason stays `quiet` if the client resets after our FIN."""
+    """Keep the reason `quiet` if the client resets after our FIN."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -202,7 +202,7 @@ def test_reset_after_our_fin(in_loop: InLoop) -> None:
 
 
 def test_reset_while_the_loop_ends(in_loop: InLoop) -> None:
-    """A connection may be lost after `ended` was cancelled together with the client's task."""
+    """Record a reset after `ended` was cancelled together with the client's task."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -216,7 +216,7 @@ def test_reset_while_the_loop_ends(in_loop: InLoop) -> None:
 
 
 def test_fin_after_an_abort(in_loop: InLoop) -> None:
-    """A session may be aborted or lost between its last write and its FIN, which is one iteration later."""
+    """Send no FIN if the session is aborted or lost between its last write and its FIN, one iteration later."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -232,7 +232,7 @@ def test_fin_after_an_abort(in_loop: InLoop) -> None:
 
 
 def test_large_reads_that_do_not_pause_reading(in_loop: InLoop) -> None:
-    """A large read does not pause reading if the kernel took all of it, or if reading is already paused."""
+    """Do not pause reading after a large read if the kernel took all of it, or if reading is already paused."""
 
     async def scene(pair: Pair) -> None:
         pair.session.reconfigure(LimitsSettings(write_buffer=1000), SHUTDOWN)
@@ -252,7 +252,7 @@ def test_large_reads_that_do_not_pause_reading(in_loop: InLoop) -> None:
 
 
 def test_figures_of_a_closed_socket() -> None:
-    """A unix socket has no TCP_INFO. Asking for the TCP_INFO of a closed socket is a defect."""
+    """Return None for a unix socket, and raise for a closed socket, which is a defect."""
     with socket.socket() as sock, socket.socket(socket.AF_UNIX) as unix:
         assert kernel.tcp_info(sock) is not None
         assert kernel.tcp_info(unix) is None
@@ -261,7 +261,7 @@ def test_figures_of_a_closed_socket() -> None:
 
 
 def test_defect_that_a_transport_reports(in_loop: InLoop) -> None:
-    """`ended` holds an exception that a transport reports, unless the network caused it."""
+    """Raise an exception that a transport reports, unless the network caused it."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -367,7 +367,7 @@ def test_drain_comes_to_its_end(in_loop: InLoop) -> None:
 
 
 def test_info_of_a_session_that_has_ended() -> None:
-    """A session that was closed before it could send its description sends none."""
+    """Send no description if the session was closed before."""
     with socket.socket() as sock:
         session = InfoSession(sock, LIMITS, SHUTDOWN, None, dict)  # type: ignore[arg-type]
         session.close("cut")

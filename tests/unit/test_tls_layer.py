@@ -1,4 +1,4 @@
-"""TLS of one session, with the client's OpenSSL in memory."""
+"""Test the TLS of one session, with the client's OpenSSL in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Transport:
-    """A transport that the kernel never limits."""
+    """Take everything at once."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
@@ -61,7 +61,7 @@ def connect(layer: TlsLayer, transport: Transport, certificates: Certificates) -
 
 
 def test_writes_without_acknowledgements(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer prunes its map, and translates the kernel's counts of ciphertext."""
+    """Prune the map, and translate the kernel's counts of ciphertext."""
     tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
     with socket.socket() as sock:
         session = EchoSession(sock, LIMITS, SHUTDOWN, None)  # type: ignore[arg-type]
