@@ -217,7 +217,7 @@ class EchoSession(asyncio.Protocol):
         self.begin()
 
     def begin(self) -> None:
-        """Begin with the payload: nothing precedes it any more."""
+        """Mark the preamble as done; further data is payload."""
         self.phase = max(self.phase, Phase.OPEN)
 
     def take_over(self, rest: bytes) -> None:
