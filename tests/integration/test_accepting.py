@@ -13,7 +13,6 @@ import pytest
 import structlog
 from structlog.testing import CapturingLogger
 
-from echod.connection.echo import SessionSettings
 from echod.connection.faults import Fault, FaultSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
@@ -22,6 +21,7 @@ from echod.server.client import AdmissionPolicy, Timeouts
 from echod.server.drain import DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
@@ -46,7 +46,8 @@ class Serving:
             ServerSettings(
                 max_connections=settings.pop("max_connections", 10),
                 timeouts=Timeouts(idle=0, write=30, handshake=10),
-                session=SessionSettings(65536, 1.0),
+                limits=LimitsSettings(),
+                shutdown=ShutdownSettings(),
                 drain=settings.pop("drain", DrainSettings(0, PATIENCE, PATIENCE, PATIENCE)),
                 **settings,
             ),
