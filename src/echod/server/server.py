@@ -15,7 +15,8 @@ import structlog
 from echod import embed
 from echod.clock import Clock
 from echod.connection.echo import EchoSession, SessionSettings
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
 from echod.connection.modes import InfoSession, LineSession
 from echod.connection.tls import TlsBuffers, TlsEnd
 from echod.net import addresses, kernel
@@ -84,7 +85,7 @@ class ServerSettings(NamedTuple):
     """Clients of one address, an IPv6 network of 64 bits being one; 0: no limit."""
     admission: AdmissionPolicy = AdmissionPolicy()
     mode: Mode = "stream"
-    fault: Fault | None = None
+    fault: FaultProfile | None = None
 
     @classmethod
     def derive(cls, settings: Settings, table: ListenerSettings, tls: TlsEnd | None, max_connections: int) -> Self:
@@ -110,7 +111,7 @@ class ServerSettings(NamedTuple):
             drain=DrainSettings(**shutdown.model_dump()),
             admission=AdmissionPolicy(trusted, tls),
             mode=table.mode,
-            fault=None if fault is None else Fault.derive(table.fault, fault),
+            fault=None if fault is None else FaultProfile(table.fault, fault),
         )
 
 
@@ -492,8 +493,8 @@ class Server:
         if settings.mode == "info":
             return InfoSession(sock, settings.session, ended, client.describe)
         if settings.fault is not None:
-            session = FaultLineSession if settings.mode == "line" else FaultSession
-            return session(sock, settings.session, ended, settings.fault, self.ledger.counters.accepted + 1)
+            number = self.ledger.counters.accepted + 1
+            return FaultSession(sock, settings.session, ended, settings.fault, settings.mode, number)
         if settings.mode == "line":
             return LineSession(sock, settings.session, ended)
         return EchoSession(sock, settings.session, ended)
