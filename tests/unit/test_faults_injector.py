@@ -65,16 +65,16 @@ def test_bytes_and_time_without_message() -> None:
     settings: dict[str, Any] = {"after_bytes": 3, "after_seconds": 1, "action": "reset"}
     fault = injector(**settings)
     assert echoes(fault, b"abc") == [b"abc"]
-    assert not fault.is_due
+    assert not fault.is_due()
     fault.reach_time()
-    assert fault.is_due
+    assert fault.is_due()
     fault.end_echo()
-    assert not fault.is_due
+    assert not fault.is_due()
     fault = injector(**settings)
     fault.reach_time()
-    assert not fault.is_due
+    assert not fault.is_due()
     assert echoes(fault, b"abc") == [b"abc"]
-    assert fault.is_due
+    assert fault.is_due()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_faults_that_need_a_message(settings: dict[str, Any]) -> None:
     fault = injector(**settings)
     fault.decide(b"abc")
     fault.reach_time()
-    assert not fault.is_due
+    assert not fault.is_due()
 
 
 def test_corrupt() -> None:

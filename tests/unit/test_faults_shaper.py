@@ -154,19 +154,14 @@ def test_slices_at_a_rate() -> None:
 def test_full() -> None:
     """The queue is full above the capacity, until it has fallen to a quarter."""
     queue = Queue(100, delay=1)
-    queue.push(b"." * 100)
-    assert not queue.shaper.full
-    queue.push(b"." * 20)
-    assert queue.shaper.full
+    states = []
+    for _ in range(5):
+        queue.push(b"." * 25)
+        states.append((queue.shaper.held, queue.shaper.full))
     queue.now += 1
-    released = queue.shaper.due_pieces()
-    next(released)
-    assert not queue.shaper.full
-    queue = Queue(100, delay=1)
-    queue.push(*[b"." * 26] * 4)
-    queue.now += 1
-    states = [(queue.shaper.held, queue.shaper.full) for _ in queue.shaper.due_pieces()]
-    assert states == [(78, True), (52, True), (26, True), (0, False)]
+    states += [(queue.shaper.held, queue.shaper.full) for _ in queue.shaper.due_pieces()]
+    pushed = [(25, False), (50, False), (75, False), (100, False), (125, True)]
+    assert states == [*pushed, (100, True), (75, True), (50, True), (25, False), (0, False)]
 
 
 def test_small_capacity() -> None:

@@ -71,9 +71,8 @@ class Injector:
         """Record that `after_seconds` have passed."""
         self._time_reached = True
 
-    @property
     def is_due(self) -> bool:
-        """Whether the action starts now, without another message."""
+        """Return whether the action starts now, without another message."""
         return (
             self._fires_without_message
             and not self.ended_echo
