@@ -29,7 +29,7 @@ BLOCKS = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", PAG
 RECIPES: dict[str, dict[str, Any]] = {
     name: fault for block in BLOCKS if "listeners" not in block for name, fault in block["faults"].items()
 }
-# Faults that are no recipes, for both modes only.
+# More faults, in both modes only.
 EXTRA: dict[str, dict[str, Any]] = {
     "slow-close": {"after_bytes": 1000, "action": "close", "rate": 5000},
     "slow-raise": {"after_bytes": 1000, "action": "raise", "rate": 5000},

@@ -1,4 +1,4 @@
-"""A daemon whose listeners show faults, and clients that observe them."""
+"""A daemon with faulty listeners, and clients that observe the faults."""
 
 from __future__ import annotations
 

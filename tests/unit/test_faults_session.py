@@ -1,4 +1,4 @@
-"""A session with a fault, over a TCP connection, in a loop whose clock moves only when the test moves it."""
+"""A session with a fault, over a TCP connection, in a loop with a clock that only the test moves."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_reset_of_a_stalled_session() -> None:
 
 
 def test_half_close_of_a_client_that_does_not_read() -> None:
-    """FIN comes after the echo, however long the client takes. What the client still sends is read."""
+    """FIN comes after the echo, however long the client takes. Further data is read."""
     size = 20_000_000
 
     async def scene(bench: Bench) -> None:

@@ -26,7 +26,7 @@ _RESET_CHECK = 1.0
 
 
 class InjectedFault(Exception):  # noqa: N818  (not an error of echod)
-    """Raised in a session whose fault has `action = "raise"`."""
+    """Raised by a fault with `action = "raise"`."""
 
 
 class FaultSession(EchoSession):
@@ -73,7 +73,7 @@ class FaultSession(EchoSession):
         self._pump_timer: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None
 
-    # What the transport calls
+    # Called by the transport
 
     def data_received(self, data: bytes) -> None:
         """Handle the messages in a read."""
@@ -126,7 +126,7 @@ class FaultSession(EchoSession):
         super().connection_lost(exc)
         self._shaper.drain()
 
-    # What the client's life calls
+    # Called by the client's task, the timeouts and the drain
 
     def begin(self) -> None:
         """Start the timer of `after_seconds`."""

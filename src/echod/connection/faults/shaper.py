@@ -83,7 +83,7 @@ class Shaper:
         return self._next()[1]
 
     def due_pieces(self) -> Iterator[Piece]:
-        """Remove and yield the pieces whose time has come.
+        """Remove and yield the pieces that are due.
 
         Stop after a slice. uvloop merges writes made in one iteration, so the next slice needs another iteration.
         """
