@@ -791,11 +791,14 @@ def run_on(steps: Generator[Any, Any, Any]) -> Any:
 
 def test_census_counts_everyone_once(loop_name: str) -> None:
     """Whoever leaves while it is taken is counted by the figures of its end; who comes then, next time."""
-    from echod.connection.echo import SessionSettings  # noqa: PLC0415
     from echod.daemon.logs import Log  # noqa: PLC0415
     from echod.server.client import Timeouts  # noqa: PLC0415  (for this test only)
     from echod.server.drain import DrainSettings  # noqa: PLC0415
-    from echod.settings.model import LogSettings  # noqa: PLC0415
+    from echod.settings.model import (  # noqa: PLC0415
+        LimitsSettings,
+        LogSettings,
+        ShutdownSettings,
+    )
     from echod.settings.resources import loop_factory  # noqa: PLC0415
 
     clients = 600
@@ -833,8 +836,12 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
     async def main() -> None:
         log = Log(LogSettings(level="error"))
         (listener,) = open_listeners([ListenerSpec("x", TcpAddress("127.0.0.1", 0))], 1000)
-        timeouts, session, drain = Timeouts(0, 30, 10), SessionSettings(65536, 1), DrainSettings(0, 0.1, 0.2, 0.1)
-        server = Server(listener.sockets, ServerSettings(10_000, timeouts, session, drain), Ledger(log.logger, "none"))
+        timeouts, drain = Timeouts(0, 30, 10), DrainSettings(0, 0.1, 0.2, 0.1)
+        server = Server(
+            listener.sockets,
+            ServerSettings(10_000, timeouts, LimitsSettings(), ShutdownSettings(), drain),
+            Ledger(log.logger, "none"),
+        )
         server.start()
         try:
             await scene(server, listener.sockets[0].sock.getsockname())

@@ -13,7 +13,6 @@ import pytest
 import structlog
 from structlog.testing import CapturingLogger
 
-from echod.connection.echo import SessionSettings
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
 from echod.net import kernel
@@ -23,7 +22,7 @@ from echod.server.client import AdmissionPolicy, Timeouts
 from echod.server.drain import DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
-from echod.settings.model import FaultSettings
+from echod.settings.model import FaultSettings, LimitsSettings, ShutdownSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
@@ -48,7 +47,8 @@ class Serving:
             ServerSettings(
                 max_connections=settings.pop("max_connections", 10),
                 timeouts=Timeouts(idle=0, write=30, handshake=10),
-                session=SessionSettings(65536, 1.0),
+                limits=LimitsSettings(),
+                shutdown=ShutdownSettings(),
                 drain=settings.pop("drain", DrainSettings(0, PATIENCE, PATIENCE, PATIENCE)),
                 **settings,
             ),

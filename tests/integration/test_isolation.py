@@ -15,10 +15,10 @@ import pytest
 import structlog
 from pydantic import ByteSize
 
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
-from echod.connection.modes import LineSession
+from echod.connection.line import LineSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import client as client_module
@@ -26,10 +26,10 @@ from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
 from echod.server.drain import Drain, DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
-from echod.settings.model import FaultSettings
+from echod.settings.model import FaultSettings, LimitsSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, receive, reset
-from pairs import Pair
+from pairs import LIMITS, SHUTDOWN, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # A record that no key decrypts.
 BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
-
-SETTINGS = SessionSettings(290_000, 1.0)
 
 
 # TLS that has failed
@@ -106,13 +104,13 @@ def test_writes_after_a_reset_are_not_logged(in_loop: InLoop, kind: str, caplog:
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
         if kind == "line":
-            pair.session = LineSession(pair.sock, SETTINGS, future)
+            pair.session = LineSession(pair.sock, LIMITS, SHUTDOWN, future)
         elif kind == "fault line":
             profile = FaultProfile("none", FaultSettings())
-            pair.session = FaultSession(pair.sock, SETTINGS, future, profile, "line", 1)
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "line", 1)
         else:
             profile = FaultProfile("shape", FaultSettings(rate=ByteSize(10_000_000)))
-            pair.session = FaultSession(pair.sock, SETTINGS, future, profile, "stream", 1)
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         reset(pair.client)
         pair.session.data_received(b"x\n" * 1000)
@@ -244,7 +242,7 @@ def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
         profile = FaultProfile("slow", FaultSettings(slice=ByteSize(1)))
-        pair.session = FaultSession(pair.sock, SETTINGS, future, profile, "stream", 1)
+        pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         Unkind(monkeypatch, "has_tcp_info", error=no_buffers())
         pair.client.sendall(b"x")
@@ -266,8 +264,8 @@ class Broken(EchoSession):
         msg = "broken"
         raise ArithmeticError(msg)
 
-    finish: Any = _fail
-    end: Any = _fail
+    close: Any = _fail
+    stop_lingering: Any = _fail
     undelivered: Any = _fail
     reconfigure: Any = _fail
 
@@ -279,7 +277,7 @@ class Broken(EchoSession):
 
 def broken(pair: Pair) -> Client:
     """Return a client of that pair whose session fails."""
-    pair.session = Broken(pair.sock, SETTINGS, asyncio.get_running_loop().create_future())
+    pair.session = Broken(pair.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
     return pair.life()
 
 
@@ -326,7 +324,7 @@ def serve(
 
     def new_session(_: Server, __: Client, sock: socket.socket) -> EchoSession:
         kind = EchoSession if next(made) else Broken
-        return kind(sock, SETTINGS, asyncio.get_running_loop().create_future())
+        return kind(sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
 
     monkeypatch.setattr(Server, "_new_session", new_session)
     entries: list[Entry] = []
@@ -339,7 +337,7 @@ def serve(
     async def main() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
-        settings = ServerSettings(10, Timeouts(0.05, 0.05, 10), SETTINGS, DrainSettings(0, 0.01, 0, 0))
+        settings = ServerSettings(10, Timeouts(0.05, 0.05, 10), LIMITS, SHUTDOWN, DrainSettings(0, 0.01, 0, 0))
         log = structlog.wrap_logger(structlog.PrintLogger(), [note])
         server = Server([ListeningSocket(listening)], settings, Ledger(log, "none", [entries.append]))
         server.start()
@@ -372,10 +370,10 @@ def test_server_isolates_clients(
             for one in server.connected:
                 while one.session.transport is None:  # noqa: ASYNC110  (no event tells)
                     await asyncio.sleep(0)
-            settings = server.settings._replace(session=SessionSettings(1000, 5.0), timeouts=Timeouts(60, 60, 60))
+            settings = server.settings._replace(limits=LimitsSettings(write_buffer=1000), timeouts=Timeouts(60, 60, 60))
             server.reconfigure(settings)
             whole = list(server.connected)[1].session
-            assert whole.settings.write_buffer == 1000
+            assert whole.limits.write_buffer == 1000
         else:
             assert await asyncio.to_thread(clients[1].recv, 1) == b""  # idle
             clients[1].close()

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.connection.echo import SessionSettings
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
 from echod.settings.model import FaultSettings
 from harness import PATIENCE, UNHURRIED, receive, reset, run
+from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +108,8 @@ def test_end_with_echo_held_back(in_loop: InLoop) -> None:
     async def scene(pair: Pair) -> None:
         pair.session = FaultSession(
             pair.sock,
-            SessionSettings(290_000, 1.0),
+            LIMITS,
+            SHUTDOWN,
             asyncio.get_running_loop().create_future(),
             FaultProfile("late", FaultSettings(delay=60)),
             "stream",
@@ -309,7 +310,7 @@ def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
         else:
             profile = FaultProfile("half", FaultSettings(trigger="x", action="half_close"))
             future = asyncio.get_running_loop().create_future()
-            pair.session = FaultSession(pair.sock, SessionSettings(290_000, 1.0), future, profile, "stream", 1)
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         if action == "finish":
             pair.session.close("quiet")

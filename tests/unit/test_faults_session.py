@@ -8,11 +8,11 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from pydantic import ByteSize
 
-from echod.connection.echo import SessionSettings
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession, InjectedFault
-from echod.settings.model import FaultSettings
+from echod.settings.model import FaultSettings, LimitsSettings, ShutdownSettings
 from harness import PATIENCE, receive, reset
 from pairs import Pair
 
@@ -40,7 +40,8 @@ class Bench:
         self.client = self.pair.client
         self.session = FaultSession(
             self.pair.sock,
-            SessionSettings(write_buffer=64 * 1024, linger_timeout=10),
+            LimitsSettings(),
+            ShutdownSettings(linger_timeout=10),
             loop.create_future(),
             FaultProfile("test", FaultSettings(**fault)),
             mode,
@@ -323,7 +324,7 @@ def test_new_write_buffer() -> None:
     """A reload changes the number of bytes above which reading pauses."""
 
     async def scene(bench: Bench) -> None:
-        bench.session.reconfigure(SessionSettings(write_buffer=100, linger_timeout=10))
+        bench.session.reconfigure(LimitsSettings(write_buffer=ByteSize(100)), ShutdownSettings())
         await bench.send(b"." * 101)
         bench.client.sendall(b"more")
         await bench.advance(0.5)

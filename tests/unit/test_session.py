@@ -13,16 +13,18 @@ import pytest
 import structlog
 
 from echod.admin.status import Count, _look
-from echod.connection.echo import Linger, SessionSettings
-from echod.connection.modes import InfoSession
+from echod.connection.info import InfoSession
+from echod.connection.linger import Linger
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
 from echod.server.drain import Drain, DrainSettings
 from echod.server.ledger import Counters, Ledger
 from echod.server.server import Server, ServerSettings, _cancel
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, reset
+from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -36,7 +38,7 @@ def test_finished_before_it_is_connected(in_loop: InLoop) -> None:
     async def scene(pair: Pair) -> None:
         pair.session.close("cut")
         assert pair.session.undelivered() == pair.session.unsent() == 0
-        pair.session.end()
+        pair.session.stop_lingering()
         await pair.connect()
         assert await asyncio.to_thread(pair.client.recv, 1) == b""
         await pair.session.ended
@@ -81,7 +83,7 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         await pair.session.ended
         pair.session.abort("stalled")
         pair.session.close("idle")
-        pair.session.end()
+        pair.session.stop_lingering()
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
         count = Count(Counters(), 0, 0)
@@ -256,7 +258,7 @@ def test_end_of_the_patience(in_loop: InLoop) -> None:
     """A client that takes some of its echo after our FIN has its patience anew, and is closed when that is over."""
 
     async def scene(pair: Pair) -> None:
-        pair.session.reconfigure(SessionSettings(290_000, 0.5))
+        pair.session.reconfigure(LIMITS, ShutdownSettings(linger_timeout=0.5))
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.session.close("idle")
@@ -296,16 +298,16 @@ def test_large_reads_that_pause_nothing(in_loop: InLoop) -> None:
     """One that the kernel has taken whole, and one of a session that is paused already."""
 
     async def scene(pair: Pair) -> None:
-        pair.session.reconfigure(SessionSettings(1000, 1.0))
+        pair.session.reconfigure(LimitsSettings(write_buffer=1000), SHUTDOWN)
         await pair.connect()
         pair.session.data_received(bytes(1001))
         paused = [pair.session.paused]
         while not pair.session.paused:
             pair.session.data_received(bytes(100_000))
         pair.session.data_received(bytes(1001))
-        pair.session.reconfigure(SessionSettings(290_000, 1.0))  # which waits until it is not paused any more
+        pair.session.reconfigure(LIMITS, SHUTDOWN)  # which waits until it is not paused any more
         assert [*paused, pair.session.paused] == [False, True]
-        pair.session.end()
+        pair.session.stop_lingering()
         await pair.session.ended
         assert pair.session.reason == "aborted"
 
@@ -430,7 +432,7 @@ def test_drain_comes_to_its_end(in_loop: InLoop) -> None:
 def test_info_of_a_session_that_has_ended() -> None:
     """A drain may reach a client before its answer does: then there is none."""
     with socket.socket() as sock:
-        session = InfoSession(sock, SessionSettings(1, 1), None, dict)  # type: ignore[arg-type]
+        session = InfoSession(sock, LIMITS, SHUTDOWN, None, dict)  # type: ignore[arg-type]
         session.close("cut")
         session.begin()
         assert session.written == 0
@@ -516,7 +518,8 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
         settings = ServerSettings(
             max_connections=max_connections,
             timeouts=Timeouts(idle=0, write=30, handshake=10),
-            session=SessionSettings(65536, 1.0),
+            limits=LimitsSettings(),
+            shutdown=ShutdownSettings(),
             drain=DrainSettings(0, 0.1, 1, 1.0),
         )
         server = Server(

@@ -10,21 +10,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echod.connection.proxy_header import HeaderReader
+from echod.connection.state import Phase
 from echod.connection.tls import TlsEnd, TlsLayer
 from echod.net import addresses, kernel, proxy_protocol
 from echod.net.addresses import TcpAddress
 from echod.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from ipaddress import IPv4Network, IPv6Network
 
-    from echod.connection.echo import EchoSession, Reason, Stage
+    from echod.connection.echo import EchoSession
+    from echod.connection.outcome import Reason
     from echod.net.addresses import UnixAddress
 
 
 # Seconds that a client's last steps may take after it was told to end: its transport only has to report the end.
 LAST_STEPS = 1.0
+
+# Phases that end within the handshake timeout, and the reason if they do not.
+_PREAMBLES: Mapping[Phase, Reason] = {Phase.PROXY_HEADER: "proxy_header", Phase.HANDSHAKE: "handshake"}
 
 
 def watch(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
@@ -169,7 +174,7 @@ class Client:
                 await self._join(admission, quota)
             except asyncio.CancelledError:
                 # The loop has closed the transport that it had made. uvloop does not report that.
-                self.session.reject("aborted", "")
+                self.session.reject("aborted")
             try:
                 await self.session.ended
             except asyncio.CancelledError:
@@ -187,7 +192,7 @@ class Client:
         session = self.session
         if session.delivery is None:
             # The task is cancelled, and with it the future that it was waiting for.
-            session.ended = asyncio.get_running_loop().create_future()
+            session.renew_ended()
             session.abort("aborted")
             await asyncio.wait([session.ended], timeout=LAST_STEPS)
             if not session.ended.done():
@@ -207,31 +212,27 @@ class Client:
         """Take the PROXY header; end the session, and say so, if there are enough clients of that address."""
         self.header = header
         if not self._enter(quota):
-            self.session.close("client_limit")
+            self.session.reject("client_limit")
         return self._entered
 
     async def _join(self, admission: AdmissionPolicy, quota: Quota) -> None:
         """Join the socket to the session, with what comes in between."""
         session = self.session
         following: EchoSession | TlsLayer = session
-        stage: Stage | None = None
         loop = asyncio.get_running_loop()
         try:
             if admission.tls is not None:
                 following = TlsLayer(session, admission.tls)
-                stage = "handshake"
             front: EchoSession | TlsLayer | HeaderReader = following
             if admission.proxy_trusted is not None:
                 front = HeaderReader(session, following, partial(self._identify, quota))
-                stage = "proxy_header"
-            session.stage = stage
             await loop.connect_accepted_socket(lambda: front, session.sock)
         except Exception as error:  # noqa: BLE001  (the session reports it; a reset is one that arrived too early)
             unwatch(loop, session.sock)
             session.connection_lost(error)
             session.sock.close()
         else:
-            if stage is None:
+            if front is session:
                 session.attempt(session.begin)
 
     def _is_trusted(self, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
@@ -264,9 +265,9 @@ class Client:
 
         """
         session = self.session
-        if session.stage is not None and session.reason is None:
+        if (preamble := _PREAMBLES.get(session.phase)) is not None:
             expired = now - self._since >= timeouts.handshake
-            return session.stage if expired and not session.unread() else None
+            return preamble if expired and not session.unread() else None
         if session.bytes_seen != self._bytes_seen:
             self._bytes_seen = session.bytes_seen
             self._since = now
@@ -276,7 +277,7 @@ class Client:
         if session.paused:
             reason: Reason = "stalled"
             late = silent >= timeouts.write
-        elif session.reason is None and timeouts.idle and silent >= timeouts.idle:
+        elif session.phase <= Phase.OPEN and timeouts.idle and silent >= timeouts.idle:
             reason = "idle"
             late = True
         else:

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod.clock import Clock
+from echod.connection.state import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -91,7 +92,7 @@ class Drain:
             if self._hurried:
                 client.session.attempt(client.session.abort, "aborted")
             else:
-                client.session.attempt(client.session.end)
+                client.session.attempt(client.session.stop_lingering)
         return self._emptied
 
     def _dismiss_quiet(self, now: float) -> None:
@@ -100,7 +101,7 @@ class Drain:
 
     def _dismiss_if_quiet(self, client: Client, now: float) -> None:
         session = client.session
-        if session.reason is not None:
+        if session.phase > Phase.OPEN:
             return
         heard, since = self._silence.get(client, (-1, now))
         if session.bytes_seen != heard or session.paused or session.undelivered():

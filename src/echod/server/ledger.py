@@ -6,20 +6,18 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
+from echod.connection.outcome import MEANINGS
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from echod.connection.echo import Delivery, Reason
+    from echod.connection.outcome import Reason
+    from echod.connection.state import Delivery
     from echod.server.client import Client
 
 Choice = Literal["all", "nonempty", "failed", "none"]
-
-_GOOD_ENDS = frozenset({"eof", "quiet", "info"})
-
-# Ends that tell of more than their bytes do.
-_TELLING_ENDS = frozenset({"failed", "io_error", "info", "handshake", "tls", "proxy_header", "client_limit"})
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ class Receipt:
         """Derive the receipt from the account before and after a drain that began with `present` clients."""
         outcomes = Counter[str]()
         for reason, count in (after.reasons - before.reasons).items():
-            outcomes[_OUTCOMES[reason]] += count
+            outcomes[MEANINGS[reason].outcome] += count
         return cls(
             clients=present + after.accepted - before.accepted,
             completed=outcomes["completed"],
@@ -114,27 +112,6 @@ class Receipt:
         for row in rows:
             sums.update(row)
         return cls(**{name: sums[name] for name in cls.__slots__ if name != "seconds"}, seconds=seconds)
-
-
-_OUTCOMES: Mapping[Reason, str] = {
-    "eof": "completed",
-    "undelivered": "aborted",
-    "reset": "completed",
-    "idle": "quiet",
-    "info": "completed",
-    "handshake": "failed",
-    "tls": "failed",
-    "proxy_header": "failed",
-    "client_limit": "failed",
-    "line_too_long": "failed",
-    "quiet": "quiet",
-    "cut": "cut",
-    "stalled": "aborted",
-    "aborted": "aborted",
-    "fault": "failed",
-    "io_error": "failed",
-    "failed": "failed",
-}
 
 
 class Entry(NamedTuple):
@@ -216,9 +193,9 @@ class Ledger:
             case "all":
                 return True
             case "nonempty":
-                return delivery.received > 0 or fault is not None or reason in _TELLING_ENDS
+                return delivery.received > 0 or fault is not None or MEANINGS[reason].always_logged
             case "failed":
-                return reason not in _GOOD_ENDS or delivery.acked < delivery.received
+                return MEANINGS[reason].is_failure or delivery.acked < delivery.received
             case _:
                 return False
 

@@ -14,10 +14,12 @@ import structlog
 
 from echod import embed
 from echod.clock import Clock
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
-from echod.connection.modes import InfoSession, LineSession
+from echod.connection.info import InfoSession
+from echod.connection.line import LineSession
+from echod.connection.state import Phase
 from echod.connection.tls import TlsBuffers, TlsEnd
 from echod.net import addresses, kernel
 from echod.net.listeners import ListenerSpec, open_listeners
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from echod.net.addresses import TcpAddress, UnixAddress
     from echod.net.listeners import ListeningSocket
     from echod.server.ledger import Counters, Entry
-    from echod.settings.model import ListenerSettings, Settings
+    from echod.settings.model import LimitsSettings, ListenerSettings, Settings, ShutdownSettings
 
 Mode = Literal["stream", "line", "info"]
 
@@ -79,7 +81,8 @@ class ServerSettings(NamedTuple):
     max_connections: int
     """At this many clients it stops accepting."""
     timeouts: Timeouts
-    session: SessionSettings
+    limits: LimitsSettings
+    shutdown: ShutdownSettings
     drain: DrainSettings
     max_connections_per_client: int = 0
     """Clients of one address, an IPv6 network of 64 bits being one; 0: no limit."""
@@ -107,7 +110,8 @@ class ServerSettings(NamedTuple):
             max_connections=max_connections,
             max_connections_per_client=limits.max_connections_per_client,
             timeouts=Timeouts(limits.idle_timeout, limits.write_timeout, limits.handshake_timeout),
-            session=SessionSettings(limits.write_buffer, shutdown.linger_timeout, limits.max_line),
+            limits=limits,
+            shutdown=shutdown,
             drain=DrainSettings(**shutdown.model_dump()),
             admission=AdmissionPolicy(trusted, tls),
             mode=table.mode,
@@ -238,7 +242,7 @@ class Server:
         self.settings = settings
         self._quota.limit = settings.max_connections_per_client
         for client in self._clients.values():
-            client.session.attempt(client.session.reconfigure, settings.session)
+            client.session.attempt(client.session.reconfigure, settings.limits, settings.shutdown)
         self._room.set()
 
     @property
@@ -491,13 +495,13 @@ class Server:
         settings = self.settings
         ended: asyncio.Future[None] = self._loop.create_future()
         if settings.mode == "info":
-            return InfoSession(sock, settings.session, ended, client.describe)
+            return InfoSession(sock, settings.limits, settings.shutdown, ended, client.describe)
         if settings.fault is not None:
             number = self.ledger.counters.accepted + 1
-            return FaultSession(sock, settings.session, ended, settings.fault, settings.mode, number)
+            return FaultSession(sock, settings.limits, settings.shutdown, ended, settings.fault, settings.mode, number)
         if settings.mode == "line":
-            return LineSession(sock, settings.session, ended)
-        return EchoSession(sock, settings.session, ended)
+            return LineSession(sock, settings.limits, settings.shutdown, ended)
+        return EchoSession(sock, settings.limits, settings.shutdown, ended)
 
     def _depart(self, task: asyncio.Task[None]) -> None:
         """Strike a client off the registry. Every task's exception comes by here, so none can hide another."""
@@ -522,7 +526,7 @@ class Server:
             clients: Collection[Client] = self._clients.values()
             if not timeouts.idle:
                 # Of the others none can be late, and with ten thousand of them a look at each is a cost.
-                clients = [one for one in clients if one.session.paused or one.session.stage is not None]
+                clients = [one for one in clients if one.session.paused or one.session.phase < Phase.OPEN]
             for client in clients:
                 client.session.attempt(_close_if_overdue, client, now, timeouts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echod.connection.modes import whole_lines
+from echod.connection.line import whole_lines
 
 
 class ReadFramer:

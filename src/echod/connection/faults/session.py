@@ -6,7 +6,7 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
-from echod.connection.echo import EchoSession, Reason, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.connection.faults.framer import LineFramer, ReadFramer
 from echod.connection.faults.injector import Injector
 from echod.connection.faults.shaper import Shaper
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from echod.connection.faults.profile import FaultProfile
+    from echod.connection.outcome import Reason
+    from echod.settings.model import LimitsSettings, ShutdownSettings
 
 # Reasons that release all held echo at once: the server stops waiting, or can send nothing more (tls).
 _URGENT: frozenset[Reason] = frozenset({"idle", "quiet", "cut", "tls"})
@@ -37,13 +39,14 @@ class FaultSession(EchoSession):
 
     Contact with EchoSession, beside its counters and flags:
 
-    - overridden: the methods of the protocol, `begin`, `reconfigure`, `close`, `conclude`, `_send_fin`, `written`,
+    - overridden: the methods of the protocol, `begin`, `reconfigure`, `close`, `_flush`, `_send_fin`, `written`,
       `owed`, `undelivered`, `unread`, `fault`;
     - called: `attempt`, `abort`, `lose`, `unsent`, `_shut_down`, `_pause_if_unsent`.
 
     Args:
         sock: a connected socket.
-        settings: the settings of every session.
+        limits: the limits of the server.
+        shutdown: the timeouts of the server's stop.
         ended: done when the connection is closed.
         profile: the fault.
         mode: whether a message is a read or a line.
@@ -56,19 +59,20 @@ class FaultSession(EchoSession):
     def __init__(
         self,
         sock: socket.socket,
-        settings: SessionSettings,
+        limits: LimitsSettings,
+        shutdown: ShutdownSettings,
         ended: asyncio.Future[None],
         profile: FaultProfile,
         mode: Literal["stream", "line"],
         number: int,
     ) -> None:
-        super().__init__(sock, settings, ended)
+        super().__init__(sock, limits, shutdown, ended)
         self._profile = profile
         self._loop = ended.get_loop()
         random = profile.new_random(number)
         self._framer = LineFramer() if mode == "line" else ReadFramer(profile.settings.after_bytes or 0)
         self._injector = Injector(profile, random)
-        self._shaper = Shaper(profile.settings, random, self._loop.time, settings.write_buffer)
+        self._shaper = Shaper(profile.settings, random, self._loop.time, limits.write_buffer)
         self._written = 0
         self._pump_timer: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None
@@ -80,7 +84,7 @@ class FaultSession(EchoSession):
         self.received += len(data)
         if self._injector.ended_echo:
             return
-        messages, too_long = self._framer.feed(data, self.settings.max_line)
+        messages, too_long = self._framer.feed(data, self.limits.max_line)
         for message in messages:
             self._handle(message)
         if too_long:
@@ -98,7 +102,7 @@ class FaultSession(EchoSession):
         """Continue to send held echo. Without any, send FIN if it is due: the low-water mark is 0, so all is written."""
         if self._shaper.held:
             self.paused = False
-            self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
+            self._connected.set_write_buffer_limits(high=self._large)
             self._update_reading()
             self._schedule()
         elif self.reason is None and self._has_started("half_close"):
@@ -112,7 +116,7 @@ class FaultSession(EchoSession):
         """Handle an unfinished line, and close. A stalled session has not read the EOF, so it does not close."""
         if message := self._framer.flush():
             self._handle(message)
-        self.eof = True
+        self.client_closed()
         if not self._has_started("stall"):
             self.close("fault" if self._has_started("half_close") else "eof")
         return True
@@ -135,10 +139,10 @@ class FaultSession(EchoSession):
         if seconds is not None and self.reason is None:
             self._timer = self._loop.call_later(seconds, self.attempt, self._on_time)
 
-    def reconfigure(self, settings: SessionSettings) -> None:
+    def reconfigure(self, limits: LimitsSettings, shutdown: ShutdownSettings) -> None:
         """Apply new settings. The fault stays as it is."""
-        super().reconfigure(settings)
-        self._shaper.resize(settings.write_buffer)
+        super().reconfigure(limits, shutdown)
+        self._shaper.resize(limits.write_buffer)
 
     def close(self, reason: Reason) -> None:
         """Close gracefully, after the held echo. An urgent reason sends held echo at once, even while closing."""
@@ -150,14 +154,14 @@ class FaultSession(EchoSession):
         if self.reason is None:
             super().close(reason)
         elif released:
-            super().conclude()
+            super()._flush()
 
-    def conclude(self) -> None:
+    def _flush(self) -> None:
         """Echo an unfinished line unless the fault has ended the echo. Send FIN after the held echo."""
         if (data := self._framer.flush()) and not self._injector.ended_echo:
             self._echo(data, shaped=False)
         if not self._shaper.held:
-            super().conclude()
+            super()._flush()
 
     @property
     def written(self) -> int:
@@ -217,7 +221,7 @@ class FaultSession(EchoSession):
             case "reset":
                 self.abort("fault")
             case "half_close":
-                self.conclude()
+                self._flush()
             case "stall":
                 self._update_reading()
                 self._timer = self._loop.call_later(_RESET_CHECK, self.attempt, self._check_reset)
@@ -285,7 +289,7 @@ class FaultSession(EchoSession):
         if self._shaper.held:
             self._schedule()
         elif self.reason is not None or self._has_started("half_close"):
-            self.conclude()
+            self._flush()
 
     def _write(self, data: bytes) -> None:
         """Write, unless an earlier write has failed in this iteration: asyncio logs each further write."""
