@@ -35,13 +35,13 @@ class FaultSession(EchoSession):
     """Echo with a fault.
 
     A framer divides reads into messages. An injector returns the echo of each message, or ends the echo. A shaper
-    holds echo back until its time.
+    holds echo until its time.
 
-    Contact with EchoSession, beside its counters and flags:
+    Contact with EchoSession, apart from the counters and flags that it reads:
 
-    - overridden: the methods of the protocol, `begin`, `reconfigure`, `close`, `_flush`, `_send_fin`, `written`,
-      `owed`, `undelivered`, `unread`, `fault`;
-    - called: `attempt`, `abort`, `lose`, `unsent`, `_shut_down`, `_pause_if_unsent`.
+    - overrides: the methods of the protocol, `begin`, `reconfigure`, `close`, `_flush`, `_send_fin`, `written`, `owed`,
+      `undelivered`, `unread` and `fault`;
+    - calls: `attempt`, `abort`, `lose`, `client_closed`, `unsent`, `_shut_down` and `_pause_if_unsent`.
 
     Args:
         sock: a connected socket.
@@ -92,11 +92,10 @@ class FaultSession(EchoSession):
 
     def pause_writing(self) -> None:
         """Pause reading from a client that does not read its echo, and stop sending held echo."""
-        self.paused = True
+        super().pause_writing()
         if self._pump_timer is not None:
             self._pump_timer.cancel()
             self._pump_timer = None
-        self._update_reading()
 
     def resume_writing(self) -> None:
         """Continue to send held echo. Without any, send FIN if it is due: the low-water mark is 0, so all is written."""

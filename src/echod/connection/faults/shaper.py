@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -29,15 +30,13 @@ class Piece(NamedTuple):
     """Whether it must be sent as a segment of its own."""
 
 
+@dataclass(slots=True)
 class _Message:
     """The unsent rest of a message."""
 
-    __slots__ = ("data", "due", "shaped")
-
-    def __init__(self, data: bytes, due: float, *, shaped: bool) -> None:
-        self.data = memoryview(data)
-        self.due = due
-        self.shaped = shaped
+    data: memoryview
+    due: float
+    shaped: bool
 
 
 class Shaper:
@@ -74,7 +73,7 @@ class Shaper:
         due = self._clock()
         if shaped:
             due += self._settings.delay + self._random.uniform(-self._settings.jitter, self._settings.jitter)
-        self._queue.append(_Message(data, due, shaped=shaped))
+        self._queue.append(_Message(memoryview(data), due, shaped))
         self.held += len(data)
         self.full = self.full or self.held > self._capacity
 
