@@ -202,7 +202,7 @@ class FaultSession(EchoSession):
         self._start_action_if_due()
 
     def _start_action_if_due(self) -> None:
-        if self._injector.is_due() and self.reason is None and not self._connected.is_closing():
+        if self._injector.is_due() and not self._connected.is_closing():
             self._start_action()
 
     def _start_action(self) -> None:
