@@ -13,7 +13,8 @@ import pytest
 import structlog
 from structlog.testing import CapturingLogger
 
-from echod.connection.faults import Fault, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import server
@@ -21,7 +22,7 @@ from echod.server.client import AdmissionPolicy, Timeouts
 from echod.server.drain import DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
-from echod.settings.model import LimitsSettings, ShutdownSettings
+from echod.settings.model import FaultSettings, LimitsSettings, ShutdownSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
@@ -330,7 +331,7 @@ def test_number_of_a_faulty_connection(loop_name: str, monkeypatch: pytest.Monke
         await serving.server.shutdown()
 
     async def main() -> None:
-        await scene(Serving(monkeypatch, fault=Fault("slow", probability=0.0)))
+        await scene(Serving(monkeypatch, fault=FaultProfile("none", FaultSettings())))
 
     with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
         runner.run(main())

@@ -15,7 +15,8 @@ import structlog
 from echod import embed
 from echod.clock import Clock
 from echod.connection.echo import EchoSession
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
 from echod.connection.info import InfoSession
 from echod.connection.line import LineSession
 from echod.connection.state import Phase
@@ -87,7 +88,7 @@ class ServerSettings(NamedTuple):
     """Clients of one address, an IPv6 network of 64 bits being one; 0: no limit."""
     admission: AdmissionPolicy = AdmissionPolicy()
     mode: Mode = "stream"
-    fault: Fault | None = None
+    fault: FaultProfile | None = None
 
     @classmethod
     def derive(cls, settings: Settings, table: ListenerSettings, tls: TlsEnd | None, max_connections: int) -> Self:
@@ -114,7 +115,7 @@ class ServerSettings(NamedTuple):
             drain=DrainSettings(**shutdown.model_dump()),
             admission=AdmissionPolicy(trusted, tls),
             mode=table.mode,
-            fault=None if fault is None else Fault.derive(table.fault, fault),
+            fault=None if fault is None else FaultProfile(table.fault, fault),
         )
 
 
@@ -503,10 +504,8 @@ class Server:
         if settings.mode == "info":
             return InfoSession(sock, settings.limits, settings.shutdown, ended, client.describe)
         if settings.fault is not None:
-            session = FaultLineSession if settings.mode == "line" else FaultSession
-            return session(
-                sock, settings.limits, settings.shutdown, ended, settings.fault, self.ledger.counters.accepted + 1
-            )
+            number = self.ledger.counters.accepted + 1
+            return FaultSession(sock, settings.limits, settings.shutdown, ended, settings.fault, settings.mode, number)
         if settings.mode == "line":
             return LineSession(sock, settings.limits, settings.shutdown, ended)
         return EchoSession(sock, settings.limits, settings.shutdown, ended)
