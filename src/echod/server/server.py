@@ -163,14 +163,14 @@ class Server:
         await self._drain.delay(shutdown.delay)
         await _cancel(listener)
         self._listener.withdraw()
-        if not await self._drain.run(shutdown):
-            if waiting := self._listener.waiting:
+        try:
+            if not await self._drain.run(shutdown) and (waiting := self._listener.waiting):
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
+        finally:  # a defect in the drain ends the clients too
             self._listener.close()
-        if self._clients:
-            await asyncio.wait(self._clients, timeout=LAST_STEPS)
-        await _cancel(*self._clients)
-        await _cancel(sweep)
+            if self._clients:
+                await asyncio.wait(self._clients, timeout=LAST_STEPS)
+            await _cancel(*self._clients, sweep)
         return Receipt.between(before, self.ledger.counters, present, self._loop.time() - began)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
@@ -236,5 +236,4 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     """Cancel tasks and wait for their end."""
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.wait(tasks)
