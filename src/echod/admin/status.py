@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import echod
+from echod.connection.state import Phase
 from echod.net.certificates import iso
 from echod.settings.model import Settings, flat
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from echod.settings.resources import Resources
 
 STATES = ("proxy_header", "handshake", "open", "paused", "closing")
+
+# The phases by their names on the page. A loop makes a transport at once, so CONNECTING has no name of its own.
+_STATES: Mapping[Phase, str] = {
+    Phase.CONNECTING: "open",
+    Phase.PROXY_HEADER: "proxy_header",
+    Phase.HANDSHAKE: "handshake",
+    Phase.OPEN: "open",
+    Phase.FLUSHING: "closing",
+    Phase.LINGERING: "closing",
+    Phase.CLOSED: "closing",
+}
 
 # Clients looked at in one go; between two goes, the loop serves.
 _STEP = 250
@@ -113,11 +125,9 @@ def _look(count: Count, clients: Sequence[Client]) -> None:
 
 
 def _state(session: EchoSession) -> str:
-    if session.reason is not None:
-        return "closing"
-    if session.stage is not None:
-        return session.stage
-    return "paused" if session.paused else "open"
+    if session.phase is Phase.OPEN and session.paused:
+        return "paused"
+    return _STATES[session.phase]
 
 
 class _Sample(NamedTuple):
