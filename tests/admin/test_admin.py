@@ -34,7 +34,7 @@ from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
 from echod.server.server import Server
 from harness import PATIENCE, Daemon, clean_environment, receive, reset, run, until
-from in_process import server_settings
+from serving import server_settings
 from watching import WATCHED, UnixConnection, ask, caller, get, place, received, scrape, status
 
 if TYPE_CHECKING:

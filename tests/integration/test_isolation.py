@@ -32,8 +32,8 @@ from echod.server.server import Server
 from echod.settings.model import FaultSettings, ShutdownSettings
 from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, receive, reset
-from in_process import run_in_loop, server_settings, until
 from pairs import LIMITS, SHUTDOWN, Pair
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping

@@ -24,7 +24,7 @@ from echod.server.ledger import Ledger
 from echod.server.timeouts import Sweep
 from echod.settings.resources import loop_factory
 from harness import PATIENCE
-from in_process import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

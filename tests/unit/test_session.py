@@ -17,8 +17,8 @@ from echod.server.ledger import Counters
 from echod.server.quota import Quota
 from echod.settings.model import LimitsSettings
 from harness import reset
-from in_process import server_settings
 from pairs import LIMITS, SHUTDOWN
+from serving import server_settings
 
 if TYPE_CHECKING:
     from pairs import InLoop, Pair
