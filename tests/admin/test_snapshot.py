@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 
-import echod
+from admin_thread import running_server
 from crowd import Crowd
 from echod.admin.snapshot import DaemonView, Snapshot, state_of
 from echod.net.addresses import TcpAddress
@@ -43,8 +44,8 @@ def test_each_client_is_counted_once(loop_name: str) -> None:
 
     async def main() -> None:
         closed = asyncio.Event()
-        server = echod.Server.listen("127.0.0.1:0", observe=lambda _: closed.set(), limits={"backlog": 1000})
-        async with server:
+        log = structlog.wrap_logger(structlog.ReturnLogger()).bind()
+        async with running_server(log, lambda _: closed.set()) as server:
             (address,) = server.addresses
             assert isinstance(address, TcpAddress)
             streams = [await asyncio.open_connection(address.host, address.port) for _ in range(clients)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from concurrent.futures import Future
@@ -12,18 +13,23 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import structlog
 import uvloop
 
-import echod
 from echod.admin.http import Admin
 from echod.admin.limits import DEFAULT_LIMITS, AdminLimits
 from echod.admin.snapshot import DaemonView
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
+from echod.server.ledger import Ledger
+from echod.server.server import Server
 from harness import PATIENCE, receive
+from servers import server_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import AsyncIterator, Callable, MutableMapping
+
+    from structlog.typing import FilteringBoundLogger
 
     from echod.net.listeners import Listener
+    from echod.server.ledger import Entry
 
     # Makes the loop from its class and the admin listener's sockets. The class is Any, so that it can be a base class.
     MakeLoop = Callable[[Any, Listener], asyncio.AbstractEventLoop]
@@ -59,6 +65,7 @@ class AdminThread:
         self.errors: list[dict[str, Any]] = []
         """Calls of the loop's exception handler."""
         self._view = view
+        self._logger: FilteringBoundLogger = structlog.wrap_logger(None, [self._log]).bind()
         self._started: Future[None] = Future()
         self._news = threading.Condition()
         address = TcpAddress("127.0.0.1", 0)
@@ -113,7 +120,7 @@ class AdminThread:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._loop.set_exception_handler(lambda _, context: self.errors.append(context))
-        async with echod.Server.listen("127.0.0.1:0", observe=self._admin.observer("echo")) as server:
+        async with running_server(self._logger, self._admin.observer("echo")) as server:
             (echo,) = server.addresses
             assert isinstance(echo, TcpAddress)
             self._echo = echo.host, echo.port
@@ -127,8 +134,7 @@ class AdminThread:
                 reloads={"success": 0, "failure": 0},
                 log_lines_dropped=int,
             )
-            logger = structlog.wrap_logger(None, [self._log]).bind()
-            self._admin.start(view._replace(**self._view), lambda: logger)
+            self._admin.start(view._replace(**self._view), lambda: self._logger)
             self._started.set_result(None)
             await self._stop.wait()
             await self._admin.close()
@@ -138,3 +144,16 @@ class AdminThread:
             self.events.append({**event, "level": level})
             self._news.notify_all()
         raise structlog.DropEvent
+
+
+@contextlib.asynccontextmanager
+async def running_server(log: FilteringBoundLogger, observe: Callable[[Entry], None]) -> AsyncIterator[Server]:
+    """Run an echo server on a free port. It stops quickly."""
+    (listener,) = open_listeners([ListenerSpec("echo", TcpAddress("127.0.0.1", 0))], 1000)
+    settings = server_settings(shutdown={"quiet_period": 0.1, "drain_timeout": 0.2, "linger_timeout": 0.1})
+    server = Server(listener.sockets, settings, Ledger(log, "none", (observe,)))
+    server.start()
+    try:
+        yield server
+    finally:
+        await server.shutdown()

@@ -23,8 +23,10 @@ from echod.daemon.logs import STDERR
 from echod.daemon.systemd import Notifier, count
 from echod.net import addresses, kernel
 from echod.net.listeners import ListenerSpec, inherit, open_listeners
-from echod.server.ledger import Ledger, Receipt
-from echod.server.server import Server, ServerSettings
+from echod.server.ledger import Ledger
+from echod.server.receipt import Receipt
+from echod.server.server import Server
+from echod.server.settings import ServerSettings
 from echod.settings.model import ListenerSettings, changes
 from echod.settings.problems import Problem, SettingsError
 from echod.settings.resources import log_problem, loop_factory
@@ -360,7 +362,9 @@ class _Daemon:
     def _server_settings(self, name: str, max_connections: int) -> ServerSettings:
         tls = self._found.tls.get(name)
         end = TlsEnd(tls.context, self._buffers) if tls is not None else None
-        return ServerSettings.derive(self._found.loaded.settings, self._tables[name], end, max_connections)
+        settings, table = self._found.loaded.settings, self._tables[name]
+        limits = settings.limits.model_copy(update={"max_connections": max_connections})
+        return ServerSettings(table, limits, settings.shutdown, settings.faults.get(table.fault), end)
 
     def _numbers(self) -> str:
         servers = self._servers.values()

@@ -214,6 +214,12 @@ class ListenerTask:
     def _accept(self, listening: ListeningSocket) -> None:
         if self._stopped.done():  # by another socket in this iteration
             return
+        try:
+            self._accept_batch(listening)
+        except Exception as error:  # noqa: BLE001  (a defect, which ends the task)
+            self._stopped.set_exception(error)
+
+    def _accept_batch(self, listening: ListeningSocket) -> None:
         for accepted in range(self._batch):
             if not self._has_room():
                 # Pause only if this wake-up accepted nothing; otherwise the backlog may already be empty.
