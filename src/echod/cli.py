@@ -57,7 +57,7 @@ def main() -> int:
         config = os.environ.get(sources.CONFIG_VARIABLE) or None
 
     def load(before: Resources | None = None) -> Resources:
-        return resources.acquire(sources.load(values, config, None if before is None else before.loaded.origins))
+        return resources.acquire(sources.load(values, config, None if before is None else before.config.origins))
 
     try:
         found = load()
@@ -74,16 +74,16 @@ def _tell(found: Resources, command: str) -> int:
     from echod.settings import resources, toml  # noqa: PLC0415
     from echod.text import printable  # noqa: PLC0415
 
-    if command == "check" and (problems := list(resources.log_problems(found.loaded))):
+    if command == "check" and (problems := list(resources.log_problems(found.config))):
         return _fail(EXIT_CONFIG, problems)
-    for variable in found.loaded.unknown_variables:
+    for variable in found.config.unknown_variables:
         _say(printable(f"warning: {variable} names no setting"))
     for listener, warning in found.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
     try:
         _write(
             _STDOUT,
-            "configuration OK\n" if command == "check" else toml.document(found.loaded.settings, found.loaded.origins),
+            "configuration OK\n" if command == "check" else toml.document(found.config.settings, found.config.origins),
         )
     except OSError as error:
         return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
@@ -127,9 +127,9 @@ def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resou
     from echod.settings import resources  # noqa: PLC0415
 
     try:
-        log = logs.Log(found.loaded.settings.log)
+        log = logs.Log(found.config.settings.log)
     except OSError as error:
-        return _fail(EXIT_CONFIG, [resources.log_problem(found.loaded, error)])
+        return _fail(EXIT_CONFIG, [resources.log_problem(found.config, error)])
     except threads.ThreadError as error:
         return _fail(EXIT_FAILURE, [f"the log: {error}"])
     try:

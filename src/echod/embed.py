@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from echod.settings import resources
-from echod.settings.model import Loaded
+from echod.settings.model import Config
 from echod.settings.problems import Problem, SettingsError, validate
 from echod.text import hint
 
@@ -95,7 +95,7 @@ def check_names(options: Collection[str], known: Collection[str]) -> None:
 def _acquire(values: Mapping[str, Any]) -> Resources:
     # Where each comes from is no question: all are arguments of one call.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Loaded(validate(values, origins), origins, ()))
+    return resources.acquire(Config(validate(values, origins), origins, ()))
 
 
 def _own(key: str) -> str:

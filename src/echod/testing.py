@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from echod import embed
+from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
 from echod.server.server import Server
-from echod.settings.resources import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -586,7 +586,7 @@ def test_requests_take_turns(start: Start) -> None:
 
 def test_shared_work(loop_name: str) -> None:
     """What costs time is made once for all who wait, begun after each had asked, and then not for a while."""
-    from echod.settings.resources import loop_factory  # noqa: PLC0415  (the loop under test)
+    from echod.loops import loop_factory  # noqa: PLC0415  (the loop under test)
 
     begun: list[float] = []
     rounds: list[tuple[float, float]] = []
@@ -793,10 +793,10 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
     """Whoever leaves while it is taken is counted by the figures of its end; who comes then, next time."""
     from echod.connection.echo import SessionSettings  # noqa: PLC0415
     from echod.daemon.logs import Log  # noqa: PLC0415
+    from echod.loops import loop_factory  # noqa: PLC0415
     from echod.server.client import Timeouts  # noqa: PLC0415  (for this test only)
     from echod.server.drain import DrainSettings  # noqa: PLC0415
     from echod.settings.model import LogSettings  # noqa: PLC0415
-    from echod.settings.resources import loop_factory  # noqa: PLC0415
 
     clients = 600
 

@@ -15,6 +15,7 @@ from structlog.testing import CapturingLogger
 
 from echod.connection.echo import SessionSettings
 from echod.connection.faults import Fault, FaultSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import server
@@ -22,7 +23,6 @@ from echod.server.client import AdmissionPolicy, Timeouts
 from echod.server.drain import DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import structlog
 from echod.connection.echo import EchoSession, SessionSettings
 from echod.connection.faults import Fault, FaultLineSession, FaultSession
 from echod.connection.modes import LineSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import client as client_module
@@ -24,7 +25,6 @@ from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
 from echod.server.drain import Drain, DrainSettings
 from echod.server.ledger import Ledger
 from echod.server.server import Server, ServerSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import Pair
 

@@ -16,8 +16,8 @@ import structlog
 from structlog.testing import CapturingLogger
 
 import echod
+from echod.loops import loop_factory
 from echod.server.server import Server
-from echod.settings.resources import loop_factory
 from harness import PATIENCE
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 
 from echod.clock import Clock
 from echod.connection.echo import EchoSession, Linger, SessionSettings
+from echod.loops import loop_factory
 from echod.server.client import Client, Timeouts
 from echod.server.drain import Drain, DrainSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
 if TYPE_CHECKING:

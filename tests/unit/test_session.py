@@ -15,13 +15,13 @@ import structlog
 from echod.admin.status import Count, _look
 from echod.connection.echo import Linger, SessionSettings
 from echod.connection.modes import InfoSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
 from echod.server.drain import Drain, DrainSettings
 from echod.server.ledger import Counters, Ledger
 from echod.server.server import Server, ServerSettings, _cancel
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, reset
 
 if TYPE_CHECKING:

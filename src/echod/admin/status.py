@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from echod.connection.echo import EchoSession
-    from echod.net.certificates import Tls
+    from echod.net.certificates import ServerTls
     from echod.server.client import Client
     from echod.server.ledger import Counters
     from echod.server.server import Server
@@ -154,7 +154,7 @@ class Reporter:
             self._base = self._latest
             self._latest = _Sample(now, {name: (count.received, count.sent) for name, count in counts.items()}, {})
         busiest = await self._busiest(counts, now)
-        loaded = subject.found().loaded
+        loaded = subject.found().config
         listeners = [self._listener(name, count, now) for name, count in counts.items()]
         return {
             "version": echod.__version__,
@@ -248,7 +248,7 @@ def _rate(client: Client, received: int, base: _Sample, now: float) -> float:
     return received / max(now - client.opened, _SHORTEST_SPAN)
 
 
-def _certificate(tls: Tls | None, now: datetime) -> dict[str, object]:
+def _certificate(tls: ServerTls | None, now: datetime) -> dict[str, object]:
     """Describe the certificate that expires first, and list the warnings about all of them."""
     file = subject = expires = left = None
     if tls is not None:

@@ -21,13 +21,14 @@ from echod.connection.tls import TlsBuffers, TlsEnd
 from echod.daemon import systemd
 from echod.daemon.logs import STDERR
 from echod.daemon.systemd import Notifier, count
+from echod.loops import loop_factory
 from echod.net import addresses, kernel
 from echod.net.listeners import ListenerSpec, inherit, open_listeners
 from echod.server.ledger import Ledger, Receipt
 from echod.server.server import Server, ServerSettings
 from echod.settings.model import ListenerSettings, changes
 from echod.settings.problems import Problem, SettingsError
-from echod.settings.resources import log_problem, loop_factory
+from echod.settings.resources import log_problem
 from echod.threads import ThreadError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
     from echod.net.listeners import Listener
-    from echod.settings.model import Loaded
+    from echod.settings.model import Config
     from echod.settings.resources import Resources
     from echod.settings.types import Key
 
@@ -68,13 +69,13 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[Resource
         ListenError: some address cannot be opened; then none is.
 
     """
-    settings = found.loaded.settings
-    for variable in found.loaded.unknown_variables:
+    settings = found.config.settings
+    for variable in found.config.unknown_variables:
         log.logger.warning("unknown_variable", variable=variable)
     manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    tables = _tables(found.loaded, inherited)
+    tables = _tables(found.config, inherited)
     specs = [ListenerSpec(name, table.parsed_address, table.permissions) for name, table in tables.items()]
     if settings.admin.address:
         # Before anything listens: it takes its time to import.
@@ -94,7 +95,7 @@ def serve(found: Resources, log: Log, signals: Signals, load: Callable[[Resource
         return runner.run(daemon.run(listeners, signals, manager))
 
 
-def _tables(loaded: Loaded, inherited: Collection[str]) -> dict[str, ListenerSettings]:
+def _tables(loaded: Config, inherited: Collection[str]) -> dict[str, ListenerSettings]:
     """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
     if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
@@ -115,7 +116,7 @@ class _Daemon:
         admin: Admin | None,
     ) -> None:
         self._found = found
-        self._first = found.loaded.settings
+        self._first = found.config.settings
         self._tables = dict(tables)
         self._log = log
         self._load = load
@@ -291,8 +292,8 @@ class _Daemon:
             ThreadError: the log's thread cannot be started; nothing has changed.
 
         """
-        loaded, settings = found.loaded, found.loaded.settings
-        before, tables = self._found.loaded.settings, _tables(loaded, self._inherited)
+        loaded, settings = found.config, found.config.settings
+        before, tables = self._found.config.settings, _tables(loaded, self._inherited)
         # Steps that can fail come first, and are undone if a later one fails.
         with contextlib.ExitStack() as undo:
             for name, server in self._servers.items():
@@ -328,7 +329,7 @@ class _Daemon:
 
     def _waiting_for_restart(self) -> Iterator[Key]:
         """Yield what is not in force, since it takes effect at a start only."""
-        began_with, now = self._first, self._found.loaded.settings
+        began_with, now = self._first, self._found.config.settings
         for key in changes(began_with, now):
             if key[0] in {"loop", "listen", "admin"}:
                 yield key
@@ -345,7 +346,7 @@ class _Daemon:
 
     def _cap(self) -> int:
         """Return the most clients a listener may have, which the descriptors bound too."""
-        specs, listeners = self._found.loaded.settings.limits.max_connections, len(self._tables)
+        specs, listeners = self._found.config.settings.limits.max_connections, len(self._tables)
         room = max(1, self._descriptors - self._own_descriptors)
         if specs * listeners > room:
             self._logger.warning(
@@ -360,7 +361,7 @@ class _Daemon:
     def _server_settings(self, name: str, max_connections: int) -> ServerSettings:
         tls = self._found.tls.get(name)
         end = TlsEnd(tls.context, self._buffers) if tls is not None else None
-        return ServerSettings.derive(self._found.loaded.settings, self._tables[name], end, max_connections)
+        return ServerSettings.derive(self._found.config.settings, self._tables[name], end, max_connections)
 
     def _numbers(self) -> str:
         servers = self._servers.values()

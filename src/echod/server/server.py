@@ -187,7 +187,7 @@ class Server:
 
         """
         found = embed.acquire(address, options)
-        settings = found.loaded.settings
+        settings = found.config.settings
         table, tls = settings.listeners[embed.NAME], found.tls.get(embed.NAME)
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
         specs = ListenerSpec(address, table.parsed_address, table.permissions)
