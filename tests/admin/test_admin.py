@@ -28,7 +28,7 @@ import pytest
 
 from crowd import Crowd, Stuck
 from echod.admin.http import _Connection, _Hosts, _Shared
-from echod.admin.status import DaemonView, Snapshot
+from echod.admin.snapshot import DaemonView, Snapshot
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
@@ -310,9 +310,13 @@ def test_not_loaded_where_it_is_off() -> None:
     command = [sys.executable, "-c", code, "--listen", "127.0.0.1:0"]
     modules = subprocess.run(command, capture_output=True, text=True, env=clean_environment()).stdout.split()
     assert "echod.daemon.daemon" in modules
-    assert not {"aiohttp", "prometheus_client", "echod.admin.http", "echod.admin.metrics", "echod.admin.status"} & set(
-        modules
-    )
+    assert not {
+        "aiohttp",
+        "prometheus_client",
+        "echod.admin.http",
+        "echod.admin.metrics",
+        "echod.admin.snapshot",
+    } & set(modules)
 
 
 # HTTP

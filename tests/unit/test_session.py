@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
-from echod.admin.status import Count, _look
+from echod.admin.snapshot import Count
 from echod.connection.echo import Linger, SessionSettings
 from echod.connection.modes import InfoSession
 from echod.loops import loop_factory
@@ -85,7 +85,7 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
         count = Count(Counters(), 0, 0)
-        _look(count, [pair.life()])
+        count.add([pair.life()])
         assert (count.sent, count.states) == (0, {})
 
     in_loop(scene)

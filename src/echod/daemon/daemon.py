@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from echod.admin.http import Admin
-    from echod.admin.status import DaemonView
+    from echod.admin.snapshot import DaemonView
     from echod.daemon.logs import Log
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
@@ -371,12 +371,12 @@ class _Daemon:
         return f"{clients} now, {connections} so far, {received} received"
 
     def _subject(self, addresses_in_use: Mapping[str, Sequence[str]]) -> DaemonView:
-        from echod.admin.status import DaemonView  # noqa: PLC0415  (of use to the admin listener only)
+        from echod.admin.snapshot import DaemonView  # noqa: PLC0415  (of use to the admin listener only)
 
         return DaemonView(
             servers=self._servers,
             addresses=addresses_in_use,
-            found=lambda: self._found,
+            resources=lambda: self._found,
             draining=self._stop.is_set,
             restart_needed=self._restart_needed,
             reloads=self._reloads,
