@@ -73,7 +73,7 @@ class UsedCertificate(NamedTuple):
 
 
 class ServerTls(NamedTuple):
-    """What a listener needs for TLS."""
+    """The TLS context of a listener, and its certificates."""
 
     context: ssl.SSLContext
     certificates: tuple[UsedCertificate, ...]
@@ -114,10 +114,10 @@ def load(
     minimum_version: str,
     read: Callable[[str], bytes] = read,
 ) -> ServerTls:
-    """Load the certificates of a listener, and verify that clients would accept its own one but for its dates.
+    """Load the certificates of a listener, and verify that clients would accept it, except for its dates.
 
-    OpenSSL's security level chooses the ciphers. Renegotiation is off, as it is work that a client of TLS 1.2 can cause
-    for nothing.
+    OpenSSL's security level determines the ciphers. Renegotiation is off, because a TLS 1.2 client could cause load with
+    it at no cost.
 
     Args:
         certificate: file with the certificate and its intermediates, PEM.
@@ -205,11 +205,13 @@ def _load_chain(
             pem.load_pair(context, chain_data, key_data, ask)
         except ssl.SSLError as error:
             if encrypted:
-                message = f"{private_key!r} is encrypted: a daemon has nobody to ask, so store it without a passphrase"
+                message = (
+                    f"{private_key!r} is encrypted: store it without a passphrase, because a daemon cannot ask for one"
+                )
             elif error.reason == "KEY_VALUES_MISMATCH":
                 message = f"{private_key!r} is not the key of the certificate in {certificate!r}"
             elif error.reason in {"EE_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "CA_KEY_TOO_SMALL"}:
-                message = f"{certificate!r}: {openssl.explain(error)}, for OpenSSL's security level"
+                message = f"{certificate!r}: {openssl.explain(error)} for OpenSSL's security level"
                 raise CertificateError(message, "certificate") from error
             else:
                 message = f"{private_key!r} holds no private key in PEM form"

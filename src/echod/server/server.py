@@ -275,6 +275,14 @@ class Server:
         self._listener = self._loop.create_task(self._listen())
         self._sweeper = self._loop.create_task(self._sweep())
 
+    async def wait_failed(self) -> BaseException:
+        """Wait until the listener task or the sweep fails, and return its exception."""
+        tasks = [task for task in (self._listener, self._sweeper) if task is not None]
+        failed, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        error = failed.pop().exception()
+        assert error is not None
+        return error
+
     def begin_stop(self) -> int:
         """Begin the time that the receipt is about, and return the number of clients. Idempotent.
 
@@ -548,5 +556,4 @@ else:  # pragma: no cover  (coverage is measured on the newest version)
 
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
