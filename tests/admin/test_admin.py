@@ -32,8 +32,9 @@ from echod.admin.snapshot import DaemonView, Snapshot
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
-from echod.server.server import Server, ServerSettings
+from echod.server.server import Server
 from harness import PATIENCE, Daemon, clean_environment, receive, reset, run, until
+from servers import server_settings
 from watching import WATCHED, UnixConnection, ask, caller, get, place, received, scrape, status
 
 if TYPE_CHECKING:
@@ -795,11 +796,8 @@ def run_on(steps: Generator[Any, Any, Any]) -> Any:
 
 def test_census_counts_everyone_once(loop_name: str) -> None:
     """Whoever leaves while it is taken is counted by the figures of its end; who comes then, next time."""
-    from echod.connection.echo import SessionSettings  # noqa: PLC0415
     from echod.daemon.logs import Log  # noqa: PLC0415
     from echod.loops import loop_factory  # noqa: PLC0415
-    from echod.server.client import Timeouts  # noqa: PLC0415  (for this test only)
-    from echod.server.drain import DrainSettings  # noqa: PLC0415
     from echod.settings.model import LogSettings  # noqa: PLC0415
 
     clients = 600
@@ -837,8 +835,8 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
     async def main() -> None:
         log = Log(LogSettings(level="error"))
         (listener,) = open_listeners([ListenerSpec("x", TcpAddress("127.0.0.1", 0))], 1000)
-        timeouts, session, drain = Timeouts(0, 30, 10), SessionSettings(65536, 1), DrainSettings(0, 0.1, 0.2, 0.1)
-        server = Server(listener.sockets, ServerSettings(10_000, timeouts, session, drain), Ledger(log.logger, "none"))
+        shutdown = {"quiet_period": 0.1, "drain_timeout": 0.2, "linger_timeout": 0.1}
+        server = Server(listener.sockets, server_settings(shutdown=shutdown), Ledger(log.logger, "none"))
         server.start()
         try:
             await scene(server, listener.sockets[0].sock.getsockname())

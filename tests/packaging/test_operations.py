@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import echod
 from echod import cli
 from echod.connection.echo import Reason
-from echod.server.ledger import Entry, Receipt
+from echod.server.ledger import Entry
+from echod.server.receipt import Receipt
 
 if TYPE_CHECKING:
     from harness import Start

@@ -130,7 +130,7 @@ class Families:
             "echod_accept_paused", "1 while clients have to wait in the backlog, else 0.", labels=("listener",)
         )
         for name in counts:
-            limit.add_metric((name,), servers[name].settings.max_connections)
+            limit.add_metric((name,), servers[name].settings.limits.max_connections)
             paused.add_metric((name,), servers[name].accept_paused)
         yield limit
         yield paused

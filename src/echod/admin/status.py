@@ -89,16 +89,16 @@ class Reporter:
         server, counters = self._view.servers[name], count.counters
         received, sent = self._base.totals.get(name, (0, 0))
         span = max(now - self._base.time, _SHORTEST_SPAN)
-        tls = self._view.resources().tls.get(name) if server.settings.admission.tls is not None else None
+        tls = self._view.resources().tls.get(name) if server.settings.tls is not None else None
         return {
             "name": name,
             "addresses": self._view.addresses[name],
-            "mode": server.settings.mode,
-            "fault": server.settings.fault.name if server.settings.fault is not None else None,
-            "proxy_protocol": server.settings.admission.proxy_trusted is not None,
-            "tls": server.settings.admission.tls is not None,
+            "mode": server.settings.listener.mode,
+            "fault": server.settings.listener.fault or None,
+            "proxy_protocol": server.settings.listener.proxy_protocol == "require",
+            "tls": server.settings.tls is not None,
             **_certificate(tls, datetime.now(UTC)),
-            "max_connections": server.settings.max_connections,
+            "max_connections": server.settings.limits.max_connections,
             "accept_paused": server.accept_paused,
             "accept_pauses": counters.accept_pauses,
             "accept_failures": counters.accept_failures,

@@ -23,7 +23,8 @@ from echod.loops import loop_factory
 from echod.net import addresses, kernel
 from echod.net.inherited import inherit
 from echod.net.listeners import open_listeners
-from echod.server.ledger import Ledger, Receipt
+from echod.server.ledger import Ledger
+from echod.server.receipt import Receipt
 from echod.server.server import Server
 from echod.settings.model import changes
 from echod.threads import ThreadError

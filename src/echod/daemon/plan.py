@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from echod.connection.tls import TlsEnd
 from echod.net import addresses
 from echod.net.listeners import ListenerSpec
-from echod.server.server import ServerSettings
+from echod.server.settings import ServerSettings
 from echod.settings.model import ListenerSettings, changes
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Plan(NamedTuple):
         """
         tls = self.resources.tls.get(name)
         end = None if tls is None else TlsEnd(tls.context, buffers)
-        return ServerSettings.derive(self.settings, self.listeners[name], end, max_connections)
+        settings, listener = self.settings, self.listeners[name]
+        limits = settings.limits.model_copy(update={"max_connections": max_connections})
+        return ServerSettings(listener, limits, settings.shutdown, settings.faults.get(listener.fault), end)
 
     def restart_needed(self, initial: Plan) -> list[str]:
         """Return the settings that differ from those of the start, and take effect only at a start."""
