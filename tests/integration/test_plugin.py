@@ -256,21 +256,18 @@ def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails then is raised at the end."""
+    """A failure after the start is raised by each `stop`."""
 
-    async def broken(_: Any) -> None:
+    async def broken(*_: Any) -> None:
         msg = "a bug"
         raise KeyError(msg)
 
-    monkeypatch.setattr("echod.server.server.Server._shut_down", broken)
+    monkeypatch.setattr("echod.server.drain.Drain.run", broken)
     thread = ServerThread()
     with pytest.raises(KeyError, match="a bug"):
         thread.stop()
     with pytest.raises(KeyError, match="a bug"):
         thread.stop()
-    thread._server._listener.cancel()  # type: ignore[union-attr]
-    for listening in thread._server._sockets:
-        listening.close()
 
 
 def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +380,7 @@ def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
         def broken(request, monkeypatch):
             async def fail(*_):
                 raise KeyError("a bug")
-            monkeypatch.setattr("echod.server.server.Server." + request.param, fail)
+            monkeypatch.setattr("echod.embed.Server." + request.param, fail)
 
         @pytest.mark.parametrize("broken", ["__aenter__"], indirect=True)
         def test_start(broken, echod):
