@@ -8,14 +8,12 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from echod.admin.metrics import Distribution
-from echod.admin.snapshot import state_of
 from echod.connection.outcome import Reason
 from harness import reset
 from watching import WATCHED, get, scrape
@@ -251,18 +249,3 @@ def test_dashboard_queries_parse(tmp_path: Path) -> None:
     result = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{len(rules)} rules found" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("reason", "stage", "paused", "state"),
-    [
-        ("cut", "handshake", True, "closing"),
-        (None, "handshake", False, "handshake"),
-        (None, None, True, "paused"),
-        (None, None, False, "open"),
-    ],
-)
-def test_states(reason: str | None, stage: str | None, paused: bool, state: str) -> None:
-    """A client is in one state at a time: who is on the way out is in no other."""
-    session = SimpleNamespace(reason=reason, stage=stage, paused=paused)
-    assert state_of(session) == state  # type: ignore[arg-type]
