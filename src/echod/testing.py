@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echod import embed
 from echod.embed import Server
+from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
-from echod.settings.resources import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from echod.admin.metrics import Distribution
-from echod.connection.echo import Reason
+from echod.connection.outcome import Reason
 from harness import reset
 from watching import WATCHED, get, scrape
 

@@ -16,8 +16,8 @@ import structlog
 from admin_thread import running_server
 from crowd import Crowd
 from echod.admin.snapshot import DaemonView, Snapshot, state_of
+from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
-from echod.settings.resources import loop_factory
 from harness import reset
 from watching import WATCHED, scrape
 

@@ -15,9 +15,10 @@ import pytest
 import structlog
 
 import echod
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.connection.faults import Fault, FaultLineSession, FaultSession
-from echod.connection.modes import LineSession
+from echod.connection.line import LineSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListenerSpec, ListeningSocket, open_listeners
 from echod.server import client as client_module
@@ -27,9 +28,8 @@ from echod.server.ledger import Ledger
 from echod.server.quota import Quota
 from echod.server.server import Server
 from echod.settings.model import ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, receive, reset
-from pairs import Pair
+from pairs import LIMITS, SHUTDOWN, Pair
 from servers import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 # A record that no key decrypts.
 BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
-
-SETTINGS = SessionSettings(290_000, 1.0)
 
 
 # TLS that has failed
@@ -110,11 +108,11 @@ def test_writes_after_a_reset_are_not_logged(
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
         if kind is LineSession:
-            pair.session = LineSession(pair.sock, SETTINGS, future)
+            pair.session = LineSession(pair.sock, LIMITS, SHUTDOWN, future)
         else:
             assert issubclass(kind, FaultSession)
             fault = Fault("shape", rate=None if kind is FaultLineSession else 10_000_000, probability=None)
-            pair.session = kind(pair.sock, SETTINGS, future, fault, 1)
+            pair.session = kind(pair.sock, LIMITS, SHUTDOWN, future, fault, 1)
         await pair.connect()
         reset(pair.client)
         pair.session.data_received(b"x\n" * 1000)
@@ -245,7 +243,7 @@ def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
-        pair.session = FaultSession(pair.sock, SETTINGS, future, Fault("slow", slice=1), 1)
+        pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, Fault("slow", slice=1), 1)
         await pair.connect()
         Unkind(monkeypatch, "has_tcp_info", error=no_buffers())
         pair.client.sendall(b"x")
@@ -267,8 +265,8 @@ class Broken(EchoSession):
         msg = "broken"
         raise ArithmeticError(msg)
 
-    finish: Any = _fail
-    end: Any = _fail
+    close: Any = _fail
+    stop_lingering: Any = _fail
     undelivered: Any = _fail
     reconfigure: Any = _fail
 
@@ -280,7 +278,7 @@ class Broken(EchoSession):
 
 def broken(pair: Pair) -> Client:
     """Return a client of that pair whose session fails."""
-    pair.session = Broken(pair.sock, SETTINGS, asyncio.get_running_loop().create_future())
+    pair.session = Broken(pair.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
     return pair.life()
 
 
@@ -327,7 +325,7 @@ def serve(
 
     def new_session(sock: socket.socket, *_: object) -> EchoSession:
         kind = EchoSession if next(made) else Broken
-        return kind(sock, SETTINGS, asyncio.get_running_loop().create_future())
+        return kind(sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
 
     monkeypatch.setattr(server_module, "new_session", new_session)
     entries: list[Entry] = []
@@ -376,7 +374,7 @@ def test_server_isolates_clients(
                     await asyncio.sleep(0)
             server.reconfigure(server_settings(limits={"write_buffer": 1000}))
             whole = list(server.connected)[1].session
-            assert whole.settings.write_buffer == 1000
+            assert whole.limits.write_buffer == 1000
         else:
             assert await asyncio.to_thread(clients[1].recv, 1) == b""  # idle
             clients[1].close()

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from echod import threads
+from echod.loops import loop_factory
 from echod.probe import command, load, progress
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, Daemon, clean_environment, until
 from refusal import refusing
 from watching import WATCHED, scrape

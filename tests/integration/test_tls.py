@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crowd import Crowd, Pace, Stuck
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
+from echod.connection.state import Phase
 from echod.connection.tls import TlsBuffers, TlsEnd, TlsLayer
 from echod.net import kernel
 from echod.net.certificates import load
 from harness import PATIENCE, receive, reset, until
+from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -509,12 +511,12 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
         (
             {"private_key": encrypted},
             "private_key",
-            f"'{encrypted}' is encrypted: a daemon has nobody to ask, so store it without a passphrase",
+            f"'{encrypted}' is encrypted: store it without a passphrase, because a daemon cannot ask for one",
         ),
         (
             {"certificate": weak, "private_key": weak_key},
             "certificate",
-            f"'{weak}': ee key too small, for OpenSSL's security level",
+            f"'{weak}': ee key too small for OpenSSL's security level",
         ),
         (
             {"certificate": curve, "private_key": curve_key},
@@ -531,7 +533,7 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
 
 def begun(session: EchoSession) -> bool:
     """Tell whether the handshake is over."""
-    return session.stage is None
+    return session.phase is Phase.OPEN
 
 
 class Transport:
@@ -548,28 +550,28 @@ def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> N
     """However many small writes are not acknowledged, what is known of them stays bounded, and never too much."""
     tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
     with socket.socket() as sock:
-        session = EchoSession(sock, SessionSettings(1, 1), None)  # type: ignore[arg-type]
+        session = EchoSession(sock, LIMITS, SHUTDOWN, None)  # type: ignore[arg-type]
         layer = TlsLayer(session, TlsEnd(tls.context, TlsBuffers()))
         layer._tcp = Transport()  # type: ignore[assignment]
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         client = certificates.context().wrap_bio(incoming, outgoing, server_hostname="localhost")
         sent: list[bytes] = []
         monkeypatch.setattr(Transport, "write", lambda _, data: sent.append(data))
-        session.stage = "handshake"
+        session.expect(Phase.HANDSHAKE)
         for _ in range(3):
             try:
                 client.do_handshake()
             except ssl.SSLWantReadError:
-                layer.feed(outgoing.read())
+                layer._feed(outgoing.read())
                 incoming.write(b"".join(sent))
                 sent.clear()
-        layer.feed(outgoing.read())
+        layer._feed(outgoing.read())
         assert begun(session)
         monkeypatch.setattr(kernel, "unacknowledged", lambda _: layer.written)
         before = layer.written
         for number in range(1, 5001):
             layer.write(b"0123456789")
-            assert len(layer._marks) <= 513
+            assert len(layer._map) <= 513
             if number % 1000 == 0:
                 assert layer.plaintext(layer.written) == 10 * number
         record = (layer.written - before) // 5000
@@ -593,7 +595,7 @@ def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> N
             almost = min(whole + 16384 + overhead, layer.written) - 1
             assert 55200 + max(0, records - 1) * 16384 <= layer.plaintext(almost) <= 55200 + records * 16384
         assert layer.plaintext(layer.written) == 155_200
-        session.reason = "cut"
+        session.close("cut")
         layer._read_on()  # of no effect on a session that has ended meanwhile
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import echod
+from echod.loops import loop_factory
 from echod.net.addresses import (
     AddressError,
     InheritedAddress,
@@ -23,7 +24,6 @@ from echod.net.addresses import (
     parse_bindable,
 )
 from echod.server.quota import Quota
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, receive
 from watching import WATCHED, status
 

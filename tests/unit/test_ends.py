@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.connection.echo import SessionSettings
 from echod.connection.faults import Fault, FaultSession
 from harness import PATIENCE, UNHURRIED, receive, reset, run
+from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +106,8 @@ def test_end_with_echo_held_back(in_loop: InLoop) -> None:
     async def scene(pair: Pair) -> None:
         pair.session = FaultSession(
             pair.sock,
-            SessionSettings(290_000, 1.0),
+            LIMITS,
+            SHUTDOWN,
             asyncio.get_running_loop().create_future(),
             Fault("f", delay=60),
             1,
@@ -306,7 +307,7 @@ def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
         else:
             fault = Fault("half", trigger=b"x", action="half_close")
             pair.session = FaultSession(
-                pair.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future(), fault, 1
+                pair.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future(), fault, 1
             )
         await pair.connect()
         if action == "finish":

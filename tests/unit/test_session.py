@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.admin.snapshot import Count
-from echod.connection.echo import Linger, SessionSettings
-from echod.connection.modes import InfoSession
+from echod.connection.info import InfoSession
+from echod.connection.linger import Linger
 from echod.net import kernel
 from echod.server.client import Client
 from echod.server.ledger import Counters
 from echod.server.quota import Quota
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from harness import reset
+from pairs import LIMITS, SHUTDOWN
 from servers import server_settings
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def test_finished_before_it_is_connected(in_loop: InLoop) -> None:
     async def scene(pair: Pair) -> None:
         pair.session.close("cut")
         assert pair.session.undelivered() == pair.session.unsent() == 0
-        pair.session.end()
+        pair.session.stop_lingering()
         await pair.connect()
         assert await asyncio.to_thread(pair.client.recv, 1) == b""
         await pair.session.ended
@@ -73,7 +75,7 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         await pair.session.ended
         pair.session.abort("stalled")
         pair.session.close("idle")
-        pair.session.end()
+        pair.session.stop_lingering()
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
         count = Count(Counters(), 0, 0)
@@ -223,7 +225,7 @@ def test_end_of_the_patience(in_loop: InLoop) -> None:
     """A client that takes some of its echo after our FIN has its patience anew, and is closed when that is over."""
 
     async def scene(pair: Pair) -> None:
-        pair.session.reconfigure(SessionSettings(290_000, 0.5))
+        pair.session.reconfigure(LIMITS, ShutdownSettings(linger_timeout=0.5))
         await pair.connect()
         pair.session.data_received(bytes(200_000))
         pair.session.close("idle")
@@ -263,16 +265,16 @@ def test_large_reads_that_pause_nothing(in_loop: InLoop) -> None:
     """One that the kernel has taken whole, and one of a session that is paused already."""
 
     async def scene(pair: Pair) -> None:
-        pair.session.reconfigure(SessionSettings(1000, 1.0))
+        pair.session.reconfigure(LimitsSettings(write_buffer=1000), SHUTDOWN)
         await pair.connect()
         pair.session.data_received(bytes(1001))
         paused = [pair.session.paused]
         while not pair.session.paused:
             pair.session.data_received(bytes(100_000))
         pair.session.data_received(bytes(1001))
-        pair.session.reconfigure(SessionSettings(290_000, 1.0))  # which waits until it is not paused any more
+        pair.session.reconfigure(LIMITS, SHUTDOWN)  # which waits until it is not paused any more
         assert [*paused, pair.session.paused] == [False, True]
-        pair.session.end()
+        pair.session.stop_lingering()
         await pair.session.ended
         assert pair.session.reason == "aborted"
 
@@ -310,7 +312,7 @@ def test_lost_for_another_reason(in_loop: InLoop) -> None:
 def test_info_of_a_session_that_has_ended() -> None:
     """A drain may reach a client before its answer does: then there is none."""
     with socket.socket() as sock:
-        session = InfoSession(sock, SessionSettings(1, 1), None, dict)  # type: ignore[arg-type]
+        session = InfoSession(sock, LIMITS, SHUTDOWN, None, dict)  # type: ignore[arg-type]
         session.close("cut")
         session.begin()
         assert session.written == 0

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 import echod
 from echod.admin.snapshot import STATES
-from echod.connection.echo import Reason
+from echod.connection.outcome import Reason
 from echod.net.certificates import Role
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from echod.admin.snapshot import Count, DaemonView, Snapshot
-    from echod.net.certificates import Tls
+    from echod.net.certificates import ServerTls
     from echod.server.client import Client
 
 # Clients listed in a report.
@@ -63,7 +63,7 @@ class Reporter:
             self._base = self._latest
             self._latest = _Sample(now, {name: (count.received, count.sent) for name, count in counts.items()}, {})
         busiest = await self._busiest(counts, now)
-        loaded = view.resources().loaded
+        config = view.resources().config
         listeners = [self._listener(name, count, now) for name, count in counts.items()]
         return {
             "version": echod.__version__,
@@ -81,7 +81,7 @@ class Reporter:
             },
             "log_lines_dropped": view.log_lines_dropped(),
             "reloads": dict(view.reloads),
-            "settings": list(_changed(loaded.settings, loaded.origins)),
+            "settings": list(_changed(config.settings, config.origins)),
             "restart_needed": list(view.restart_needed()),
         }
 
@@ -157,7 +157,7 @@ def _rate(client: Client, received: int, base: _Sample, now: float) -> float:
     return received / max(now - client.opened, _SHORTEST_SPAN)
 
 
-def _certificate(tls: Tls | None, now: datetime) -> dict[str, object]:
+def _certificate(tls: ServerTls | None, now: datetime) -> dict[str, object]:
     """Describe the certificate that expires first, and list the warnings about all certificates."""
     file = subject = expires = left = None
     if tls is not None:

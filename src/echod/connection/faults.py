@@ -8,15 +8,16 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echod.connection.echo import EchoSession, Reason, SessionSettings
-from echod.connection.modes import whole_lines
+from echod.connection.echo import EchoSession
+from echod.connection.line import whole_lines
 from echod.net import kernel
 
 if TYPE_CHECKING:
     import asyncio
     from typing import Self
 
-    from echod.settings.model import FaultSettings
+    from echod.connection.outcome import Reason
+    from echod.settings.model import FaultSettings, LimitsSettings, ShutdownSettings
 
 Action = Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
 
@@ -119,7 +120,8 @@ class FaultSession(EchoSession):
 
     Args:
         sock: connected.
-        settings: what a session takes of the settings.
+        limits: the limits of the server.
+        shutdown: the timeouts of its stop.
         ended: done at the end.
         fault: the profile.
         number: the connection's on its listener: with the profile's seed, it makes a run that can be repeated.
@@ -148,12 +150,13 @@ class FaultSession(EchoSession):
     def __init__(
         self,
         sock: socket.socket,
-        settings: SessionSettings,
+        limits: LimitsSettings,
+        shutdown: ShutdownSettings,
         ended: asyncio.Future[None],
         fault: Fault,
         number: int,
     ) -> None:
-        super().__init__(sock, settings, ended)
+        super().__init__(sock, limits, shutdown, ended)
         self._fault = fault
         self._loop = ended.get_loop()
         self._random = random.Random(None if fault.seed is None else f"{fault.seed} {number}")  # noqa: S311
@@ -192,7 +195,7 @@ class FaultSession(EchoSession):
         """Go on writing, and reading if nothing else stands against it; or send FIN: its mark is 0, so all is written."""
         if self._queue:
             self.paused = False
-            self._connected.set_write_buffer_limits(high=self.settings.write_buffer)
+            self._connected.set_write_buffer_limits(high=self.limits.write_buffer)
             self._gate()
             self._schedule()
         elif self.reason is None and self._half_closing:
@@ -204,7 +207,7 @@ class FaultSession(EchoSession):
 
     def eof_received(self) -> bool:
         """Go on writing to a client that has closed its own direction; a stalled session has not seen it."""
-        self.eof = True
+        self.client_closed()
         if not self._stalled:
             self.close("fault" if self._half_closing else "eof")
         return True
@@ -240,12 +243,12 @@ class FaultSession(EchoSession):
         if self.reason is None:
             super().close(reason)
         elif waiting and not self._queue:
-            super().conclude()
+            super()._flush()
 
-    def conclude(self) -> None:
+    def _flush(self) -> None:
         """Send FIN behind all that was written, unless there is more to write: then the pump goes on from here."""
         if not self._queue:
-            super().conclude()
+            super()._flush()
 
     @property
     def written(self) -> int:
@@ -332,7 +335,7 @@ class FaultSession(EchoSession):
                 self.abort("fault")
             case "half_close":
                 self._half_closing = True
-                self.conclude()
+                self._flush()
             case "stall":
                 self._stalled = True
                 self._gate()
@@ -373,7 +376,7 @@ class FaultSession(EchoSession):
             due += self._fault.delay + self._random.uniform(-self._fault.jitter, self._fault.jitter)
         self._queue.append(_Held(data, due, shaped=shaped))
         self._held += len(data)
-        if self._held > self.settings.write_buffer:
+        if self._held > self.limits.write_buffer:
             self._crowded = True
             self._gate()
         self._schedule()
@@ -400,7 +403,7 @@ class FaultSession(EchoSession):
             return size, held.due
         if fault.slice is None:
             # Nor so much that the queue is empty before there is more to put into it.
-            size = min(size, max(1, min(int(fault.rate * _BURST), self.settings.write_buffer // 8)))
+            size = min(size, max(1, min(int(fault.rate * _BURST), self.limits.write_buffer // 8)))
         return size, max(held.due, max(held.due - _BURST, self._free_at) + size / fault.rate)
 
     def _pump(self) -> None:
@@ -423,14 +426,14 @@ class FaultSession(EchoSession):
                 self._write_by_itself(piece)
                 break
             self._write(piece)
-        if self._crowded and self._held <= self.settings.write_buffer // 4:
+        if self._crowded and self._held <= self.limits.write_buffer // 4:
             self._crowded = False
             self._gate()
         if self._queue:
             if not self.paused:  # else resume_writing goes on from here
                 self._schedule()
         elif self.reason is not None or self._half_closing:
-            self.conclude()
+            self._flush()
 
     def _release(self) -> None:
         """Write all that is held back, now."""
@@ -477,12 +480,13 @@ class FaultLineSession(FaultSession):
     def __init__(
         self,
         sock: socket.socket,
-        settings: SessionSettings,
+        limits: LimitsSettings,
+        shutdown: ShutdownSettings,
         ended: asyncio.Future[None],
         fault: Fault,
         number: int,
     ) -> None:
-        super().__init__(sock, settings, ended, fault, number)
+        super().__init__(sock, limits, shutdown, ended, fault, number)
         self._tail = bytearray()
 
     def data_received(self, data: bytes) -> None:
@@ -490,7 +494,7 @@ class FaultLineSession(FaultSession):
         self.received += len(data)
         if self._silent:
             return
-        whole, too_long = whole_lines(self._tail, data, self.settings.max_line)
+        whole, too_long = whole_lines(self._tail, data, self.limits.max_line)
         start = 0
         while end := whole.find(b"\n", start) + 1:
             self._take(whole[start:end])
@@ -505,9 +509,9 @@ class FaultLineSession(FaultSession):
             self._take(tail)
         return super().eof_received()
 
-    def conclude(self) -> None:
+    def _flush(self) -> None:
         """Echo the unfinished line as it is, and send FIN; or neither, if the fault has ended the echo."""
         if self._tail and not self._silent:
             self._echo(bytes(self._tail), shaped=False)
         self._tail.clear()
-        super().conclude()
+        super()._flush()

@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.net import pem
+from echod.net import openssl, pem
 from echod.probe.connect import TlsError, limit_time
 
 if TYPE_CHECKING:
@@ -94,20 +94,12 @@ def _blame(option: str, path: Path) -> Iterator[None]:
         yield
     except ssl.SSLError as error:
         # For PEM that is none, OpenSSL gives no reason.
-        why = _text(error) if error.reason else "holds no PEM of the kind that is needed"
+        why = openssl.explain(error) if error.reason else "holds no PEM of the kind that is needed"
         raise TlsFileError(option, f"{str(path)!r}: {why}") from error
     except OSError as error:
         raise TlsFileError(option, f"{str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise TlsFileError(option, f"{str(path)!r}: {error}") from error
-
-
-def _text(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
-        return "the connection ended without close_notify"
-    return (error.reason or str(error)).lower().replace("_", " ")
 
 
 class Secure:
@@ -133,7 +125,7 @@ class Secure:
             except ssl.SSLError as error:
                 with contextlib.suppress(OSError):
                     self.flush()  # the alert: so the peer knows why
-                raise TlsError(_text(error)) from error
+                raise TlsError(openssl.explain(error)) from error
             else:
                 self.flush()
                 return
@@ -178,7 +170,7 @@ class Secure:
             except ssl.SSLZeroReturnError:
                 return b""
             except ssl.SSLError as error:
-                raise TlsError(_text(error)) from error
+                raise TlsError(openssl.explain(error)) from error
 
     def send(self, data: bytes | memoryview, /) -> int:
         """Take some of the bytes. What the socket does not take of them at once is for `flush` to send.
@@ -191,7 +183,7 @@ class Secure:
         try:
             taken = self._object.write(data[:_PLAINTEXT])
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
         return taken
@@ -203,7 +195,7 @@ class Secure:
         except ssl.SSLWantReadError:  # for the peer's
             pass
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
 

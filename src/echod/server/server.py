@@ -12,7 +12,7 @@ from echod.server.drain import Drain
 from echod.server.listener_task import ListenerTask, unwatch
 from echod.server.quota import Quota
 from echod.server.receipt import Receipt
-from echod.server.sessions import new_session, session_settings
+from echod.server.sessions import new_session
 from echod.server.timeouts import Sweep
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Server:
         self._quota.limit = settings.limits.max_connections_per_client
         self._sweep.reconfigure(settings.limits)
         for client in self._clients.values():
-            client.session.attempt(client.session.reconfigure, session_settings(settings))
+            client.session.attempt(client.session.reconfigure, settings.limits, settings.shutdown)
         self._listener.resume()
 
     @property
