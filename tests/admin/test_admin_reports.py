@@ -300,7 +300,7 @@ sys.exit(main())
 """
     line = [sys.executable, "-c", hide, command, *WATCHED]
     result = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-    message = "aiohttp and prometheus-client are needed for it: pip install 'echod[admin]'"
+    message = "needs aiohttp and prometheus-client: pip install 'echod[admin]'"
     assert (result.returncode, result.stderr) == (78, f"echod: --admin.address: admin.address: {message}\n")
     with Daemon(module=("-c", hide)) as daemon:
         daemon.echo(b"x")

@@ -16,6 +16,7 @@ import structlog
 from admin_thread import running_server
 from crowd import Crowd
 from echod.admin.snapshot import DaemonView, Snapshot, state_of
+from echod.connection.state import Phase
 from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
 from harness import reset
@@ -128,15 +129,19 @@ def test_counters_never_fall(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "stage", "paused", "state"),
+    ("phase", "paused", "state"),
     [
-        ("cut", "handshake", True, "closing"),
-        (None, "handshake", False, "handshake"),
-        (None, None, True, "paused"),
-        (None, None, False, "open"),
+        (Phase.CONNECTING, False, "open"),
+        (Phase.PROXY_HEADER, False, "proxy_header"),
+        (Phase.HANDSHAKE, False, "handshake"),
+        (Phase.OPEN, False, "open"),
+        (Phase.OPEN, True, "paused"),
+        (Phase.FLUSHING, True, "closing"),
+        (Phase.LINGERING, False, "closing"),
+        (Phase.CLOSED, True, "closing"),
     ],
 )
-def test_states(reason: str | None, stage: str | None, paused: bool, state: str) -> None:
-    """A client has one state. A closing client has no other."""
-    session = SimpleNamespace(reason=reason, stage=stage, paused=paused)
-    assert state_of(session) == state  # type: ignore[arg-type]
+def test_states(phase: Phase, paused: bool, state: str) -> None:
+    """A client has one state. A closing client is not paused."""
+    session: Any = SimpleNamespace(phase=phase, paused=paused)
+    assert state_of(session) == state
