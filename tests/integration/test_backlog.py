@@ -1,4 +1,4 @@
-"""Servers whose accept(2) fails, in a running server and in a stop."""
+"""Failures of accept(2), in a running server and in a stop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Unsteady(socket.socket):
-    """A listening socket whose accept(2) fails for connections that are gone, or for lack of descriptors."""
+    """A listening socket that fails to accept connections: they are gone, or there are no descriptors."""
 
     gone = 0
     full = 0

@@ -16,7 +16,7 @@ from servers import run_in_loop, until
 
 
 class Flaky(ListeningSocket):
-    """A listening socket whose accept raises each of some errors once."""
+    """A listening socket that raises each of some errors once."""
 
     def __init__(self) -> None:
         sock = socket.create_server(("127.0.0.1", 0))
