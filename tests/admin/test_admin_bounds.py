@@ -131,7 +131,7 @@ def test_connection_between_two_iterations() -> None:
 
 
 def test_too_many_connections(start_admin: StartAdmin) -> None:
-    """At the limit, a new connection replaces the one whose last request is the oldest."""
+    """At the limit, a new connection replaces the one that has asked for nothing for the longest time."""
     admin = start_admin(AdminLimits(patience=1000))
     with contextlib.ExitStack() as opened:
         connection = http.client.HTTPConnection(*place(admin), timeout=PATIENCE)

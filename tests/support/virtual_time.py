@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer, so that no test waits for time to pass."""
+"""An event loop with a clock that jumps to the next timer, so that tests need not wait."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Connections:
-    """The open connections, the one whose last request is the oldest first.
+    """The open connections, in the order of their last requests.
 
     Args:
         server: aiohttp's server, which makes a protocol for each connection.
@@ -40,7 +40,7 @@ class Connections:
         return len(self._open)
 
     def add(self, sock: socket.socket, _: object) -> None:
-        """Add an accepted socket. At the limit, it replaces the first connection."""
+        """Add an accepted socket. At the limit, it replaces the one that has asked for nothing for the longest time."""
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
         if len(self._open) >= self._limits.max_connections:
             next(iter(self._open.values())).abort()

@@ -10,7 +10,7 @@ class AdminLimits:
     """Bounds that keep clients of the admin listener from slowing down the echo. Times are in seconds."""
 
     max_connections: int = 32
-    """At this number, a new connection replaces the one whose last request is the oldest."""
+    """At this number, a new connection replaces the one that has asked for nothing for the longest time."""
     patience: float = 15.0
     """Time for a request head; then for its answer and the next head."""
     max_head: int = 16 * 1024

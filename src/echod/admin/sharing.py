@@ -31,11 +31,11 @@ class Turns:
 
 
 class Shared:
-    """A result that is expensive to make. All callers that wait for it share it.
+    """Share a result that is expensive to make among all callers that wait for it.
 
     Args:
         make: makes the result.
-        limits: the rest after each making.
+        limits: how long to rest between two results.
 
     """
 
@@ -48,7 +48,7 @@ class Shared:
         self._rest_until = 0.0
 
     async def get(self) -> bytes:
-        """Return a result whose making begins after this call."""
+        """Return a result that is not begun before this call."""
         if self._next is None:
             self._next = self._loop.create_task(self._work())
         return await asyncio.shield(self._next)
