@@ -32,7 +32,7 @@ from echod.server.server import Server
 from echod.settings.model import FaultSettings, ShutdownSettings
 from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import LIMITS, SHUTDOWN, Pair
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping

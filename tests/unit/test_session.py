@@ -18,7 +18,7 @@ from echod.server.quota import Quota
 from echod.settings.model import LimitsSettings
 from harness import reset
 from pairs import LIMITS, SHUTDOWN
-from servers import server_settings
+from serving import server_settings
 
 if TYPE_CHECKING:
     from pairs import InLoop, Pair
