@@ -20,7 +20,7 @@ from echod.server.ledger import Ledger
 from echod.server.server import Server
 from echod.server.sessions import new_session
 from harness import PATIENCE, UNHURRIED
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

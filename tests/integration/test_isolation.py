@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from pydantic import ByteSize
 
 import echod
 from echod.connection.echo import EchoSession
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
 from echod.connection.line import LineSession
 from echod.loops import loop_factory
 from echod.net import kernel
@@ -27,10 +29,10 @@ from echod.server.drain import Drain
 from echod.server.ledger import Ledger
 from echod.server.quota import Quota
 from echod.server.server import Server
-from echod.settings.model import ShutdownSettings
+from echod.settings.model import FaultSettings, ShutdownSettings
 from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import LIMITS, SHUTDOWN, Pair
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -99,20 +101,20 @@ def test_bad_record_behind_half_a_line(start: Start, certificates: Certificates)
 # Writes after the first that fails
 
 
-@pytest.mark.parametrize("kind", [LineSession, FaultSession, FaultLineSession])
-def test_writes_after_a_reset_are_not_logged(
-    in_loop: InLoop, kind: type[EchoSession], caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("kind", ["line", "fault stream", "fault line"])
+def test_writes_after_a_reset_are_not_logged(in_loop: InLoop, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """After the first failed write no other reaches the transport: asyncio logs each one from the fifth on."""
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
-        if kind is LineSession:
+        if kind == "line":
             pair.session = LineSession(pair.sock, LIMITS, SHUTDOWN, future)
+        elif kind == "fault line":
+            profile = FaultProfile("none", FaultSettings())
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "line", 1)
         else:
-            assert issubclass(kind, FaultSession)
-            fault = Fault("shape", rate=None if kind is FaultLineSession else 10_000_000, probability=None)
-            pair.session = kind(pair.sock, LIMITS, SHUTDOWN, future, fault, 1)
+            profile = FaultProfile("shape", FaultSettings(rate=ByteSize(10_000_000)))
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         reset(pair.client)
         pair.session.data_received(b"x\n" * 1000)
@@ -243,7 +245,8 @@ def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
-        pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, Fault("slow", slice=1), 1)
+        profile = FaultProfile("slow", FaultSettings(slice=ByteSize(1)))
+        pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         Unkind(monkeypatch, "has_tcp_info", error=no_buffers())
         pair.client.sendall(b"x")

@@ -21,7 +21,7 @@ from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
 from echod.server.server import Server
 from harness import PATIENCE, receive
-from servers import server_settings
+from serving import server_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, MutableMapping

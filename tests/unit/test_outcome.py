@@ -1,4 +1,4 @@
-"""The table of reasons is complete and consistent."""
+"""Test that the table of reasons is complete and consistent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_each_reason_has_a_meaning() -> None:
 
 
 def test_clean_reasons() -> None:
-    """A later error replaces exactly the reasons of connections that went well until then."""
+    """Replace a reason after a later error exactly if the connection went well until then."""
     assert {reason for reason, meaning in MEANINGS.items() if meaning.is_clean} == {
         "eof",
         "info",
@@ -23,5 +23,5 @@ def test_clean_reasons() -> None:
 
 
 def test_failures() -> None:
-    """Everything is a failure except an end by the client, an answer in mode info and a quiet drain."""
+    """Log every end as a failure, except an end by the client, a description and a quiet client."""
     assert {reason for reason, meaning in MEANINGS.items() if not meaning.is_failure} == {"eof", "info", "quiet"}

@@ -8,7 +8,7 @@ session's counters and its `phase` when they need them.
 
 Backpressure: above the high-water mark, the transport calls `pause_writing`, and the session stops reading.
 
-A connection ends in one of these ways. Each has one `reason`; `connection.outcome` says what it means.
+A connection ends in one of these ways. Each has one `reason`; `connection.outcome` has its meaning.
 
 - `close` loses nothing. The session stops reading, writes the rest of its echo (FLUSHING) and sends FIN. Then a
   `Linger` takes its place at the transport (LINGERING). It discards input until the client has everything. Without
@@ -298,9 +298,9 @@ class EchoSession(asyncio.Protocol):
         self.abort("failed")
 
     def stop_lingering(self) -> None:
-        """Close now. Reset a client that has not taken all of its echo from the write buffer.
+        """Close now. If the write buffer still has echo, reset the connection instead.
 
-        After close(2), the kernel sends what it still has, unless the client sends more.
+        After close(2), the kernel sends its own buffer, unless the client sends more.
         """
         if self.unsent():
             self.abort("aborted")
@@ -312,7 +312,7 @@ class EchoSession(asyncio.Protocol):
         self.ended = self.ended.get_loop().create_future()
 
     def abandon(self) -> None:
-        """End an aborted session whose transport does not report its end. This is the last resort of a stop."""
+        """End an aborted session if its transport does not report the end. This is the last resort of a stop."""
         msg = "the transport did not report the end of the connection"
         self.connection_lost(RuntimeError(msg))
 

@@ -1,4 +1,4 @@
-"""Why a connection ended, and what each reason means."""
+"""The reasons for the end of a connection, and the meaning of each."""
 
 from __future__ import annotations
 

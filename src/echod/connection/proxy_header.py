@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class HeaderReader(asyncio.Protocol):
-    """The first protocol of a TCP transport whose client begins with a PROXY header.
+    """The first protocol of a TCP transport if its client must begin with a PROXY header.
 
     After the header, the next protocol takes its place and gets the data that was read after the header.
 
     Args:
-        session: rejects a client whose header is wrong or incomplete.
+        session: rejects the client if its header is wrong or incomplete.
         following: the next protocol: the session or its TLS.
         identify: returns whether the client that the header names is accepted. If not, it has closed the session.
 

@@ -152,31 +152,31 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._transport.set_protocol(protocol)
 
     def pause_reading(self) -> None:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         self._transport.resume_reading()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         self._transport.set_write_buffer_limits(high, low)
 
     def get_write_buffer_size(self) -> int:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         return self._transport.get_write_buffer_size()
 
     def is_closing(self) -> bool:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         return self._transport.is_closing()
 
     def close(self) -> None:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         self._transport.close()
 
     def abort(self) -> None:
-        """Do what the TCP transport does."""
+        """Call the TCP transport."""
         self._transport.abort()
 
     # Internals
@@ -197,7 +197,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if session.phase is not Phase.OPEN:
             return
         size = self._decrypt()
-        # Thousands of records with one byte or none cost much CPU. uvloop would read up to 32 times before other
+        # Thousands of records with one byte or none cost much CPU time. uvloop would read up to 32 times before other
         # connections have a turn.
         if len(data) > RECORD and 2 * size < len(data) and self._is_reading():
             self._transport.pause_reading()
@@ -218,7 +218,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             return
         except ssl.SSLError as error:
             self._broken = True
-            self._flush()  # the alert, which tells the client what was wrong
+            self._flush()  # the alert, which tells the client the error
             self.session.reject("handshake", openssl.explain(error))
             return
         self._flush()

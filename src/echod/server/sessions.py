@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from echod.connection.echo import EchoSession
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
 from echod.connection.info import InfoSession
 from echod.connection.line import LineSession
 
@@ -34,6 +35,6 @@ def new_session(
     if listener.mode == "info":
         return InfoSession(sock, limits, shutdown, ended, describe)
     if settings.fault is not None:
-        kind = FaultLineSession if listener.mode == "line" else FaultSession
-        return kind(sock, limits, shutdown, ended, Fault.derive(listener.fault, settings.fault), number)
+        profile = FaultProfile(listener.fault, settings.fault)
+        return FaultSession(sock, limits, shutdown, ended, profile, listener.mode, number)
     return (LineSession if listener.mode == "line" else EchoSession)(sock, limits, shutdown, ended)
