@@ -101,8 +101,9 @@ def _probe(arguments: Sequence[str]) -> int:
     try:
         # Before all else that this command imports: a health check runs it every few seconds.
         from echod.probe import command  # noqa: PLC0415
+        from echod.probe.result import Outcome  # noqa: PLC0415
 
-        ending, text, problem = command.run(arguments)
+        outcome, text, problem = command.run(arguments)
     except KeyboardInterrupt:
         return _SIGNALLED + signal.SIGINT
     if problem:
@@ -112,12 +113,12 @@ def _probe(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
     return {
-        command.Ending.RIGHT: EXIT_OK,
-        command.Ending.FAILED: EXIT_FAILURE,
-        command.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
-        command.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
-        command.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
-    }[ending]
+        Outcome.RIGHT: EXIT_OK,
+        Outcome.FAILED: EXIT_FAILURE,
+        Outcome.UNREACHABLE: EXIT_UNAVAILABLE,
+        Outcome.INTERRUPTED: _SIGNALLED + signal.SIGINT,
+        Outcome.TERMINATED: _SIGNALLED + signal.SIGTERM,
+    }[outcome]
 
 
 def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
