@@ -11,17 +11,18 @@ __all__ = ["Entry", "ListenError", "Receipt", "Server", "SettingsError", "TcpAdd
 TYPE_CHECKING = False  # that of typing would have to be imported
 
 if TYPE_CHECKING:
+    from echod.embed import Server
     from echod.net.addresses import TcpAddress, UnixAddress
     from echod.net.listeners import ListenError
-    from echod.server.ledger import Entry, Receipt
-    from echod.server.server import Server
+    from echod.server.ledger import Entry
+    from echod.server.receipt import Receipt
     from echod.settings.problems import SettingsError
 else:
     _MODULES = {
         "Entry": "server.ledger",
         "ListenError": "net.listeners",
-        "Receipt": "server.ledger",
-        "Server": "server.server",
+        "Receipt": "server.receipt",
+        "Server": "embed",
         "SettingsError": "settings.problems",
         "TcpAddress": "net.addresses",
         "UnixAddress": "net.addresses",

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from echod import embed
+from echod.embed import Server
+from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
-from echod.server.server import Server
-from echod.settings.resources import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Unpack
 
-    from echod.server.ledger import Entry, Receipt
+    from echod.server.ledger import Entry
+    from echod.server.receipt import Receipt
 
 # A test that leaves a connection open does not wait long for its end: seconds.
 SHUTDOWN = {"quiet_period": 0.05, "drain_timeout": 1.0, "linger_timeout": 0.2}

@@ -28,12 +28,13 @@ import pytest
 
 from crowd import Crowd, Stuck
 from echod.admin.http import _Connection, _Hosts, _Shared
-from echod.admin.status import DaemonView, Snapshot
+from echod.admin.snapshot import DaemonView, Snapshot
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
-from echod.server.server import Server, ServerSettings
+from echod.server.server import Server
 from harness import PATIENCE, Daemon, clean_environment, receive, reset, run, until
+from servers import server_settings
 from watching import WATCHED, UnixConnection, ask, caller, get, place, received, scrape, status
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ sys.exit(main())
 """
     line = [sys.executable, "-c", hide, command, *WATCHED]
     result = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-    message = "aiohttp and prometheus-client are needed for it: pip install 'echod[admin]'"
+    message = "needs aiohttp and prometheus-client: pip install 'echod[admin]'"
     assert (result.returncode, result.stderr) == (78, f"echod: --admin.address: admin.address: {message}\n")
     with Daemon(module=("-c", hide)) as daemon:
         daemon.echo(b"x")
@@ -310,9 +311,13 @@ def test_not_loaded_where_it_is_off() -> None:
     command = [sys.executable, "-c", code, "--listen", "127.0.0.1:0"]
     modules = subprocess.run(command, capture_output=True, text=True, env=clean_environment()).stdout.split()
     assert "echod.daemon.daemon" in modules
-    assert not {"aiohttp", "prometheus_client", "echod.admin.http", "echod.admin.metrics", "echod.admin.status"} & set(
-        modules
-    )
+    assert not {
+        "aiohttp",
+        "prometheus_client",
+        "echod.admin.http",
+        "echod.admin.metrics",
+        "echod.admin.snapshot",
+    } & set(modules)
 
 
 # HTTP
@@ -586,7 +591,7 @@ def test_requests_take_turns(start: Start) -> None:
 
 def test_shared_work(loop_name: str) -> None:
     """What costs time is made once for all who wait, begun after each had asked, and then not for a while."""
-    from echod.settings.resources import loop_factory  # noqa: PLC0415  (the loop under test)
+    from echod.loops import loop_factory  # noqa: PLC0415  (the loop under test)
 
     begun: list[float] = []
     rounds: list[tuple[float, float]] = []
@@ -791,12 +796,9 @@ def run_on(steps: Generator[Any, Any, Any]) -> Any:
 
 def test_census_counts_everyone_once(loop_name: str) -> None:
     """Whoever leaves while it is taken is counted by the figures of its end; who comes then, next time."""
-    from echod.connection.echo import SessionSettings  # noqa: PLC0415
     from echod.daemon.logs import Log  # noqa: PLC0415
-    from echod.server.client import Timeouts  # noqa: PLC0415  (for this test only)
-    from echod.server.drain import DrainSettings  # noqa: PLC0415
+    from echod.loops import loop_factory  # noqa: PLC0415
     from echod.settings.model import LogSettings  # noqa: PLC0415
-    from echod.settings.resources import loop_factory  # noqa: PLC0415
 
     clients = 600
 
@@ -833,8 +835,8 @@ def test_census_counts_everyone_once(loop_name: str) -> None:
     async def main() -> None:
         log = Log(LogSettings(level="error"))
         (listener,) = open_listeners([ListenerSpec("x", TcpAddress("127.0.0.1", 0))], 1000)
-        timeouts, session, drain = Timeouts(0, 30, 10), SessionSettings(65536, 1), DrainSettings(0, 0.1, 0.2, 0.1)
-        server = Server(listener.sockets, ServerSettings(10_000, timeouts, session, drain), Ledger(log.logger, "none"))
+        shutdown = {"quiet_period": 0.1, "drain_timeout": 0.2, "linger_timeout": 0.1}
+        server = Server(listener.sockets, server_settings(shutdown=shutdown), Ledger(log.logger, "none"))
         server.start()
         try:
             await scene(server, listener.sockets[0].sock.getsockname())

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from echod.admin.metrics import Distribution
-from echod.admin.status import _state
+from echod.admin.snapshot import state_of
 from echod.connection.echo import Reason
 from harness import reset
 from watching import WATCHED, get, scrape
@@ -265,4 +265,4 @@ def test_dashboard_queries_parse(tmp_path: Path) -> None:
 def test_states(reason: str | None, stage: str | None, paused: bool, state: str) -> None:
     """A client is in one state at a time: who is on the way out is in no other."""
     session = SimpleNamespace(reason=reason, stage=stage, paused=paused)
-    assert _state(session) == state  # type: ignore[arg-type]
+    assert state_of(session) == state  # type: ignore[arg-type]

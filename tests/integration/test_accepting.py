@@ -1,4 +1,4 @@
-"""Accepting while the kernel or this program fails, and figures that are true whatever fails."""
+"""Accepting while the kernel or this program fails, and correct counters in every case."""
 
 from __future__ import annotations
 
@@ -13,49 +13,41 @@ import pytest
 import structlog
 from structlog.testing import CapturingLogger
 
-from echod.connection.echo import SessionSettings
-from echod.connection.faults import Fault, FaultSession
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server import server
-from echod.server.client import AdmissionPolicy, Timeouts
-from echod.server.drain import DrainSettings
 from echod.server.ledger import Ledger
-from echod.server.server import Server, ServerSettings
-from echod.settings.resources import loop_factory
+from echod.server.server import Server
 from harness import PATIENCE, UNHURRIED
+from servers import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from echod.connection.echo import EchoSession
     from harness import Start
 
     Scene = Callable[["Serving"], Awaitable[None]]
 
 
 class Serving:
-    """A server in the loop under test, its log, and epoll_ctl(2) that can be made to fail."""
+    """A server in the loop under test, its log, and an epoll_ctl(2) that can be made to fail."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, **settings: Any) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, **sections: Any) -> None:
+        patient = {"quiet_period": PATIENCE, "drain_timeout": PATIENCE, "linger_timeout": PATIENCE}
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         self.address = listening.getsockname()
         self.log = CapturingLogger()
         self.server = Server(
             [ListeningSocket(listening)],
-            ServerSettings(
-                max_connections=settings.pop("max_connections", 10),
-                timeouts=Timeouts(idle=0, write=30, handshake=10),
-                session=SessionSettings(65536, 1.0),
-                drain=settings.pop("drain", DrainSettings(0, PATIENCE, PATIENCE, PATIENCE)),
-                **settings,
-            ),
+            server_settings(**{"shutdown": patient, **sections}),
             Ledger(structlog.wrap_logger(self.log, []), "all"),
         )
         self.failures: list[OSError] = []
         loop: Any = asyncio.get_running_loop()
-        # asyncio's transports and add_reader() both come by the selector. In uvloop only add_reader() can fail: of a
-        # client's own socket, libuv aborts the process instead.
+        # In asyncio, transports and add_reader() both use the selector. In uvloop only add_reader() can fail: for the
+        # socket of a transport, libuv aborts the process instead.
         owner, name = (loop._selector, "register") if hasattr(loop, "_selector") else (type(loop), "add_reader")
         register = getattr(owner, name)
 
@@ -70,24 +62,19 @@ class Serving:
         self.failures.extend(OSError(errno.ENOSPC, "no space") for _ in range(times))
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """Return the log's lines of that name so far."""
+        """Return the logged events of that name."""
         return [call.kwargs for call in self.log.calls if call.kwargs["event"] == event]
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110  (no event tells)
-            await asyncio.sleep(0)
 
 
 @pytest.fixture
 def serve(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that runs a scene with a server, which it has to stop."""
+    """Return a function that runs a scene with a server. The scene stops the server."""
 
-    def serve(scene: Scene, **settings: Any) -> None:
+    def serve(scene: Scene, **sections: Any) -> None:
         async def main() -> None:
-            await asyncio.wait_for(scene(Serving(monkeypatch, **settings)), PATIENCE)
+            await scene(Serving(monkeypatch, **sections))
 
-        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
-            runner.run(main())
+        run_in_loop(loop_name, main)
 
     return serve
 
@@ -98,14 +85,14 @@ def echo(client: socket.socket) -> bytes:
 
 
 def test_listening_sockets_cannot_be_watched_at_the_start(serve: Callable[..., None]) -> None:
-    """epoll_ctl(2) fails for the listening socket: it is tried again, after a pause that is logged and counted."""
+    """If epoll_ctl(2) fails for the listening socket, the server tries again after a logged and counted pause."""
 
     async def scene(serving: Serving) -> None:
         serving.fail(2)
         serving.server.start()
         with socket.create_connection(serving.address, PATIENCE) as client:
             assert await asyncio.to_thread(echo, client) == b"x"
-            await serving.until(lambda: serving.lines("accept_resumed"))
+            await until(lambda: serving.lines("accept_resumed"))
             assert [line["cause"] for line in serving.lines("accept_paused")] == ["ENOSPC"]
             assert serving.server.ledger.counters.accept_pauses == 1
             assert serving.failures == []
@@ -115,52 +102,30 @@ def test_listening_sockets_cannot_be_watched_at_the_start(serve: Callable[..., N
 
 
 def test_listening_sockets_cannot_be_watched_after_the_cap(serve: Callable[..., None]) -> None:
-    """At the cap a client leaves, and epoll_ctl(2) fails: it is tried again, and the second cause is logged too."""
+    """If epoll_ctl(2) fails after a pause at max_connections, the server logs that cause too and tries again."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
         with socket.create_connection(serving.address, PATIENCE) as first:
             assert await asyncio.to_thread(echo, first) == b"x"
             with socket.create_connection(serving.address, PATIENCE) as second:
-                await serving.until(lambda: serving.server.accept_paused)
+                await until(lambda: serving.server.accept_paused)
                 serving.fail(1)
                 first.close()
                 assert await asyncio.to_thread(echo, second) == b"x"
-                await serving.until(lambda: serving.lines("accept_resumed"))
+                await until(lambda: serving.lines("accept_resumed"))
         assert [line["cause"] for line in serving.lines("accept_paused")] == ["max_connections", "ENOSPC"]
         assert serving.server.ledger.counters.accept_pauses == 2
         assert len(serving.lines("accept_resumed")) == 1
         assert (await serving.server.shutdown()).failed == 0
 
-    serve(scene, max_connections=1)
-
-
-def test_pauses_double(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pause after a failure is twice as long as the one before, up to a second; after a success it is short again."""
-    pauses: list[float | None] = []
-
-    async def scene(serving: Serving) -> None:
-        hold = Server._hold
-
-        def note(self: Server, cause: str, seconds: float | None) -> None:
-            pauses.append(seconds)
-            hold(self, cause, 0)
-
-        monkeypatch.setattr(Server, "_hold", note)
-        serving.fail(10)
-        serving.server.start()
-        await serving.until(lambda: serving.lines("accept_resumed"))
-        assert serving.server._pause == pauses[0]
-        await serving.server.shutdown()
-
-    serve(scene)
-    assert pauses == [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0]
+    serve(scene, limits={"max_connections": 1})
 
 
 def test_descriptors_run_out_in_the_middle_of_a_wake_up(
     serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """accept(2) fails for the second of two clients: whether one has to wait shows at the next wake-up, and none has."""
+    """If accept(2) fails after another client was accepted, the next wake-up shows whether a client waits. None does."""
     accept = ListeningSocket.accept
     calls = []
 
@@ -186,12 +151,12 @@ def test_descriptors_run_out_in_the_middle_of_a_wake_up(
 
 
 def watches_clients() -> bool:
-    """Return whether the running loop registers clients where a failure can be met."""
+    """Return whether the running loop registers clients where the server can handle a failure."""
     return isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop)
 
 
 def test_client_cannot_be_watched(serve: Callable[..., None]) -> None:
-    """epoll_ctl(2) fails for an accepted client on asyncio: it is served after a pause that is logged and counted."""
+    """If epoll_ctl(2) fails for a client on asyncio, the client is served after a logged and counted pause."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -199,7 +164,7 @@ def test_client_cannot_be_watched(serve: Callable[..., None]) -> None:
         serving.fail(3 if watches_clients() else 0)
         with socket.create_connection(serving.address, PATIENCE) as client:
             assert await asyncio.to_thread(echo, client) == b"x"
-        await serving.until(lambda: not serving.server.clients)
+        await until(lambda: not serving.server.clients)
         causes = [line["cause"] for line in serving.lines("accept_paused")]
         assert causes == (["ENOSPC"] if watches_clients() else [])
         account = serving.server.ledger.counters
@@ -212,30 +177,31 @@ def test_client_cannot_be_watched(serve: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("refusal", ["client_limit", "proxy_header"])
 def test_refused_client_is_not_watched(serve: Callable[..., None], refusal: str) -> None:
-    """The descriptor of a client that was refused is given to the next one, which is served."""
+    """The next client, which gets the descriptor of a refused one, is served."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
         await asyncio.sleep(0)
         settings = serving.server.settings
         if refusal == "proxy_header":
-            serving.server.reconfigure(settings._replace(admission=AdmissionPolicy([])))
+            strict = server_settings(proxy_protocol="require", proxy_trusted=["192.0.2.0/24"])
+            serving.server.reconfigure(settings._replace(listener=strict.listener))
         with socket.create_connection(serving.address, PATIENCE) as first:
             if refusal == "client_limit":
                 assert await asyncio.to_thread(echo, first) == b"x"
             with socket.create_connection(serving.address, PATIENCE) as refused:
                 assert await asyncio.to_thread(refused.recv, 1) == b""
-            serving.server.reconfigure(settings._replace(admission=AdmissionPolicy(), max_connections_per_client=0))
+            serving.server.reconfigure(server_settings())
             with socket.create_connection(serving.address, PATIENCE) as second:
                 assert await asyncio.to_thread(echo, second) == b"x"
         await serving.server.shutdown()
         assert refusal in serving.server.ledger.counters.reasons
 
-    serve(scene, max_connections_per_client=1)
+    serve(scene, limits={"max_connections_per_client": 1})
 
 
 def test_client_that_cannot_be_watched_meets_a_stop(serve: Callable[..., None]) -> None:
-    """In a stop, it is served as soon as the kernel has memory for it."""
+    """In a stop, a client that the loop cannot watch yet is served as soon as the kernel has memory for it."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -245,9 +211,10 @@ def test_client_that_cannot_be_watched_meets_a_stop(serve: Callable[..., None]) 
             serving.fail(1000 if watches_clients() else 0)
             with socket.create_connection(serving.address, PATIENCE) as client:
                 client.sendall(b"y")
-                await serving.until(lambda: serving.server.accept_paused or not watches_clients())
+                await until(lambda: serving.server.accept_paused or not watches_clients())
                 stop = asyncio.create_task(serving.server.shutdown())
-                await serving.until(lambda: serving.server._drain)
+                for _ in range(5):  # by then, the drain has tried to accept it
+                    await asyncio.sleep(0)
                 serving.failures.clear()
                 other.close()
                 assert await asyncio.to_thread(client.recv, 1) == b"y"
@@ -259,7 +226,7 @@ def test_client_that_cannot_be_watched_meets_a_stop(serve: Callable[..., None]) 
 
 
 def test_client_that_can_never_be_watched(serve: Callable[..., None]) -> None:
-    """At the deadline of a stop it is reset, and logged as one of those who wait in the backlog."""
+    """At the deadline of a stop, a client that the loop cannot watch is reset and counted as abandoned backlog."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -267,7 +234,7 @@ def test_client_that_can_never_be_watched(serve: Callable[..., None]) -> None:
         serving.fail(1000 if watches_clients() else 0)
         with socket.create_connection(serving.address, PATIENCE) as client:
             client.sendall(b"y")
-            await serving.until(lambda: serving.server.accept_paused or serving.server.clients)
+            await until(lambda: serving.server.accept_paused or serving.server.clients)
             receipt = await serving.server.shutdown()
             assert receipt.clients == (not watches_clients())
             abandoned = [{"event": "backlog_abandoned", "clients": 1}] if watches_clients() else []
@@ -276,23 +243,23 @@ def test_client_that_can_never_be_watched(serve: Callable[..., None]) -> None:
                 with pytest.raises(ConnectionResetError):
                     client.recv(1)
 
-    serve(scene, drain=DrainSettings(0, 0, 0, 0))
+    serve(scene, shutdown={"quiet_period": 0, "drain_timeout": 0, "linger_timeout": 0})
 
 
 @pytest.mark.parametrize("broken", ["Client", "_begin"])
 def test_connection_that_cannot_become_a_client(
     serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """It is closed, logged and counted by itself; the totals count clients only, and the next connection is served."""
+    """It is closed, logged and counted apart. The totals count clients only, and the next connection is served."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
         await asyncio.sleep(0)
         with monkeypatch.context() as patch:
 
-            def fail(_: object, life: Any, *__: object) -> None:
+            def fail(first: Any, *_: object) -> None:
                 if broken == "_begin":
-                    life.close()
+                    first.close()
                 raise MemoryError
 
             patch.setattr(server, broken, fail)
@@ -311,15 +278,16 @@ def test_connection_that_cannot_become_a_client(
     serve(scene)
 
 
-def test_number_of_a_faulty_connection(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first connection of a listener has the number 1, with which the seed of a fault begins."""
+def test_number_of_a_faulty_connection(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connections of a listener are numbered from 1, so that a fault with a seed is repeatable."""
     numbers = []
+    new_session = server.new_session
 
-    def note(*arguments: Any) -> Any:
-        numbers.append(arguments[-1])
-        return FaultSession(*arguments)
+    def note(sock: socket.socket, settings: Any, number: int, describe: Any) -> EchoSession:
+        numbers.append(number)
+        return new_session(sock, settings, number, describe)
 
-    monkeypatch.setattr(server, "FaultSession", note)
+    monkeypatch.setattr(server, "new_session", note)
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -328,16 +296,12 @@ def test_number_of_a_faulty_connection(loop_name: str, monkeypatch: pytest.Monke
                 assert await asyncio.to_thread(echo, client) == b"x"
         await serving.server.shutdown()
 
-    async def main() -> None:
-        await scene(Serving(monkeypatch, fault=Fault("slow", probability=0.0)))
-
-    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
-        runner.run(main())
+    serve(scene)
     assert numbers == [1, 2]
 
 
 def test_backlog_of_unknown_length() -> None:
-    """If getsockopt(TCP_INFO) fails for want of memory, poll(2) still says whether any connection waits."""
+    """If getsockopt(TCP_INFO) fails for lack of memory, poll(2) still shows whether a connection waits."""
 
     def fail(*_: object) -> bytes:
         raise OSError(errno.ENOBUFS, "no buffers")
@@ -357,18 +321,18 @@ def test_backlog_of_unknown_length() -> None:
 # The receipt
 
 
-def test_receipt_is_of_one_moment(serve: Callable[..., None]) -> None:
+def test_receipt_covers_the_whole_stop(serve: Callable[..., None]) -> None:
     """Clients that leave between the beginning of a stop and its first step are in the receipt."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
         clients = [socket.create_connection(serving.address, PATIENCE) for _ in range(5)]
-        await serving.until(lambda: serving.server.clients == 5)
+        await until(lambda: serving.server.clients == 5)
         before = len(serving.lines("client_closed"))
         assert serving.server.begin_stop() == 5
         for client in clients:
             client.close()
-        await serving.until(lambda: not serving.server.clients)
+        await until(lambda: not serving.server.clients)
         assert serving.server.begin_stop() == 5
         receipt = await serving.server.shutdown()
         assert (receipt.clients, receipt.completed) == (5, 5)
@@ -378,7 +342,7 @@ def test_receipt_is_of_one_moment(serve: Callable[..., None]) -> None:
 
 
 def test_receipt_of_a_paused_daemon(start: Start) -> None:
-    """Clients close while SIGTERM waits for a paused daemon: receipt and lines after `draining` agree all the same."""
+    """If clients close while SIGTERM is pending for a paused daemon, receipt and events after `draining` still agree."""
     listeners = ("--listeners.a.address", "127.0.0.1:0", "--listeners.b.address", "127.0.0.1:0")
     daemon = start(*listeners, "--log.connections", "all", *UNHURRIED, listen=None)
     daemon.wait_for("listening", count=2)

@@ -14,24 +14,29 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
+import echod
 from echod.connection.echo import EchoSession, SessionSettings
 from echod.connection.faults import Fault, FaultLineSession, FaultSession
 from echod.connection.modes import LineSession
+from echod.loops import loop_factory
 from echod.net import kernel
-from echod.net.listeners import ListeningSocket
+from echod.net.listeners import ListenerSpec, ListeningSocket, open_listeners
 from echod.server import client as client_module
-from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
-from echod.server.drain import Drain, DrainSettings
+from echod.server import server as server_module
+from echod.server.drain import Drain
 from echod.server.ledger import Ledger
-from echod.server.server import Server, ServerSettings
-from echod.settings.resources import loop_factory
+from echod.server.quota import Quota
+from echod.server.server import Server
+from echod.settings.model import ShutdownSettings
 from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import Pair
+from servers import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
     from certificates import Certificates
+    from echod.server.client import Client
     from echod.server.ledger import Entry
     from harness import Start
     from pairs import InLoop
@@ -282,12 +287,12 @@ def broken(pair: Pair) -> Client:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (DrainSettings(0, quiet_period=0.01, drain_timeout=PATIENCE, linger_timeout=0), "quiet"),
-        (DrainSettings(0, quiet_period=PATIENCE, drain_timeout=0, linger_timeout=0), "cut"),
+        (ShutdownSettings(quiet_period=0.01, drain_timeout=PATIENCE, linger_timeout=0), "quiet"),
+        (ShutdownSettings(quiet_period=PATIENCE, drain_timeout=0, linger_timeout=0), "cut"),
         (None, "aborted"),
     ],
 )
-def test_drain_isolates_clients(in_loop: InLoop, settings: DrainSettings | None, reason: str) -> None:
+def test_drain_isolates_clients(in_loop: InLoop, settings: ShutdownSettings | None, reason: str) -> None:
     """A client that fails in a drain is reset for it; the others are brought to their ends."""
 
     async def scene(pair: Pair) -> None:
@@ -295,17 +300,17 @@ def test_drain_isolates_clients(in_loop: InLoop, settings: DrainSettings | None,
         clients = [broken(other), pair.life()]
         await other.connect()
         await pair.connect()
-        drain = Drain(clients, lambda: True, settings or DrainSettings(0, 0, 0, 0))
+        drain = Drain(clients, lambda: True)
         if settings is None:
-            drain.hurry()
-        task = asyncio.create_task(drain.run())
+            drain.abort()
+        task = asyncio.create_task(drain.run(settings or ShutdownSettings()))
         with pytest.raises(ArithmeticError):
             await other.session.ended
         if reason == "quiet":
             assert await asyncio.to_thread(pair.client.recv, 1) == b""
             pair.client.close()
             await pair.session.ended
-            drain.hurry()
+            drain.abort()
         assert await task == (settings is not None)
         await pair.session.ended
         assert (other.session.reason, pair.session.reason) == ("failed", reason)
@@ -320,11 +325,11 @@ def serve(
     """Run a scene with a server whose first client fails at each step; return the logged events."""
     made = itertools.count()
 
-    def new_session(_: Server, __: Client, sock: socket.socket) -> EchoSession:
+    def new_session(sock: socket.socket, *_: object) -> EchoSession:
         kind = EchoSession if next(made) else Broken
         return kind(sock, SETTINGS, asyncio.get_running_loop().create_future())
 
-    monkeypatch.setattr(Server, "_new_session", new_session)
+    monkeypatch.setattr(server_module, "new_session", new_session)
     entries: list[Entry] = []
     logged: list[MutableMapping[str, Any]] = []
 
@@ -335,15 +340,17 @@ def serve(
     async def main() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
-        settings = ServerSettings(10, Timeouts(0.05, 0.05, 10), SETTINGS, DrainSettings(0, 0.01, 0, 0))
+        settings = server_settings(
+            limits={"idle_timeout": 0.05, "write_timeout": 0.05},
+            shutdown={"quiet_period": 0.01, "drain_timeout": 0, "linger_timeout": 0},
+        )
         log = structlog.wrap_logger(structlog.PrintLogger(), [note])
         server = Server([ListeningSocket(listening)], settings, Ledger(log, "none", [entries.append]))
         server.start()
         await scene(server, entries)
-        await asyncio.wait_for(server.shutdown(), PATIENCE)
+        await server.shutdown()
 
-    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
-        runner.run(main())
+    run_in_loop(loop_name, main)
     return logged
 
 
@@ -351,8 +358,7 @@ async def connected(server: Server) -> list[socket.socket]:
     """Return two clients, both accepted."""
     address = server.addresses[0]
     clients = [socket.create_connection((address.host, address.port)) for _ in range(2)]  # type: ignore[union-attr]
-    while server.ledger.counters.accepted < 2:  # noqa: ASYNC110  (no event tells)
-        await asyncio.sleep(0)
+    await until(lambda: server.ledger.counters.accepted == 2)
     return clients
 
 
@@ -368,15 +374,13 @@ def test_server_isolates_clients(
             for one in server.connected:
                 while one.session.transport is None:  # noqa: ASYNC110  (no event tells)
                     await asyncio.sleep(0)
-            settings = server.settings._replace(session=SessionSettings(1000, 5.0), timeouts=Timeouts(60, 60, 60))
-            server.reconfigure(settings)
+            server.reconfigure(server_settings(limits={"write_buffer": 1000}))
             whole = list(server.connected)[1].session
             assert whole.settings.write_buffer == 1000
         else:
             assert await asyncio.to_thread(clients[1].recv, 1) == b""  # idle
             clients[1].close()
-        while not entries:  # noqa: ASYNC110  (no event tells)
-            await asyncio.sleep(0)
+        await until(lambda: entries)
         assert entries[0].reason == "failed"
         for client in clients:
             client.close()
@@ -415,7 +419,7 @@ def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.Monk
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(asyncio.get_running_loop()), "connect_accepted_socket", join)
-            task = asyncio.create_task(pair.life().run(AdmissionPolicy(), Quota(0)))
+            task = asyncio.create_task(pair.life().run(server_settings(), Quota(0)))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             task.cancel()
@@ -435,12 +439,13 @@ def test_stop_with_a_client_that_never_ends(loop_name: str, monkeypatch: pytest.
     """A stop ends, and its receipt counts each client, though one is never joined to its socket."""
 
     async def main() -> None:
-        server = Server.listen("127.0.0.1:0", shutdown={"quiet_period": 0.01, "drain_timeout": 0, "linger_timeout": 0})
+        server = echod.Server.listen(
+            "127.0.0.1:0", shutdown={"quiet_period": 0.01, "drain_timeout": 0, "linger_timeout": 0}
+        )
         server.start()
         address = server.addresses[0]
         with socket.create_connection((address.host, address.port)):  # type: ignore[union-attr]
-            while not server.clients:  # noqa: ASYNC110  (no event tells)
-                await asyncio.sleep(0)
+            await until(lambda: server.clients)
             receipt = await asyncio.wait_for(server.shutdown(), PATIENCE)
         assert (receipt.clients, receipt.aborted) == (1, 1)
 
@@ -462,7 +467,7 @@ def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: p
 
         monkeypatch.setattr(type(asyncio.get_running_loop()), "connect_accepted_socket", refuse)
         with pytest.raises(ArithmeticError):
-            await pair.life().run(AdmissionPolicy(), Quota(0))
+            await pair.life().run(server_settings(), Quota(0))
         assert pair.session.reason == "failed"
         with pytest.raises(ConnectionResetError):
             pair.client.recv(1)
@@ -481,11 +486,11 @@ def patched(patch: str) -> tuple[str, ...]:
 ONE_DRAIN_FAILS = """
 run = drain.Drain.run
 drains = []
-async def fail_once(self):
+async def fail_once(self, shutdown):
     drains.append(self)
     if len(drains) == 1:
         raise ArithmeticError
-    return await run(self)
+    return await run(self, shutdown)
 drain.Drain.run = fail_once
 """
 
@@ -548,13 +553,15 @@ def test_cancelled_twice(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     async def main() -> None:
         errors: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-        server = Server.listen("127.0.0.1:0")
+        (listener,) = open_listeners([ListenerSpec("x", echod.TcpAddress("127.0.0.1", 0))], 10)
+        log = structlog.wrap_logger(structlog.ReturnLogger(), [])
+        server = Server(listener.sockets, server_settings(), Ledger(log, "none"))
         server.start()
         address = server.addresses[0]
         with socket.create_connection((address.host, address.port)):  # type: ignore[union-attr]
-            while not server.clients:  # noqa: ASYNC110  (no event tells)
-                await asyncio.sleep(0)
-            ((task, client),) = server._clients.items()
+            await until(lambda: server.clients)
+            (client,) = server.connected
+            (task,) = (task for task in asyncio.all_tasks() if "Client.run" in repr(task))
             while server.clients:
                 task.cancel()
                 await asyncio.sleep(0)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,13 @@ import structlog
 from structlog.testing import CapturingLogger
 
 import echod
-from echod.server.server import Server
-from echod.settings.resources import loop_factory
+from echod.embed import Server
+from echod.loops import loop_factory
+from echod.net.listeners import ListenerSpec, open_listeners
+from echod.server import server
+from echod.server.ledger import Ledger
 from harness import PATIENCE
+from servers import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,34 +35,25 @@ if TYPE_CHECKING:
 DOCUMENT = Path(__file__).parents[2] / "docs" / "library.md"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "embedded.py"
 
-# Ends of what a test leaves open: soon.
+# Short timeouts for clients that a test leaves open.
 SOON = {"quiet_period": 0.05, "drain_timeout": 0.2, "linger_timeout": 0.1}
 
 
 @pytest.fixture
 def run_scene(loop_name: str) -> Run:
-    """Return what runs a scene in the loop under test."""
-
-    async def bounded(scene: Callable[[], Awaitable[None]]) -> None:
-        async with asyncio.timeout(PATIENCE):
-            await scene()
-
-    def run_scene(scene: Callable[[], Awaitable[None]]) -> None:
-        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
-            runner.run(bounded(scene))
-
-    return run_scene
+    """Return a function that runs a scene in the loop under test."""
+    return partial(run_in_loop, loop_name)
 
 
 async def connect(server: Server, index: int = 0, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a client's streams."""
+    """Connect a client and return its streams."""
     address = server.addresses[index]
     assert isinstance(address, echod.TcpAddress)
     return await asyncio.open_connection(address.host, address.port, **options)
 
 
 async def echo(server: Server, message: bytes, index: int = 0, **options: Any) -> bytes:
-    """Be a client that sends one message and half-closes; return what came back."""
+    """Send one message from a new client, half-close, and return the echo."""
     reader, writer = await connect(server, index, **options)
     writer.write(message)
     if not options:
@@ -71,7 +67,7 @@ async def echo(server: Server, message: bytes, index: int = 0, **options: Any) -
 
 
 def test_served_observed_and_shut_down(run_scene: Run) -> None:
-    """Clients are served at each address, their entries go to the observer, and the receipt is the same twice."""
+    """Serve clients at each address, pass entries to the observer, and return the same receipt twice."""
 
     async def scene() -> None:
         entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
@@ -81,8 +77,7 @@ def test_served_observed_and_shut_down(run_scene: Run) -> None:
                 entry = await entries.get()
                 assert (entry.received, entry.acked, entry.reason) == (5, 5, "eof")
             _, idle = await connect(server)
-            while not server.clients:  # noqa: ASYNC110  (accepting has no event)
-                await asyncio.sleep(0)
+            await until(lambda: server.clients)
             receipt = await server.shutdown()
             assert (receipt.clients, receipt.quiet, server.clients) == (1, 1, 0)
             assert (await entries.get()).reason == "quiet"
@@ -96,7 +91,7 @@ def test_served_observed_and_shut_down(run_scene: Run) -> None:
 
 
 def test_options_have_their_effect(run_scene: Run) -> None:
-    """Modes, limits and faults are those of the settings."""
+    """Modes, limits and faults work as in the settings."""
 
     async def scene() -> None:
         entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
@@ -122,7 +117,7 @@ def test_options_have_their_effect(run_scene: Run) -> None:
 
 
 def test_tls(run_scene: Run, certificates: Certificates) -> None:
-    """The files may be path objects."""
+    """TLS files may be path objects."""
 
     async def scene() -> None:
         entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
@@ -136,7 +131,7 @@ def test_tls(run_scene: Run, certificates: Certificates) -> None:
 
 
 def test_unix_socket(run_scene: Run, tmp_path: Path) -> None:
-    """Its file has the permissions asked for, and is removed at the end."""
+    """The socket file has the given permissions and is removed at the end."""
     path = tmp_path / "echo.sock"
 
     async def scene() -> None:
@@ -153,7 +148,7 @@ def test_unix_socket(run_scene: Run, tmp_path: Path) -> None:
 
 
 def test_several_servers_in_one_loop(run_scene: Run) -> None:
-    """Each has its own clients and limits."""
+    """Each server has its own clients and limits."""
 
     async def scene() -> None:
         async with (
@@ -172,7 +167,7 @@ def test_several_servers_in_one_loop(run_scene: Run) -> None:
 
 
 def test_sockets_are_open_before_the_start(run_scene: Run) -> None:
-    """Who connects before is served, also by a server that is only shut down."""
+    """A client that connects before the start is served, even if the server is only shut down."""
     server = Server.listen(shutdown=SOON)
 
     async def scene() -> None:
@@ -190,7 +185,7 @@ def test_sockets_are_open_before_the_start(run_scene: Run) -> None:
 
 
 def test_shutdown_goes_on_without_its_caller(run_scene: Run) -> None:
-    """A caller that gives up waiting does not end the drain; `abort` does."""
+    """A caller that stops waiting does not end the drain; `abort` does."""
 
     async def scene() -> None:
         async with Server.listen(shutdown={"quiet_period": PATIENCE, "drain_timeout": 2 * PATIENCE}) as server:
@@ -209,7 +204,7 @@ def test_shutdown_goes_on_without_its_caller(run_scene: Run) -> None:
 
 
 def test_cancelled_while_it_ends(run_scene: Run) -> None:
-    """The end of `async with` is graceful for an exception, and prompt when that is cancelled; clients are no more."""
+    """`async with` drains if its task is cancelled, and resets all clients if it is cancelled again."""
 
     async def scene() -> None:
         closed: asyncio.Queue[echod.Entry] = asyncio.Queue()
@@ -229,8 +224,6 @@ def test_cancelled_while_it_ends(run_scene: Run) -> None:
         writer.write(b"x")
         assert await reader.read(1) == b"x"
         task.cancel()
-        while server._end is None:  # noqa: ASYNC110  (the drain's beginning has no event)
-            await asyncio.sleep(0)
         writer.write(b"y")
         assert await reader.read(1) == b"y"
         task.cancel()
@@ -245,16 +238,18 @@ def test_cancelled_while_it_ends(run_scene: Run) -> None:
 
 @pytest.mark.parametrize("stage", ["served", "leaving", "joining"])
 def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stage: str) -> None:
-    """A loop that ends cancels all tasks at once: the server's, the clients', and whichever runs it. None is noisy."""
+    """A loop that ends cancels all tasks at once, and none of them writes or logs anything."""
     entries: list[echod.Entry] = []
-    server = Server.listen(observe=entries.append)
+    (listener,) = open_listeners([ListenerSpec("x", echod.TcpAddress("127.0.0.1", 0))], 10)
+    log = structlog.wrap_logger(structlog.ReturnLogger(), [])
+    core = server.Server(listener.sockets, server_settings(), Ledger(log, "none", [entries.append]))
 
     async def embed() -> None:
-        async with server:
+        async with Server(core):
             await asyncio.Event().wait()
 
     async def main() -> None:
-        address = server.addresses[0]
+        address = core.addresses[0]
         assert isinstance(address, echod.TcpAddress)
         client = stack.enter_context(socket.create_connection((address.host, address.port), PATIENCE))
         tasks.append(asyncio.create_task(embed()))
@@ -263,11 +258,10 @@ def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stag
             await asyncio.get_running_loop().sock_sendall(client, b"x")
             assert await asyncio.get_running_loop().sock_recv(client, 1) == b"x"
             if stage == "leaving":  # on asyncio, the end of the connection then comes before that of its task
-                (leaving,) = server._clients.values()
+                (leaving,) = core.connected
                 leaving.session.abort("aborted")
             return
-        await asyncio.sleep(0)  # by which it is started
-        server._accept(server._sockets[0])
+        await until(lambda: core.clients)
 
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
@@ -279,7 +273,7 @@ def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stag
 
 
 def test_failing_observer(run_scene: Run) -> None:
-    """The loop hears of it; the server goes on, and its end waits for nobody who has left."""
+    """The exception goes to the loop's handler. The server goes on, and its end does not wait for closed clients."""
 
     async def scene() -> None:
         told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -289,14 +283,19 @@ def test_failing_observer(run_scene: Run) -> None:
             msg = "the observer's"
             raise ValueError(msg)
 
-        limits = {"max_connections": 1}  # so that the second one waits for the first one's leaving to be noticed
-        async with Server.listen(limits=limits, shutdown={"drain_timeout": 2 * PATIENCE}, observe=observe) as server:
+        output = CapturingLogger()
+        async with Server.listen(
+            limits={"max_connections": 1},  # the second client waits until the server notices that the first has left
+            shutdown={"drain_timeout": 2 * PATIENCE},
+            observe=observe,
+            logger=structlog.wrap_logger(output, [], structlog.make_filtering_bound_logger("info")),
+        ) as server:
             reader, writer = await connect(server)
             writer.write(b"x")
             assert await reader.read(1) == b"x"
             waiting = asyncio.create_task(echo(server, b"second"))
-            while not server.ledger.counters.accept_pauses:  # noqa: ASYNC110  (nor has this)
-                await asyncio.sleep(0)
+            await until(lambda: output.calls)
+            assert output.calls[0].kwargs["event"] == "accept_paused"
             writer.close()
             assert await waiting == b"second"
             for _ in range(2):
@@ -306,7 +305,7 @@ def test_failing_observer(run_scene: Run) -> None:
 
 
 def test_logger(run_scene: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """A logger gets the daemon's lines; without one nothing is written anywhere, not even for a failure."""
+    """A logger gets the daemon's lines. Without one nothing is written, not even about a failure."""
     output = CapturingLogger()
     logger = structlog.wrap_logger(output, [], structlog.make_filtering_bound_logger("info"))
 
@@ -357,19 +356,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_options(case: str) -> None:
-    """All that is wrong is told at once, by the names that the caller used."""
+    """The error has all problems, under the names that the caller used."""
     address, options, message = WRONG[case]
     with pytest.raises(echod.SettingsError, match=f"^{message}$"):
         Server.listen(address, **options)
 
 
 def test_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch, run_scene: Run) -> None:
-    """The daemon's variables do not reach a server inside another program."""
-    monkeypatch.setenv("ECHOD_LIMITS__MAX_CONNECTIONS", "7")
+    """The daemon's environment variables do not change a server inside another program."""
+    monkeypatch.setenv("ECHOD_LIMITS__MAX_LINE", "1")
 
     async def scene() -> None:
-        async with Server.listen() as server:
-            assert server.settings.max_connections == 10_000
+        async with Server.listen(mode="line", shutdown=SOON) as server:
+            assert await echo(server, b"longer\n") == b"longer\n"
 
     run_scene(scene)
 
@@ -382,7 +381,7 @@ def test_taken_address() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import echod` loads nothing; each public name loads what it needs, and no other name is there."""
+    """`import echod` loads no other module; each public name loads its own, and there are no other names."""
     code = """
 import sys
 before = set(sys.modules)
@@ -391,7 +390,7 @@ assert set(sys.modules) - before == {"echod"}, set(sys.modules) - before
 for name in echod.__all__:
     assert getattr(echod, name).__name__ == name
 from echod import *
-assert Server is echod.server.server.Server
+assert Server is echod.embed.Server
 try:
     echod.Servant
 except AttributeError as error:
@@ -412,7 +411,7 @@ def test_example() -> None:
 
 
 def test_document(run_scene: Run) -> None:
-    """What docs/library.md shows runs as it stands: the program until its task is cancelled, the recipe for a stop."""
+    """The program and the recipe for a stop in docs/library.md run unchanged."""
     program, recipe = (block.partition("```")[0] for block in DOCUMENT.read_text().split("```python\n")[1:])
     names: dict[str, Any] = {}
     exec(program.replace("asyncio.run(main())\n", ""), names)

@@ -12,8 +12,8 @@ import pytest
 from test_sockets import hand_over
 
 from echod.connection.echo import EchoSession, SessionSettings
+from echod.loops import loop_factory
 from echod.net import kernel
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:

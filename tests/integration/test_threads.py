@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from echod import threads
+from echod.loops import loop_factory
 from echod.probe import arguments, progress
 from echod.probe.interrupt import Interrupt
 from echod.probe.load import LoadGenerator
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, Daemon, clean_environment, until
 from refusal import refusing
 from watching import WATCHED, scrape

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import echod
 from echod import cli
 from echod.connection.echo import Reason
-from echod.server.ledger import Entry, Receipt
+from echod.server.ledger import Entry
+from echod.server.receipt import Receipt
 
 if TYPE_CHECKING:
     from harness import Start
@@ -68,6 +69,7 @@ def logged() -> dict[str, Logged]:
                     if method == "exception" or "exc_info" in fields:
                         fields = fields - {"exc_info"} | {"exception"}
                     level = "error" if method == "exception" else method
+                    fields |= found[name].fields if name in found else set()
                     found[name] = Logged(level, frozenset(fields))
     return found
 

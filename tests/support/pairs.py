@@ -7,8 +7,8 @@ import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echod.connection.echo import EchoSession, SessionSettings
+from echod.loops import loop_factory
 from echod.server.client import Client
-from echod.settings.resources import loop_factory
 from harness import PATIENCE
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import echod
+from echod.loops import loop_factory
 from echod.net.addresses import (
     AddressError,
     InheritedAddress,
@@ -22,8 +23,7 @@ from echod.net.addresses import (
     parse,
     parse_bindable,
 )
-from echod.server.client import Quota
-from echod.settings.resources import loop_factory
+from echod.server.quota import Quota
 from harness import PATIENCE, receive
 from watching import WATCHED, status
 
@@ -254,12 +254,12 @@ def test_zones_of_the_library(loop_name: str) -> None:
     ],
 )
 def test_clients_that_share_a_quota(first: str, second: str, *, one: bool) -> None:
-    """An IPv6 network of 64 bits is one client; on a link, each host is one, per interface."""
+    """An IPv6 /64 network counts as one client. Link-local hosts count one by one, per interface."""
     quota = Quota(1)
-    assert quota.enter(TcpAddress(first, 1))
-    assert quota.enter(TcpAddress(second, 2)) is not one
-    quota.leave(TcpAddress(first, 1))
-    assert quota.enter(TcpAddress(first, 3))
+    assert quota.acquire(TcpAddress(first, 1))
+    assert quota.acquire(TcpAddress(second, 2)) is not one
+    quota.release(TcpAddress(first, 1))
+    assert quota.acquire(TcpAddress(first, 3))
 
 
 @pytest.mark.parametrize(

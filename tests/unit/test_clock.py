@@ -14,9 +14,10 @@ import pytest
 
 from echod.clock import Clock
 from echod.connection.echo import EchoSession, Linger, SessionSettings
-from echod.server.client import Client, Timeouts
-from echod.server.drain import Drain, DrainSettings
-from echod.settings.resources import loop_factory
+from echod.loops import loop_factory
+from echod.server.client import Client
+from echod.server.drain import Drain
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from harness import PATIENCE, UNHURRIED
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from harness import Daemon, Start
 
 V1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 2000\r\n"
-TIMEOUTS = Timeouts(idle=10, write=10, handshake=10)
+LIMITS = LimitsSettings(idle_timeout=10, write_timeout=10, handshake_timeout=10)
 
 
 class Source:
@@ -100,15 +101,15 @@ def test_unread_input_in_a_stage(loop_name: str, stage: Stage, sent: bytes) -> N
     async def scene() -> None:
         with ends() as both:
             both.session.stage = stage
-            assert both.client.overdue(9.9, TIMEOUTS) is None
-            assert both.client.overdue(10, TIMEOUTS) == stage
+            assert both.client.overdue(9.9, LIMITS) is None
+            assert both.client.overdue(10, LIMITS) == stage
             both.peer.sendall(sent)
             if not sent:
                 both.peer.shutdown(socket.SHUT_WR)
-            assert both.client.overdue(10, TIMEOUTS) is None
+            assert both.client.overdue(10, LIMITS) is None
             both.session.sock.recv(len(sent))
             if sent:
-                assert both.client.overdue(10, TIMEOUTS) == stage
+                assert both.client.overdue(10, LIMITS) == stage
 
     run(loop_name, scene)
 
@@ -118,11 +119,11 @@ def test_an_unread_fin_is_no_silence(loop_name: str) -> None:
 
     async def scene() -> None:
         with ends() as both:
-            drain = Drain([both.client], lambda: True, DrainSettings(0, 1, 9, 1))
-            drain._dismiss_quiet(0)
+            drain = Drain([both.client], lambda: True)
+            drain.close_quiet(0, quiet_period=1)
             both.peer.shutdown(socket.SHUT_WR)
-            assert both.client.overdue(11, TIMEOUTS) is None
-            drain._dismiss_quiet(11)
+            assert both.client.overdue(11, LIMITS) is None
+            drain.close_quiet(11, quiet_period=1)
             assert both.session.reason is None
 
     run(loop_name, scene)
@@ -177,10 +178,13 @@ def test_pause_in_a_linger_of_a_silent_client(loop_name: str) -> None:
 
 
 class Paused(Drain):
-    """A drain with a clock of the test's, whose first wait is a pause of an hour."""
+    """A drain with the test's clock. Its first wait is a pause of one hour."""
 
-    source: Source
     waits = 0
+
+    def __init__(self, clients: list[Client], source: Source) -> None:
+        super().__init__(clients, lambda: True, source)
+        self.source = source
 
     async def _wait_until(self, when: float) -> None:
         self._clock.announce(when - self._clock.time())
@@ -193,11 +197,8 @@ def test_pause_in_a_drain(loop_name: str) -> None:
 
     async def scene() -> None:
         with ends() as both:
-            clients = [both.client]
-            drain = Paused(clients, lambda: True, DrainSettings(0, PATIENCE, drain_timeout=10, linger_timeout=5))
-            drain.source = Source()
-            drain._clock = Clock(drain.source)
-            await drain.run()
+            drain = Paused([both.client], Source())
+            await drain.run(ShutdownSettings(quiet_period=PATIENCE, drain_timeout=10, linger_timeout=5))
             assert both.session.reason == "cut"
             # 9.5 seconds of the drain and 5 of the linger, a quarter of a second at a time.
             assert drain.waits == pytest.approx((9.5 + 5) / 0.25, abs=2)

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import socket
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import structlog
 
-from echod.admin.status import Count, _look
+from echod.admin.snapshot import Count
 from echod.connection.echo import Linger, SessionSettings
 from echod.connection.modes import InfoSession
 from echod.net import kernel
-from echod.net.listeners import ListeningSocket
-from echod.server.client import AdmissionPolicy, Client, Quota, Timeouts
-from echod.server.drain import Drain, DrainSettings
-from echod.server.ledger import Counters, Ledger
-from echod.server.server import Server, ServerSettings, _cancel
-from echod.settings.resources import loop_factory
-from harness import PATIENCE, reset
+from echod.server.client import Client
+from echod.server.ledger import Counters
+from echod.server.quota import Quota
+from harness import reset
+from servers import server_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from pairs import InLoop, Pair
 
 
@@ -85,7 +77,7 @@ def test_what_has_ended_stays_as_it_was(in_loop: InLoop) -> None:
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
         count = Count(Counters(), 0, 0)
-        _look(count, [pair.life()])
+        count.add([pair.life()])
         assert (count.sent, count.states) == (0, {})
 
     in_loop(scene)
@@ -102,7 +94,7 @@ def test_client_gone_before_its_turn(in_loop: InLoop) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(loop), "connect_accepted_socket", refuse)
-            await pair.life().run(AdmissionPolicy(), Quota(0))
+            await pair.life().run(server_settings(), Quota(0))
         assert pair.session.reason == "reset"
         assert pair.sock.fileno() == -1
 
@@ -175,31 +167,6 @@ def read_to_the_end(client: socket.socket) -> bytes:
     while more := client.recv(1 << 20):
         data += more
     return data
-
-
-def test_unread_input_is_no_silence(in_loop: InLoop) -> None:
-    """Neither the sweep nor a drain takes a client for silent whose message is there to be read."""
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-        client = pair.life()
-        drain = Drain([client], lambda: True, DrainSettings(0, quiet_period=1, drain_timeout=9, linger_timeout=1))
-        drain._dismiss_quiet(0)
-        pair.client.sendall(b"x")
-        timeouts = Timeouts(idle=1, write=30, handshake=10)
-        assert client.overdue(5, timeouts) is None
-        drain._dismiss_quiet(5)
-        before = pair.session.reason
-        assert await asyncio.to_thread(pair.client.recv, 1) == b"x"
-        assert client.overdue(6, timeouts) is None
-        assert client.overdue(8, timeouts) == "idle"
-        for now in (6, 6.5, 8):
-            drain._dismiss_quiet(now)
-        assert (before, pair.session.reason) == (None, "quiet")
-        pair.client.shutdown(socket.SHUT_WR)
-        await pair.session.ended
-
-    in_loop(scene)
 
 
 def test_reset_after_our_fin(in_loop: InLoop) -> None:
@@ -340,93 +307,6 @@ def test_lost_for_another_reason(in_loop: InLoop) -> None:
     in_loop(scene)
 
 
-class Scripted(Drain):
-    """A drain of one client, which waits for nothing but what a test does at each of its waits."""
-
-    def __init__(
-        self, pair: Pair, settings: DrainSettings, emptied: Sequence[bool], *steps: Callable[[], object]
-    ) -> None:
-        answers = iter(emptied)
-        self.clients = [pair.life()]
-        super().__init__(self.clients, lambda: next(answers), settings)
-        self._steps = list(steps)
-
-    async def _wait_until(self, when: float) -> None:
-        if self._steps:
-            self._steps.pop(0)()
-            self.woken = self._woken.is_set()
-            self._woken.clear()
-        else:
-            await super()._wait_until(when)
-
-
-PATIENT = DrainSettings(0, quiet_period=PATIENCE, drain_timeout=PATIENCE, linger_timeout=PATIENCE)
-HASTY = PATIENT._replace(drain_timeout=0)
-
-
-def test_drain_of_who_leaves(in_loop: InLoop) -> None:
-    """A departure wakes it where it may be the last, or gives a descriptor to who waits in the backlog."""
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-
-        def stay() -> None:
-            drain.client_left()
-            assert drain._woken.is_set()
-
-        def stay_on() -> None:
-            drain.client_left()
-            assert not drain._woken.is_set()
-
-        def leave() -> None:
-            drain.clients.clear()
-            drain.client_left()
-
-        drain = Scripted(pair, PATIENT, [False, False, True], stay, stay_on, leave)
-        assert await drain.run()
-        assert drain.woken
-        drain = Scripted(pair, HASTY, [False], leave)
-        assert not await drain.run()
-        assert pair.session.reason == "cut"
-        pair.client.shutdown(socket.SHUT_WR)
-        await pair.session.ended
-
-    in_loop(scene)
-
-
-@pytest.mark.parametrize("when", ["before", "while it waits", "after the cut"])
-def test_drain_is_hurried(in_loop: InLoop, when: str) -> None:
-    """A second signal may come at any moment of it."""
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-
-        def hurry() -> None:
-            drain.hurry()
-
-        drain = Scripted(pair, HASTY if when == "after the cut" else PATIENT, [True], hurry)
-        if when == "before":
-            drain.hurry()
-        assert await drain.run() == (when != "before")
-        assert pair.session.reason == "aborted"
-        await pair.session.ended
-
-    in_loop(scene)
-
-
-def test_drain_comes_to_its_end(in_loop: InLoop) -> None:
-    """Who has not closed by then is closed, having been looked at as often as its silence needed."""
-
-    async def scene(pair: Pair) -> None:
-        await pair.connect()
-        drain = Scripted(pair, DrainSettings(0, 0.01, 0.3, 0.05), [True])
-        await drain.run()
-        await pair.session.ended
-        assert pair.session.reason == "quiet"
-
-    in_loop(scene)
-
-
 def test_info_of_a_session_that_has_ended() -> None:
     """A drain may reach a client before its answer does: then there is none."""
     with socket.socket() as sock:
@@ -487,197 +367,3 @@ def test_client_closes_before_it_has_read(in_loop: InLoop) -> None:
         assert (pair.session.delivery.acked, pair.session.reason) == (200_000, "idle")
 
     in_loop(scene, 4096)
-
-
-class Unsteady(socket.socket):
-    """A listening socket some of whose connections are gone when they are to be accepted, or find no descriptor."""
-
-    gone = 0
-    full = 0
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        if self.full:
-            self.full -= 1
-            raise OSError(errno.EMFILE, "full")
-        if self.gone:
-            self.gone -= 1
-            raise ConnectionAbortedError(errno.ECONNABORTED, "gone")
-        return super().accept()
-
-
-def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]], max_connections: int = 10) -> None:
-    """Run a scene with a server in the loop under test, and shut that down."""
-
-    async def main() -> None:
-        listening = Unsteady()
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        listening.setblocking(False)
-        settings = ServerSettings(
-            max_connections=max_connections,
-            timeouts=Timeouts(idle=0, write=30, handshake=10),
-            session=SessionSettings(65536, 1.0),
-            drain=DrainSettings(0, 0.1, 1, 1.0),
-        )
-        server = Server(
-            [ListeningSocket(listening)], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none")
-        )
-        server.start()
-        await asyncio.sleep(0)
-        await scene(server, listening)
-        receipt = await server.shutdown()
-        assert receipt.unacked_bytes == 0
-
-    with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
-        runner.run(main())
-
-
-async def echo(listening: socket.socket) -> None:
-    """Be a client that is served."""
-    reader, writer = await asyncio.open_connection(*listening.getsockname())
-    writer.write(b"x")
-    assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"
-    writer.close()
-    await writer.wait_closed()
-
-
-def test_client_leaves_while_accepting_is_held(loop_name: str) -> None:
-    """A departure between the moment accepting stops and the one in which the listener task waits is not missed."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        server._hold("a test", None)
-        server._hold("a test, of another socket in the same iteration", None)
-        server._room.set()
-        for _ in range(3):
-            await asyncio.sleep(0)
-        await echo(listening)
-        assert server.ledger.counters.accept_pauses == 1
-
-    serving(loop_name, scene)
-
-
-def test_connections_that_are_gone(loop_name: str) -> None:
-    """accept(2) may fail for the one connection alone: the next is served, in a stop as well."""
-
-    async def scene(_: Server, listening: Unsteady) -> None:
-        listening.gone = 2
-        await echo(listening)
-        assert listening.gone == 0
-        listening.gone = 2
-
-    serving(loop_name, scene)
-
-
-def test_connections_that_are_always_gone(loop_name: str) -> None:
-    """If accept(2) never succeeds, a stop gives up the backlog at the end of the drain."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        listening.gone = sys.maxsize
-        with socket.create_connection(listening.getsockname()):
-            assert (await server.shutdown()).clients == 0
-        assert listening.fileno() == -1
-
-    serving(loop_name, scene)
-
-
-def test_more_than_one_wake_up_takes(loop_name: str) -> None:
-    """Who is left over when a wake-up has accepted its measure is for the next one."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
-        while server.clients < len(clients):  # noqa: ASYNC110  (no event tells)
-            await asyncio.sleep(0)
-        for client in clients:
-            client.close()
-
-    serving(loop_name, scene, max_connections=1000)
-
-
-def holds(server: Server) -> bool:
-    """Tell whether somebody has to wait in the backlog."""
-    return server.accept_paused
-
-
-def test_cap_in_the_middle_of_a_wake_up(loop_name: str) -> None:
-    """Whether somebody is left to wait shows at the next one."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
-        while not holds(server):  # noqa: ASYNC110  (no event tells)
-            await asyncio.sleep(0)
-        assert server.clients == 2
-        for client in clients:
-            client.close()
-        while holds(server):  # noqa: ASYNC110  (nor here)
-            await asyncio.sleep(0)
-        assert server.ledger.counters.accept_pauses == 1
-
-    serving(loop_name, scene, max_connections=2)
-
-
-def test_no_descriptors_for_a_while(loop_name: str) -> None:
-    """However often accept(2) fails for want of them, it is one pause, to the end of which the client waits."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        listening.full = 2
-        await echo(listening)
-        assert (listening.full, server.ledger.counters.accept_pauses) == (0, 1)
-
-    serving(loop_name, scene)
-
-
-@pytest.mark.parametrize("waiting", [False, True])
-def test_no_descriptors_in_a_stop(loop_name: str, waiting: bool) -> None:
-    """The listening socket is closed if nobody waits; if somebody does, it is tried again when a client has left."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as clients:
-            staying = clients.enter_context(socket.create_connection(listening.getsockname()))
-            while not server.clients:  # noqa: ASYNC110  (no event tells)
-                await asyncio.sleep(0)
-            listening.full = sys.maxsize
-            if waiting:
-                clients.enter_context(socket.create_connection(listening.getsockname()))
-            stop = loop.create_task(server.shutdown())
-            while server._drain is None or not server._drain._silence:  # noqa: ASYNC110  (nor here)
-                await asyncio.sleep(0)
-            assert (listening.fileno() != -1, server.clients) == (waiting, 1)
-            listening.full = 0
-            staying.close()
-            while server.ledger.counters.accepted <= waiting or listening.fileno() != -1:  # noqa: ASYNC110  (nor here)
-                await asyncio.sleep(0)
-        assert (await stop).clients == 1 + waiting
-
-    serving(loop_name, scene)
-
-
-def test_aborted_before_it_stops(loop_name: str) -> None:
-    """A stop that is to be at once leaves nobody waiting, and says nothing of those who do not wait."""
-
-    async def scene(server: Server, listening: Unsteady) -> None:
-        with socket.create_connection(listening.getsockname()) as client:
-            while not server.clients:  # noqa: ASYNC110  (no event tells)
-                await asyncio.sleep(0)
-            server.abort()
-            assert (await server.shutdown()).aborted == 1
-            assert listening.fileno() == -1
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
-
-    serving(loop_name, scene)
-
-
-def test_cancel_lets_failures_out() -> None:
-    """A task of the server's own that has failed is not taken for one that was cancelled."""
-
-    async def main() -> None:
-        async def fail() -> None:
-            raise KeyError
-
-        task = asyncio.get_running_loop().create_task(fail())
-        await asyncio.wait([task])
-        with pytest.raises(KeyError):
-            await _cancel(task)
-
-    asyncio.run(main())

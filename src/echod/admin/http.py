@@ -28,7 +28,8 @@ from prometheus_client.core import CounterMetricFamily
 
 from echod import threads
 from echod.admin.metrics import Families, Histograms, render
-from echod.admin.status import Reporter, Snapshot
+from echod.admin.snapshot import Snapshot
+from echod.admin.status import Reporter
 from echod.net import addresses, kernel
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
     from structlog.typing import FilteringBoundLogger
 
-    from echod.admin.status import DaemonView
+    from echod.admin.snapshot import DaemonView
     from echod.net.addresses import Address
     from echod.net.listeners import Listener
     from echod.server.ledger import Entry

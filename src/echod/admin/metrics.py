@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 import echod
-from echod.admin.status import STATES
+from echod.admin.snapshot import STATES
 from echod.connection.echo import Reason
 from echod.net.certificates import Role
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from echod.admin.status import Count, DaemonView
+    from echod.admin.snapshot import Count, DaemonView
     from echod.server.ledger import Entry
 
 # Upper bounds in seconds. The ledger's times are rounded to a millisecond.
@@ -130,7 +130,7 @@ class Families:
             "echod_accept_paused", "1 while clients have to wait in the backlog, else 0.", labels=("listener",)
         )
         for name in counts:
-            limit.add_metric((name,), servers[name].settings.max_connections)
+            limit.add_metric((name,), servers[name].settings.limits.max_connections)
             paused.add_metric((name,), servers[name].accept_paused)
         yield limit
         yield paused
@@ -158,7 +158,7 @@ class Families:
             "When the last certificate of its kind becomes valid, in seconds since the epoch.",
             labels=labels,
         )
-        certificates = self._subject.found().tls
+        certificates = self._subject.resources().tls
         for name in filter(certificates.__contains__, self._counts):
             for role in get_args(Role):
                 alike = [used.certificate for used in certificates[name].certificates if used.role == role]

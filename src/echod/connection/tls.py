@@ -12,7 +12,7 @@ import ssl
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from echod.net import kernel, x509
+from echod.net import kernel, openssl, x509
 
 if TYPE_CHECKING:
     from echod.connection.echo import EchoSession
@@ -245,7 +245,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         except ssl.SSLError as error:
             self._broken = True
             self._flush()  # the alert, which says to the client what was wrong
-            self._end_handshake(_explain(error))
+            self._end_handshake(openssl.explain(error))
             return False
         self._flush()
         name, _, _ = self._object.cipher() or ("", "", 0)
@@ -289,7 +289,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
             self._broken = True
             self.session.received += size
             self._flush()
-            self.session.detail = _explain(failure)
+            self.session.detail = openssl.explain(failure)
             self.session.close("tls")
             return size
         if size:
@@ -314,9 +314,3 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if len(self._marks) > _MARKS // 2:
             kept = [(written, plain, False) for written, plain, _ in self._marks[2::2]]
             self._marks[1:] = kept if len(self._marks) % 2 else [*kept, self._marks[-1]]
-
-
-def _explain(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
-    return (error.reason or str(error)).replace("_", " ").lower()

@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.net import pem
+from echod.net import openssl, pem
 from echod.probe.errors import TlsError, TlsFileError
 
 if TYPE_CHECKING:
@@ -88,20 +88,12 @@ def _blame(option: str, path: Path) -> Iterator[None]:
         yield
     except ssl.SSLError as error:
         # OpenSSL gives no reason if the file has no PEM of the expected kind.
-        why = _text(error) if error.reason else "the file has no PEM data of the kind that is needed"
+        why = openssl.explain(error) if error.reason else "the file has no PEM data of the kind that is needed"
         raise TlsFileError(option, f"{str(path)!r}: {why}") from error
     except OSError as error:
         raise TlsFileError(option, f"{str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise TlsFileError(option, f"{str(path)!r}: {error}") from error
-
-
-def _text(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
-        return "the connection ended without close_notify"
-    return (error.reason or str(error)).lower().replace("_", " ")
 
 
 class TlsChannel:
@@ -129,7 +121,7 @@ class TlsChannel:
             except ssl.SSLError as error:
                 with contextlib.suppress(OSError):
                     self.flush()  # the alert tells the peer why
-                raise TlsError(_text(error)) from error
+                raise TlsError(openssl.explain(error)) from error
             else:
                 self.flush()
                 return
@@ -174,7 +166,7 @@ class TlsChannel:
             except ssl.SSLZeroReturnError:
                 return b""
             except ssl.SSLError as error:
-                raise TlsError(_text(error)) from error
+                raise TlsError(openssl.explain(error)) from error
 
     def send(self, data: bytes | memoryview, /) -> int:
         """Accept some of the bytes and return their number. `flush` sends those that the socket refuses now.
@@ -187,7 +179,7 @@ class TlsChannel:
         try:
             taken = self._object.write(data[:_PLAINTEXT])
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
         return taken
@@ -199,7 +191,7 @@ class TlsChannel:
         except ssl.SSLWantReadError:  # the peer's close_notify has not arrived
             pass
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
 

@@ -1,10 +1,11 @@
-"""The end of a server's clients: served on, then closed, then cut off, and all of them waited for."""
+"""The drain: clients are served on, then closed, then cut off."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from typing import TYPE_CHECKING
 
 from echod.clock import Clock
 
@@ -12,103 +13,102 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from echod.server.client import Client
+    from echod.settings.model import ShutdownSettings
 
-# How often a drain looks at its clients, as a share of `quiet_period`, within these bounds in seconds.
+# A drain checks its clients this many times per `quiet_period`, within these bounds in seconds.
 _TICKS = 4
 _SHORTEST_TICK = 0.01
 _LONGEST_TICK = 0.25
 
 
-class DrainSettings(NamedTuple):
-    """How long a stop may take, each in seconds."""
-
-    delay: float
-    """Still accepting, already not ready."""
-    quiet_period: float
-    """A client that has been silent this long, and has all its echo, counts as done."""
-    drain_timeout: float
-    """Then the rest is cut off."""
-    linger_timeout: float
-    """After the cut, for the clients to take what is on its way to them."""
-
-
 class Drain:
-    """Bring the clients of one server to their ends.
+    """The stop of one server: end its clients gracefully, or at once after `abort`.
 
     Args:
-        clients: those that are connected: a live view.
-        accept_rest: take in who still waits in the backlog; returns whether nobody does any more.
-        settings: the timeouts.
+        clients: the connected clients: a live view.
+        accept_rest: accepts all pending connections; returns True once the backlog is empty.
+        source: returns the time in seconds.
 
     """
 
-    def __init__(self, clients: Collection[Client], accept_rest: Callable[[], bool], settings: DrainSettings) -> None:
+    def __init__(
+        self,
+        clients: Collection[Client],
+        accept_rest: Callable[[], bool],
+        source: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clients = clients
         self._accept_rest = accept_rest
-        self._settings = settings
-        self._clock = Clock(asyncio.get_running_loop().time)
+        self._clock = Clock(source)
         self._woken = asyncio.Event()
         self._emptied = False
-        self._hurried = False
+        self._aborted = False
         self._silence: dict[Client, tuple[int, float]] = {}
 
     def client_left(self) -> None:
-        """Be told that a client has left, and with it a descriptor."""
+        """Check again if a client's departure can matter: it was the last one, or has freed a descriptor."""
         if not (self._emptied and self._clients):
             self._woken.set()
 
-    def hurry(self) -> None:
-        """Reset all clients now, and let `run` come to its end."""
-        self._hurried = True
+    def abort(self) -> None:
+        """Reset all clients now, or as soon as `run` begins. Idempotent."""
+        self._aborted = True
         self._woken.set()
 
-    async def run(self) -> bool:
+    async def delay(self, seconds: float) -> None:
+        """Wait before the drain, unless it is aborted."""
+        end = self._clock.time() + seconds
+        while not self._aborted and self._clock.time() < end:
+            await self._wait_until(end)
+
+    async def run(self, shutdown: ShutdownSettings) -> bool:
         """Drain; return whether the backlog was emptied.
 
-        Returns when every client has left or was told to; not waited for are the last steps of the clients' tasks,
-        and what the kernel goes on sending after a close. It takes `drain_timeout` + `linger_timeout` at most, and the time
-        for which the process was paused.
+        Return when every client has left, or has been closed for good. The last steps of the clients' tasks may follow,
+        and what the kernel sends after a close. This takes at most `drain_timeout` + `linger_timeout`, plus the pauses
+        of the process.
         """
-        cut = self._clock.time() + self._settings.drain_timeout
-        tick = min(max(self._settings.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
-        next_look = 0.0
-        self._emptied = not self._hurried and self._accept_rest()
-        while not self._hurried and (now := self._clock.time()) < cut:
+        cut = self._clock.time() + shutdown.drain_timeout
+        tick = min(max(shutdown.quiet_period / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
+        next_check = 0.0
+        self._emptied = not self._aborted and self._accept_rest()
+        while not self._aborted and (now := self._clock.time()) < cut:
             self._emptied = self._emptied or self._accept_rest()
             if self._emptied and not self._clients:
                 break
-            if now >= next_look:
-                self._dismiss_quiet(now)
-                next_look = now + tick
-            await self._wait_until(min(next_look, cut))
-        if not self._hurried:
+            if now >= next_check:
+                self.close_quiet(now, shutdown.quiet_period)
+                next_check = now + tick
+            await self._wait_until(min(next_check, cut))
+        if not self._aborted:
             for client in self._clients:
                 client.session.attempt(client.session.close, "cut")
-        end = cut + self._settings.linger_timeout
-        while self._clients and not self._hurried and self._clock.time() < end:
+        end = cut + shutdown.linger_timeout
+        while self._clients and not self._aborted and self._clock.time() < end:
             await self._wait_until(min(end, self._clock.time() + tick))
         for client in self._clients:
-            if self._hurried:
+            if self._aborted:
                 client.session.attempt(client.session.abort, "aborted")
             else:
                 client.session.attempt(client.session.end)
         return self._emptied
 
-    def _dismiss_quiet(self, now: float) -> None:
+    def close_quiet(self, now: float, quiet_period: float) -> None:
+        """Close each client that has been silent for `quiet_period` and has all its echo."""
         for client in self._clients:
-            client.session.attempt(self._dismiss_if_quiet, client, now)
+            client.session.attempt(self._close_if_quiet, client, now, quiet_period)
 
-    def _dismiss_if_quiet(self, client: Client, now: float) -> None:
+    def _close_if_quiet(self, client: Client, now: float, quiet_period: float) -> None:
         session = client.session
         if session.reason is not None:
             return
-        heard, since = self._silence.get(client, (-1, now))
-        if session.bytes_seen != heard or session.paused or session.undelivered():
+        bytes_seen, since = self._silence.get(client, (-1, now))
+        if session.bytes_seen != bytes_seen or session.paused or session.undelivered():
             self._silence[client] = (session.bytes_seen, now)
-        elif now - since >= self._settings.quiet_period:
-            # After a stall of this process, unread input proves that the client was not silent.
+        elif now - since >= quiet_period:
+            # After a pause of this process, unread input proves that the client was not silent.
             if session.unread():
-                self._silence[client] = (heard, now)
+                self._silence[client] = (bytes_seen, now)
             else:
                 session.close("quiet")
 
