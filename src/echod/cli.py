@@ -95,7 +95,7 @@ def _probe(arguments: Sequence[str]) -> int:
     try:
         # Nothing else is imported: a health check runs this command every few seconds.
         from echod.probe import command  # noqa: PLC0415
-        from echod.probe.result import Outcome  # noqa: PLC0415
+        from echod.probe.model import Outcome  # noqa: PLC0415
 
         outcome, text, problem = command.run(arguments)
     except KeyboardInterrupt:

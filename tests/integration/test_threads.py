@@ -18,8 +18,7 @@ import pytest
 from echod import threads
 from echod.loops import loop_factory
 from echod.probe import arguments, progress
-from echod.probe.interrupt import Interrupt
-from echod.probe.load import LoadGenerator
+from echod.probe.load import Interrupt, LoadGenerator
 from harness import PATIENCE, Daemon, clean_environment, until
 from refusal import refusing
 from watching import WATCHED, scrape

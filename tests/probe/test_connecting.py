@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trustme
@@ -267,7 +267,7 @@ def test_families_in_turn(names: Any) -> None:
 
 
 class Attempt:
-    """A socket whose connection attempt ends at a time of a simulated clock.
+    """A socket with a connection attempt that ends at a time of a simulated clock.
 
     Args:
         clock: the clock.
@@ -343,7 +343,7 @@ def attempts(clock: Clock, *plan: tuple[float, int] | OSError) -> tuple[list[flo
         return Attempt(clock, *step)
 
     endpoints = [Endpoint(socket.AF_INET, (number, 7)) for number in range(len(plan))]
-    return begun, lambda: connect.race(begin, endpoints, Deadline(1, clock.time), clock)
+    return begun, lambda: connect.race(begin, endpoints, Deadline(1, clock.time), cast("Any", clock))
 
 
 def test_the_next_address_is_tried_after_a_delay(clock: Clock) -> None:

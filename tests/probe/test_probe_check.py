@@ -15,7 +15,7 @@ import pytest
 
 from echod.probe import arguments
 from echod.probe import check as quick_check
-from echod.probe.result import Outcome
+from echod.probe.model import Outcome
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, change, echo, ending, resetting, silent
 from probing import CHECK, REFUSED, check, measure

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.probe import arguments, progress
-from echod.probe.interrupt import Interrupt
-from echod.probe.load import LoadGenerator
+from echod.probe.load import Interrupt, LoadGenerator
 from echod.probe.timer import Timer
 from harness import PATIENCE, receive, reset
 from peers import Peer, echo, messages

@@ -53,7 +53,7 @@ def test_a_signal_ends_connecting() -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment())
         sock, _ = listening.accept()
         with sock:
-            assert sock.recv(1)  # the ClientHello, whose answer the client awaits
+            assert sock.recv(1)  # the ClientHello
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (130, b"")

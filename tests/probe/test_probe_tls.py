@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from echod.probe import arguments, progress
 from echod.probe.deadline import Deadline
 from echod.probe.errors import TlsError
-from echod.probe.interrupt import Interrupt
-from echod.probe.load import LoadGenerator
+from echod.probe.load import Interrupt, LoadGenerator
 from harness import PATIENCE, clean_environment, receive, run
 from peers import Peer, closing, each, echo, ending, resetting, silent
 from probing import CHECK, REFUSED, Authority, check, measure, narrow

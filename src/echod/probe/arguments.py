@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from echod.net import addresses
 from echod.net.addresses import TcpAddress, UnixAddress
-from echod.probe import units
 from echod.probe.connect import Route
 from echod.probe.errors import TlsFileError
-from echod.probe.options import ProbeOptions
+from echod.probe.model import ProbeOptions
 from echod.text import closest
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
         half_close=given.half_close,
         json=given.json,
         measure=measure,
-        count=given.count,
+        messages=given.count,
         duration=0.0 if given.count is not None else given.duration or _DURATION,
         connections=given.connections or 1,
         size=given.size or (_STREAM_SIZE if given.stream else _MESSAGE_SIZE),
@@ -284,6 +283,8 @@ def _seed(text: str) -> int:
 
 
 def _size(text: str) -> int:
+    from echod.probe import units  # noqa: PLC0415  (a quick check does not need it)
+
     try:
         size = units.parse_size(text)
     except ValueError as error:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from echod.probe.deadline import Deadline
 from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, kind, reason
-from echod.probe.result import Outcome, ProbeResult
+from echod.probe.model import Outcome, ProbeResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echod.probe.connect import Connected
     from echod.probe.errors import ProbeError
-    from echod.probe.options import ProbeOptions
+    from echod.probe.model import ProbeOptions
 
 _SIZE = 64
 _RECEIVE = 65536

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from echod.probe import arguments, check
-from echod.probe.result import Outcome, ProbeResult
+from echod.probe.model import Outcome, ProbeResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from echod.probe.deadline import Deadline
     from echod.probe.tls import ClientTls, TlsChannel
 
-# Seconds between attempts on a unix socket whose backlog is full.
+# Seconds between attempts on a unix socket with a full backlog.
 _RETRY = 0.01
 
 # Seconds before the next address is tried: the "Connection Attempt Delay" of RFC 8305, section 5.
@@ -42,19 +42,6 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Close the connection."""
-
-
-class Poll(Protocol):
-    """The methods of `select.poll` that `race` needs."""
-
-    def register(self, fd: Any, eventmask: int, /) -> None:
-        """Watch a descriptor."""
-
-    def unregister(self, fd: Any, /) -> None:
-        """Stop watching a descriptor."""
-
-    def poll(self, timeout: float, /) -> list[tuple[int, int]]:
-        """Wait for events, at most the given milliseconds."""
 
 
 class Endpoint(NamedTuple):
@@ -133,7 +120,7 @@ class Route(NamedTuple):
         return Connected(sock, secure or sock, secure, deadline.clock() - began)
 
     def _begin(self, endpoint: Endpoint) -> socket.socket:
-        """Return a TCP socket whose connection attempt is in progress."""
+        """Start to connect, and return the TCP socket."""
         with contextlib.ExitStack() as opened:
             sock = opened.enter_context(socket.socket(endpoint.family, socket.SOCK_STREAM))
             sock.settimeout(0)
@@ -157,7 +144,7 @@ def _interleave(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
 
 
 def race(
-    begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoint], deadline: Deadline, poll: Poll
+    begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoint], deadline: Deadline, poll: select.poll
 ) -> socket.socket:
     """Connect to several endpoints with overlapping attempts, and keep the first connection (RFC 8305, section 5).
 
@@ -210,7 +197,7 @@ def race(
 def _confirm(sock: socket.socket, port: int) -> None:
     """Raise the error of a finished connection attempt if it failed.
 
-    A socket whose local port is the target's port connects to itself (simultaneous open, RFC 9293, section 3.5).
+    A socket connects to itself if its local port is that of the target (simultaneous open, RFC 9293, section 3.5).
     The kernel may choose that port if no server listens on it and it is in the range of ephemeral ports.
     """
     if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):

@@ -57,32 +57,9 @@ class Connection:
     """
 
     __slots__ = (
-        "_boundary",
-        "_channel",
-        "_clock",
-        "_dues",
-        "_goal",
-        "_pattern",
-        "_place",
-        "_receive",
-        "_receive_size",
-        "_record",
-        "_selector",
-        "_send",
-        "_send_size",
-        "_size",
-        "_start",
-        "_view",
-        "_watched",
-        "active",
-        "ended",
-        "eof",
-        "number",
-        "received",
-        "secure",
-        "sent",
-        "shut",
-        "socket",
+        *("active", "ended", "eof", "number", "received", "secure", "sent", "shut", "socket"),
+        *("_boundary", "_channel", "_clock", "_dues", "_goal", "_pattern", "_place", "_receive", "_receive_size"),
+        *("_record", "_selector", "_send", "_send_size", "_size", "_start", "_view", "_watched"),
     )
 
     def __init__(self, number: int, connected: Connected, selector: selectors.BaseSelector, traffic: Traffic) -> None:
@@ -91,7 +68,7 @@ class Connection:
         self.sent = 0
         self.received = 0
         self.active = 0
-        """Time of the last progress, or of the first message after a pause."""
+        """Time of the last progress, or of a message sent while no echo was due."""
         self.shut = False
         """Whether the sending side is closed."""
         self.eof = False
@@ -142,10 +119,6 @@ class Connection:
     def echoed(self) -> bool:
         """Whether the echo of everything that is due has been received."""
         return self.received == self._goal
-
-    def touch(self, now: int) -> None:
-        """Restart the time without progress."""
-        self.active = now
 
     def send(self, messages: int, due: int, now: int) -> None:
         """Send messages.

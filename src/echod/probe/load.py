@@ -12,6 +12,7 @@ import gc
 import math
 import operator
 import selectors
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,14 +27,13 @@ from echod.probe.latencies import Latencies
 from echod.probe.timer import Timer
 
 if TYPE_CHECKING:
-    import signal
     import socket
     from collections.abc import Callable, Sequence
+    from types import FrameType
 
     from echod.probe.connect import Connected, Endpoint
     from echod.probe.errors import Mismatch, ProbeError
-    from echod.probe.interrupt import Interrupt
-    from echod.probe.options import ProbeOptions
+    from echod.probe.model import ProbeOptions
     from echod.probe.progress import Display
 
 # Threads that connect at once. More would overflow the backlog of some servers.
@@ -69,7 +69,7 @@ class Results:
     received: int = 0
     """Bytes received and compared."""
     unanswered: int = 0
-    """Messages that were due and whose complete echo did not arrive."""
+    """Messages that were due, without a complete echo."""
     latencies: Latencies = field(default_factory=Latencies)
     lag: float = 0.0
     """How late a scheduled message was sent at most, in seconds. The cause is this process or its host."""
@@ -97,6 +97,25 @@ class Results:
             self.mismatch = number, error.mismatch
             self.problem = context + reason(error)
         self.problem = self.problem or context + reason(error)
+
+
+class Interrupt:
+    """Records the signal that ends the measurement."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Handle SIGINT and SIGTERM from now on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._record)
+
+    def is_set(self) -> bool:
+        """Tell whether a signal has arrived."""
+        return self.signal is not None
+
+    def _record(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
 
 
 class LoadGenerator:
@@ -204,13 +223,14 @@ class LoadGenerator:
         gc.freeze()
         cpu = time.process_time()
         self._start()
-        tick: float = self._began
+        began = self._began
+        tick: float = began
         schedule, select, wait = self._workload.schedule, self._selector.select, self._timer.wait
         while self._live and self._interrupt.signal is None:
             now = self._now()
             if now >= tick:
                 tick = self._tick(now)
-            due, idle = schedule(now)
+            due, idle = schedule(now - began)
             if due:
                 self._send(due, now)
             if self._workload.exhausted and not self._ending:
@@ -232,7 +252,7 @@ class LoadGenerator:
     def _start(self) -> None:
         self._began = self._last = now = self._now()
         self._marked = now, 0
-        self._stop = self._workload.start(now)
+        self._stop = now + self._workload.duration * _NANO
         self._turns.extend(self._live.values())
         for connection in list(self._live.values()):
             try:
@@ -242,7 +262,7 @@ class LoadGenerator:
 
     def _send(self, due: Sequence[int], now: int) -> None:
         """Send a message for each due time, each on the next connection."""
-        self.results.lag = max(self.results.lag, (now - due[0]) / _NANO)
+        self.results.lag = max(self.results.lag, (now - self._began - due[0]) / _NANO)
         for moment in due:
             if not self._live:
                 return
@@ -250,7 +270,7 @@ class LoadGenerator:
                 pass
             self._turns.append(connection)
             try:
-                connection.send(1, moment, now)
+                connection.send(1, self._began + moment, now)
             except OSError as error:
                 self._fail(connection, error)
 
@@ -260,11 +280,11 @@ class LoadGenerator:
             if events & selectors.EVENT_READ:
                 # The selector does not see data that TLS has already read from the socket.
                 while (echoes := connection.read()) is not None:
-                    if echoes and (messages := self._workload.after(echoes)):
-                        now = connection.active
-                        connection.send(messages, now, now)
                     if self._ending:
                         self._settle(connection)
+                    elif echoes and (messages := self._workload.after(echoes)):
+                        now = connection.active
+                        connection.send(messages, now, now)
                     if not connection.secure or connection.ended:
                         break
             if events & selectors.EVENT_WRITE and not connection.ended:
@@ -279,7 +299,8 @@ class LoadGenerator:
         self._ending = True
         for connection in list(self._live.values()):
             try:
-                self._workload.finish(connection)
+                if self._workload.cut:
+                    connection.cut()
                 connection.write()
                 self._settle(connection)
             except OSError as error:
@@ -336,9 +357,8 @@ class LoadGenerator:
 
     def _tick(self, now: int) -> float:
         """Do the work of a few times per second. Return the time of the next tick."""
-        if now >= self._stop:
-            self._stop = math.inf
-            self._workload.stop()
+        if now >= self._stop and not self._ending:
+            self._end()
         for connection in list(self._live.values()):
             if connection.waiting and now - connection.active > self._timeout:
                 self._fail(connection, TimeoutError("no echo came in time"))
@@ -351,7 +371,7 @@ class LoadGenerator:
             errors=self.results.errors.total(),
             sample=self._sample,
         )
-        return min(now + _SWEEP, self._stop)
+        return now + _SWEEP if self._ending else min(now + _SWEEP, self._stop)
 
     def _mark(self, now: int) -> None:
         """Add a value to the throughput, unless the time since the last one is too short for it."""

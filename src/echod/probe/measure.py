@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from echod.net import kernel
 from echod.probe import progress, report
-from echod.probe.interrupt import Interrupt
-from echod.probe.load import LoadGenerator
-from echod.probe.result import Outcome, ProbeResult
+from echod.probe.load import Interrupt, LoadGenerator
+from echod.probe.model import Outcome, ProbeResult
 
 if TYPE_CHECKING:
-    from echod.probe.options import ProbeOptions
+    from echod.probe.model import ProbeOptions
 
 
 def run(options: ProbeOptions) -> ProbeResult:

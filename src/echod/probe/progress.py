@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from echod.probe.options import ProbeOptions
+    from echod.probe.model import ProbeOptions
 
 # Latencies that are enough for the figures shown.
 _SAMPLE = 256
@@ -90,7 +90,7 @@ def _draw(options: ProbeOptions, reading: int) -> None:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
     # Drawn for each state, without a thread that draws in between.
     bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-    total = options.count or options.duration
+    total = options.messages or options.duration
     task = bar.add_task(str(options.target), total=total, text="connecting")
     before, then = 0, 0.0
     with Live(bar, console=bar.console, auto_refresh=False, transient=True) as live, open(reading, "rb") as states:
@@ -105,5 +105,5 @@ def _draw(options: ProbeOptions, reading: int) -> None:
                 parts.append(f"p50 {seconds_text(median / 1e9)}, max {seconds_text(largest / 1e9)}")
             if errors:
                 parts.append(f"[red]{errors} errors[/red]")
-            bar.update(task, completed=messages if options.count else seconds, text="  ".join(parts))
+            bar.update(task, completed=messages if options.messages else seconds, text="  ".join(parts))
             live.refresh()

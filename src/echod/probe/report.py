@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echod.probe import plot
-from echod.probe.result import Outcome, ProbeResult
+from echod.probe.model import Outcome, ProbeResult
 from echod.probe.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echod.probe.load import Results
-    from echod.probe.options import ProbeOptions
+    from echod.probe.model import ProbeOptions
 
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 _WIDTH = 100

@@ -1,9 +1,9 @@
-"""The options of a probe, parsed and free of contradictions."""
+"""The options and the result of a probe. They are named tuples because a data class takes longer to create."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import enum
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from echod.probe.connect import Route
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeOptions:
+class ProbeOptions(NamedTuple):
     """The options of a quick check, and of a measurement if `measure` is set."""
 
     target: TcpAddress | UnixAddress
@@ -24,10 +23,10 @@ class ProbeOptions:
     json: bool
     measure: bool
     """Whether to measure. A quick check ignores the options below."""
-    count: int | None
-    """Number of messages over all connections."""
+    messages: int | None
+    """Number of messages over all connections, or None to stop at the duration."""
     duration: float
-    """Seconds to measure, or 0 if `count` ends the measurement."""
+    """Seconds to measure, or 0 if `messages` ends the measurement."""
     connections: int
     size: int
     """Bytes per message; in a stream, bytes per write."""
@@ -38,3 +37,23 @@ class ProbeOptions:
     stream: bool
     seed: int
     plot: Path | None
+
+
+class Outcome(enum.Enum):
+    """How a probe ended. The values are those of the JSON key `ending`."""
+
+    RIGHT = "right"
+    FAILED = "failed"
+    UNREACHABLE = "unreachable"
+    INTERRUPTED = "interrupted"
+    TERMINATED = "terminated"
+
+
+class ProbeResult(NamedTuple):
+    """The outcome of a probe and its output."""
+
+    outcome: Outcome
+    text: str = ""
+    """Text for standard output."""
+    problem: str = ""
+    """A line for standard error, or nothing."""
