@@ -28,6 +28,8 @@ class Traffic(NamedTuple):
 
     pattern: bytes
     """The random bytes of one period, followed by the first ones again, so that a slice needs no wrapping."""
+    view: memoryview
+    """A view of the pattern."""
     message_size: int
     send_size: int
     """Bytes that one call sends at most."""
@@ -80,7 +82,7 @@ class Connection:
         self._receive = connected.channel.recv
         self._send = connected.channel.send
         self._pattern = traffic.pattern
-        self._view = memoryview(traffic.pattern)
+        self._view = traffic.view
         self._size = traffic.message_size
         self._send_size = traffic.send_size
         self._receive_size = traffic.receive_size

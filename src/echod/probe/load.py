@@ -51,6 +51,7 @@ _WAKE = 150_000
 _BATCH = 512
 
 _NANO = 1_000_000_000
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 @dataclass(slots=True)
@@ -146,8 +147,10 @@ class LoadGenerator:
         self._now = self._timer.now
         self._pending: list[int] = []
         """Latencies that are not yet counted, nanoseconds."""
+        pattern = random_pattern(options.seed)
         self._traffic = Traffic(
-            pattern=random_pattern(options.seed),
+            pattern=pattern,
+            view=memoryview(pattern),
             message_size=self._workload.message_size,
             send_size=self._workload.write_size,
             receive_size=min(max(4096, 2 * self._workload.message_size * options.pipeline), LARGEST),
@@ -277,7 +280,7 @@ class LoadGenerator:
     def _serve(self, connection: Connection, events: int) -> None:
         """Handle the events of a connection's socket."""
         try:
-            if events & selectors.EVENT_READ:
+            if events & _READ:
                 # The selector does not see data that TLS has already read from the socket.
                 while (echoes := connection.read()) is not None:
                     if self._ending:
@@ -287,7 +290,7 @@ class LoadGenerator:
                         connection.send(messages, now, now)
                     if not connection.secure or connection.ended:
                         break
-            if events & selectors.EVENT_WRITE and not connection.ended:
+            if events & _WRITE and not connection.ended:
                 connection.write()
                 if self._ending:
                     self._settle(connection)

@@ -76,10 +76,13 @@ class PingPong:
 
     def after(self, echoes: int) -> int:
         """Return one message per echo, as long as messages are left."""
-        messages = min(echoes, self._left)
-        self._left -= messages
-        self.exhausted = not self._left
-        return int(messages)
+        self._left -= echoes
+        if self._left > 0:
+            return echoes
+        messages = echoes + int(self._left)
+        self._left = 0
+        self.exhausted = True
+        return messages
 
     def schedule(self, _: int) -> Schedule:
         """Return no message."""
