@@ -18,8 +18,9 @@ from echod.net.listeners import ListeningSocket
 from echod.server import server
 from echod.server.ledger import Ledger
 from echod.server.server import Server
+from echod.server.sessions import new_session
 from harness import PATIENCE, UNHURRIED
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -281,7 +282,6 @@ def test_connection_that_cannot_become_a_client(
 def test_number_of_a_faulty_connection(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The connections of a listener are numbered from 1, so that a fault with a seed is repeatable."""
     numbers = []
-    new_session = server.new_session
 
     def note(sock: socket.socket, settings: Any, number: int, describe: Any) -> EchoSession:
         numbers.append(number)

@@ -1,4 +1,4 @@
-"""Nothing is left: no task, no exception, no warning, no descriptor."""
+"""The daemon leaks no task, exception, warning or descriptor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def descriptors(daemon: Daemon) -> int:
-    """Return how many descriptors the daemon has open."""
+    """Return the number of descriptors that the daemon has open."""
     return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
 
 
 @pytest.mark.parametrize("python", [(), ("-X", "dev")])
 def test_all_ends(start: Start, python: tuple[str, ...]) -> None:
-    """Clients end in every way there is, in Python's development mode and asyncio's debug mode too.
+    """Clients end in every possible way, also in Python's development mode, which includes asyncio's debug mode.
 
-    Every warning of theirs would be a line of the log: a task exception never retrieved, a socket never closed.
+    Each warning of these modes would be logged, such as a task exception never retrieved or a socket never closed.
     """
     daemon = start(
         *("--faults.boom.trigger", "boom", "--faults.boom.action", "raise"),
@@ -74,5 +74,5 @@ def test_all_ends(start: Start, python: tuple[str, ...]) -> None:
     reasons = {line["reason"] for line in daemon.all("client_closed")}
     assert reasons == {"eof", "reset", "fault", "idle", "stalled", "quiet", "cut", "aborted"}
     assert {event["event"] for event in daemon.loud()} == {"client_failed"}
-    assert len(daemon.raw) == len(daemon.events), "a line that is not of the log"
+    assert len(daemon.raw) == len(daemon.events), "a line that is not a log event"
     assert daemon.receipt()["clients"] == 3

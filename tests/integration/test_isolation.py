@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from pydantic import ByteSize
 
 import echod
-from echod.connection.echo import EchoSession, SessionSettings
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
-from echod.connection.modes import LineSession
+from echod.connection.echo import EchoSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
+from echod.connection.line import LineSession
 from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListenerSpec, ListeningSocket, open_listeners
@@ -27,10 +29,10 @@ from echod.server.drain import Drain
 from echod.server.ledger import Ledger
 from echod.server.quota import Quota
 from echod.server.server import Server
-from echod.settings.model import ShutdownSettings
+from echod.settings.model import FaultSettings, ShutdownSettings
 from harness import PATIENCE, UNHURRIED, receive, reset
-from pairs import Pair
-from servers import run_in_loop, server_settings, until
+from pairs import LIMITS, SHUTDOWN, Pair
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
 
 # A record that no key decrypts.
 BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
-
-SETTINGS = SessionSettings(290_000, 1.0)
 
 
 # TLS that has failed
@@ -101,20 +101,20 @@ def test_bad_record_behind_half_a_line(start: Start, certificates: Certificates)
 # Writes after the first that fails
 
 
-@pytest.mark.parametrize("kind", [LineSession, FaultSession, FaultLineSession])
-def test_writes_after_a_reset_are_not_logged(
-    in_loop: InLoop, kind: type[EchoSession], caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("kind", ["line", "fault stream", "fault line"])
+def test_writes_after_a_reset_are_not_logged(in_loop: InLoop, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """After the first failed write no other reaches the transport: asyncio logs each one from the fifth on."""
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
-        if kind is LineSession:
-            pair.session = LineSession(pair.sock, SETTINGS, future)
+        if kind == "line":
+            pair.session = LineSession(pair.sock, LIMITS, SHUTDOWN, future)
+        elif kind == "fault line":
+            profile = FaultProfile("none", FaultSettings())
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "line", 1)
         else:
-            assert issubclass(kind, FaultSession)
-            fault = Fault("shape", rate=None if kind is FaultLineSession else 10_000_000, probability=None)
-            pair.session = kind(pair.sock, SETTINGS, future, fault, 1)
+            profile = FaultProfile("shape", FaultSettings(rate=ByteSize(10_000_000)))
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         reset(pair.client)
         pair.session.data_received(b"x\n" * 1000)
@@ -245,7 +245,8 @@ def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
-        pair.session = FaultSession(pair.sock, SETTINGS, future, Fault("slow", slice=1), 1)
+        profile = FaultProfile("slow", FaultSettings(slice=ByteSize(1)))
+        pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         Unkind(monkeypatch, "has_tcp_info", error=no_buffers())
         pair.client.sendall(b"x")
@@ -267,8 +268,8 @@ class Broken(EchoSession):
         msg = "broken"
         raise ArithmeticError(msg)
 
-    finish: Any = _fail
-    end: Any = _fail
+    close: Any = _fail
+    stop_lingering: Any = _fail
     undelivered: Any = _fail
     reconfigure: Any = _fail
 
@@ -280,7 +281,7 @@ class Broken(EchoSession):
 
 def broken(pair: Pair) -> Client:
     """Return a client of that pair whose session fails."""
-    pair.session = Broken(pair.sock, SETTINGS, asyncio.get_running_loop().create_future())
+    pair.session = Broken(pair.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
     return pair.life()
 
 
@@ -327,7 +328,7 @@ def serve(
 
     def new_session(sock: socket.socket, *_: object) -> EchoSession:
         kind = EchoSession if next(made) else Broken
-        return kind(sock, SETTINGS, asyncio.get_running_loop().create_future())
+        return kind(sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
 
     monkeypatch.setattr(server_module, "new_session", new_session)
     entries: list[Entry] = []
@@ -376,7 +377,7 @@ def test_server_isolates_clients(
                     await asyncio.sleep(0)
             server.reconfigure(server_settings(limits={"write_buffer": 1000}))
             whole = list(server.connected)[1].session
-            assert whole.settings.write_buffer == 1000
+            assert whole.limits.write_buffer == 1000
         else:
             assert await asyncio.to_thread(clients[1].recv, 1) == b""  # idle
             clients[1].close()

@@ -22,8 +22,9 @@ from echod.loops import loop_factory
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server import server
 from echod.server.ledger import Ledger
+from echod.server.timeouts import Sweep
 from harness import PATIENCE
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -398,6 +399,40 @@ except AttributeError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (result.stdout, result.stderr) == ("module 'echod' has no attribute 'Servant'\n", "")
+
+
+@pytest.mark.parametrize("module", ["echod.server.server", "echod.server.ledger", "echod.server.settings"])
+def test_server_loads_no_settings(module: str) -> None:
+    """The server and all modules below it load neither pydantic-settings nor argparse."""
+    code = f"import sys, {module}\nprint(sorted(sys.modules.keys() & {{'pydantic_settings', 'argparse'}}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_failure_of_a_server_task(run_scene: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a defect in a task of the server, `shutdown` drains the clients and then raises the exception."""
+    failed = asyncio.Event()
+
+    def fail(_: Sweep) -> None:
+        failed.set()
+        raise ArithmeticError
+
+    monkeypatch.setattr(Sweep, "sweep", fail)
+
+    async def scene() -> None:
+        entries: list[echod.Entry] = []
+        server = Server.listen(limits={"idle_timeout": 0.04}, shutdown=SOON, observe=entries.append)
+        server.start()
+        reader, writer = await connect(server)
+        await failed.wait()
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        writer.close()
+        with pytest.raises(ArithmeticError):
+            await server.shutdown()
+        assert (entries[0].reason, server.clients) == ("eof", 0)
+
+    run_scene(scene)
 
 
 def test_example() -> None:

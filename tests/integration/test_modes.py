@@ -1,4 +1,4 @@
-"""Whole lines, and what the server sees."""
+"""Test the modes line and info."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ INFO = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "info")
 
 
 def test_lines_come_back_whole(start: Start) -> None:
-    """Nothing comes back before the line feed; then the whole line does, with its ending as it was."""
+    """Echo a line when its line feed arrives, with its line ending unchanged."""
     daemon = start(*LINE, listen=None)
     with daemon.connect() as client, daemon.connect() as other:
         client.sendall(b"hel")
         other.sendall(b"x\n")
-        assert receive(other, 2) == b"x\n"  # by now the first part was read too, unless TCP is slower than that
+        assert receive(other, 2) == b"x\n"  # the server has most likely read the first part by now
         client.sendall(b"lo\r")
         other.sendall(b"y\n")
         assert receive(other, 2) == b"y\n"
@@ -51,7 +51,7 @@ def test_lines_come_back_whole(start: Start) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_split(start: Start, seed: int) -> None:
-    """However the bytes are split, they come back the same."""
+    """Echo the same bytes, however they are split."""
     rng = random.Random(seed)
     daemon = start(*LINE, "--limits.max-line", "100", listen=None)
     text = b"".join(b"x" * rng.randrange(99) + rng.choice([b"\n", b"\r\n"]) for _ in range(3000)) + b"tail"
@@ -70,7 +70,7 @@ def test_any_split(start: Start, seed: int) -> None:
 
 
 def test_longest_line(start: Start) -> None:
-    """Behind the lines that fit, a longer one ends the connection; its ending counts."""
+    """Close after a line longer than `max_line`, including its ending. Echo the lines before it."""
     daemon = start(*LINE, "--limits.max-line", "10", listen=None)
     cases = [
         (b"1234567890\n", b""),
@@ -99,8 +99,8 @@ def test_longest_line(start: Start) -> None:
 
 
 @pytest.mark.parametrize("by", ["idle", "quiet", "cut"])
-def test_unfinished_line_at_an_end_by_the_server(start: Start, by: str) -> None:
-    """Before its FIN the server echoes what it has kept back."""
+def test_unfinished_line_when_the_server_closes(start: Start, by: str) -> None:
+    """Echo an unfinished line before FIN."""
     options = {
         "idle": ("--limits.idle-timeout", "0.5"),
         "quiet": ("--shutdown.quiet-period", "0.2"),
@@ -117,8 +117,8 @@ def test_unfinished_line_at_an_end_by_the_server(start: Start, by: str) -> None:
     assert (line["reason"], line["received"], line["acked"]) == (by, 10, 10)
 
 
-def test_large_lines_that_nobody_reads(start: Start) -> None:
-    """Backpressure holds for lines as for a stream."""
+def test_large_lines_that_the_client_does_not_read(start: Start) -> None:
+    """Stop reading from a client that does not read, as in mode stream."""
     daemon = start(*LINE, "--limits.max-line", "1MiB", "--limits.write-timeout", "1", listen=None)
     with daemon.connect(receive_buffer=4096) as client:
         lines = (b"x" * 500_000 + b"\n") * 100
@@ -127,8 +127,8 @@ def test_large_lines_that_nobody_reads(start: Start) -> None:
     assert daemon.wait_for("client_closed")["reason"] == "stalled"
 
 
-def test_a_flood_of_lines_holds_nobody_up(start: Start) -> None:
-    """Empty lines without end leave the others their turn."""
+def test_a_flood_of_lines_delays_no_other_client(start: Start) -> None:
+    """Serve other clients during endless empty lines."""
     daemon = start(*LINE, listen=None)
     with daemon.connect() as other, daemon.connect() as client:
         text = b"\n" * 20_000_000
@@ -147,7 +147,7 @@ def test_a_flood_of_lines_holds_nobody_up(start: Start) -> None:
 
 
 def test_lines_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
-    """What was kept back and never written is not called sent."""
+    """Do not count an unfinished line as sent if it was never written."""
     path = tmp_path / "echod.sock"
     daemon = start("--listeners.x.address", f"unix:{path}", "--listeners.x.mode", "line", listen=None)
     with socket.socket(socket.AF_UNIX) as client:
@@ -164,7 +164,7 @@ def test_lines_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
 
 
 def ask(daemon: Any, sent: bytes = b"") -> dict[str, Any]:
-    """Return what a client is told."""
+    """Return the description that a client gets."""
     with daemon.connect() as client:
         client.sendall(sent)
         text = receive(client, 10_000)
@@ -175,7 +175,7 @@ def ask(daemon: Any, sent: bytes = b"") -> dict[str, Any]:
 
 
 def test_info(start: Start) -> None:
-    """One object with what the server sees of a plain connection, then the end."""
+    """Send the description of the connection as one JSON object, then FIN."""
     daemon = start(*INFO, listen=None)
     with daemon.connect() as client:
         seen = json.loads(receive(client, 10_000))
@@ -188,13 +188,13 @@ def test_info(start: Start) -> None:
     assert {"rtt_us", "total_retrans", "pmtu", "snd_cwnd"} <= set(seen["tcp_info"])
     line = daemon.wait_for("client_closed")
     assert (line["reason"], line["received"], line["acked"]) == ("info", 0, line["sent"])
-    assert ask(daemon, b"what a client sends is of no interest")["tls"] is None
+    assert ask(daemon, b"input is ignored")["tls"] is None
     assert daemon.stop() == 0
     assert {event["level"] for event in daemon.events} == {"info"}
 
 
 def test_info_behind_a_proxy(start: Start) -> None:
-    """The header, its TLVs by their names."""
+    """Describe the header, with the names of its TLVs."""
     daemon = start(*INFO, "--listeners.x.proxy-protocol", "require", listen=None)
     header = encode_v2(TcpAddress("192.0.2.7", 1), TcpAddress("192.0.2.8", 2), (Tlv(2, b"example.org"),), checksum=True)
     seen = ask(daemon, header)["proxy"]
@@ -203,7 +203,7 @@ def test_info_behind_a_proxy(start: Start) -> None:
 
 
 def test_info_over_tls(start: Start, certificates: Certificates) -> None:
-    """What the handshake agreed on, the name that was asked for, and the client's subject."""
+    """Describe the result of the handshake, the server name and the client's subject."""
     daemon = start(
         *certificates.options("x"),
         *("--listeners.x.mode", "info", "--listeners.x.tls.client-ca", str(certificates.ca)),
@@ -219,7 +219,7 @@ def test_info_over_tls(start: Start, certificates: Certificates) -> None:
 
 
 def test_info_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
-    """There it is the process that is shown."""
+    """Name the process that connected."""
     path = tmp_path / "echod.sock"
     daemon = start("--listeners.x.address", f"unix:{path}", "--listeners.x.mode", "info", listen=None)
     with socket.socket(socket.AF_UNIX) as client:
@@ -233,7 +233,7 @@ def test_info_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
 
 
 def test_info_and_a_client_that_half_closes(start: Start) -> None:
-    """A client that has nothing to say, and says so at once, is answered."""
+    """Send the description even if the client closes its direction at once."""
     daemon = start(*INFO, listen=None)
     daemon.freeze()
     with contextlib.ExitStack() as stack:
@@ -247,7 +247,7 @@ def test_info_and_a_client_that_half_closes(start: Start) -> None:
 
 
 def test_info_and_a_client_that_is_gone(start: Start) -> None:
-    """A client that resets at once is no failure."""
+    """Report no error if the client resets at once."""
     daemon = start(*INFO, "--log.connections", "all", listen=None)
     for _ in range(20):
         reset(daemon.connect())
@@ -309,7 +309,7 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
     ],
 )
 def test_settings(command: Command, arguments: tuple[str, ...], problem: str) -> None:
-    """What cannot be, or could have no effect, is an error that says why."""
+    """Report a value that is invalid or has no effect, with an explanation."""
     result = command("check", "--listeners.x.address", "h:1", *arguments)
     assert result.returncode == 78
     assert f"echod: {problem}" in result.stderr.splitlines()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from test_sockets import hand_over
 
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.loops import loop_factory
 from echod.net import kernel
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def test_figures_are_never_negative(loop_name: str, monkeypatch: pytest.MonkeyPa
             sock, _ = server.accept()
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        session = EchoSession(sock, SessionSettings(65536, 1.0), loop.create_future())
-        await loop.connect_accepted_socket(session, sock)
+        session = EchoSession(sock, LimitsSettings(), ShutdownSettings(), loop.create_future())
+        await loop.connect_accepted_socket(lambda: session, sock)
         monkeypatch.setattr(kernel, "tcp_info", lambda _: kernel.TcpInfo(0, 0, acked))
         session.close("idle")
         client.close()

@@ -1,4 +1,4 @@
-"""Listening and echoing, as a client sees it."""
+"""Listening and echoing from the client's side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def has_ipv6() -> bool:
-    """Tell whether this machine has ::1."""
+    """Tell whether this machine has the address ::1."""
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
             return True
@@ -30,7 +30,7 @@ def has_ipv6() -> bool:
         return False
 
 
-# What this machine says localhost is, IPv4 first.
+# The addresses of localhost on this machine, IPv4 first.
 LOCALHOST = sorted(
     {
         f"[{sockaddr[0]}]" if family == socket.AF_INET6 else str(sockaddr[0])
@@ -42,7 +42,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 
 def test_started(start: Start, loop_name: str) -> None:
-    """The first line says what runs, the next where it listens."""
+    """The first event has version, loop and pid, the next the address."""
     daemon = start()
     started, listening = daemon.events[:2]
     assert (started["event"], started["loop"], started["pid"]) == ("started", loop_name, daemon.pid)
@@ -63,7 +63,7 @@ def test_started(start: Start, loop_name: str) -> None:
     ],
 )
 def test_families(start: Start, listen: str, addresses: list[str]) -> None:
-    """Each form of address listens where it says; port 0 takes one free port for both families."""
+    """Each form of address listens on the expected families. Port 0 takes one free port for both."""
     daemon = start(listen=listen)
     daemon.wait_for("listening", count=len(addresses))
     pairs = [event["address"].rpartition(":") for event in daemon.all("listening")]
@@ -79,11 +79,11 @@ def test_families(start: Start, listen: str, addresses: list[str]) -> None:
                 assert client.recv(1) == b"x"
     assert daemon.stop() == 0
     peers = {line["peer"].rpartition(":")[0] for line in daemon.all("client_closed")}
-    assert peers <= {"127.0.0.1", "[::1]"}  # and never an IPv4 address in IPv6's clothes
+    assert peers <= {"127.0.0.1", "[::1]"}  # never an IPv4 address mapped to IPv6
 
 
 def test_several_listeners(start: Start) -> None:
-    """Addresses and tables are all served, each under its name."""
+    """Listeners from `listen` and from tables are all served, each under its own name."""
     daemon = start("--listen", "127.0.0.1:0", "--listeners.lab.address", "127.0.0.1:0", listen=None)
     daemon.wait_for("listening", count=2)
     for event in daemon.all("listening"):
@@ -95,7 +95,7 @@ def test_several_listeners(start: Start) -> None:
 
 
 def test_half_close(start: Start) -> None:
-    """Who closes its own direction gets all of its echo, then EOF."""
+    """A client that half-closes gets all of its echo, then EOF."""
     daemon = start()
     with daemon.connect() as client:
         client.sendall(b"first ")
@@ -106,7 +106,7 @@ def test_half_close(start: Start) -> None:
 
 
 def test_reset(start: Start) -> None:
-    """A client's reset is a reason like any other: no error, no traceback."""
+    """A client's reset is a normal reason, without an error or a traceback."""
     daemon = start()
     with daemon.connect() as client:
         client.sendall(b"x")
@@ -117,7 +117,7 @@ def test_reset(start: Start) -> None:
 
 
 def test_fault(start: Start) -> None:
-    """A message equal to the trigger raises in that client's session: it is closed, and nobody else notices."""
+    """A message equal to the trigger raises in that client's session, which closes it and no other client."""
     daemon = start(
         *("--faults.boom.trigger", "boom\r\n", "--faults.boom.action", "raise"),
         *("--listeners.lab.address", "127.0.0.1:0", "--listeners.lab.fault", "boom"),
@@ -144,7 +144,7 @@ def test_fault(start: Start) -> None:
 
 
 def test_bug_in_a_session(loop_name: str) -> None:
-    """An exception that nobody meant is its client's failure: one line, with the traceback, and the rest goes on."""
+    """A defect in a session closes its client with one event and its traceback. Other clients are still served."""
     patch = """
 from echod.connection.echo import EchoSession
 echo = EchoSession.data_received
@@ -169,7 +169,7 @@ EchoSession.data_received = data_received
 
 @pytest.mark.parametrize("method", ["pause_writing", "resume_writing"])
 def test_bug_in_flow_control(loop_name: str, method: str) -> None:
-    """What the loops only report, and go on, ends the client too: it is its failure, and it does not hang."""
+    """An exception in flow control, which the loops only report, closes the client too, so that it does not hang."""
     patch = f"""
 from echod.connection.echo import EchoSession
 def broken(self):
@@ -189,7 +189,7 @@ EchoSession.{method} = broken
 
 
 def test_bug_in_a_callback(loop_name: str) -> None:
-    """What the loop reports is a line of the log."""
+    """An exception that only the loop reports is logged."""
     patch = """
 from echod.server.server import Server
 start = Server.start
@@ -201,11 +201,11 @@ Server.start = broken
     with patched_daemon(patch, loop_name) as daemon:
         error = daemon.wait_for("loop_error")
         assert "ZeroDivisionError" in error["exception"]
-        daemon.echo(b"on it goes")
+        daemon.echo(b"still served")
 
 
 def test_unexpected_failure(loop_name: str) -> None:
-    """What must not happen is logged with its traceback, and the exit code is 1."""
+    """An unexpected failure is logged with its traceback, and the exit code is 1."""
     patch = """
 from echod.daemon.daemon import Daemon
 def totals(self):
@@ -219,13 +219,13 @@ Daemon._totals = totals
 
 
 def patched_daemon(patch: str, loop_name: str) -> Daemon:
-    """Return a daemon in which something is broken on purpose."""
+    """Start a daemon with a defect."""
     main = "import sys; from echod.cli import main; sys.exit(main())"
     return Daemon("--loop", loop_name, module=("-c", f"{patch}\n{main}"))
 
 
 def test_connections_inherit_socket_options() -> None:
-    """Accepted connections have TCP_NODELAY and keepalive on, whichever loop serves them."""
+    """Accepted connections have TCP_NODELAY and keepalive, on both loops."""
     (listener,) = open_listeners([ListenerSpec("x", TcpAddress("127.0.0.1", 0))], 10)
     listening = listener.sockets[0].sock
     with listening, socket.create_connection(listening.getsockname()):
@@ -235,8 +235,8 @@ def test_connections_inherit_socket_options() -> None:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
 
-def found(*sockaddrs: tuple[int, str]) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
-    """Return what getaddrinfo would."""
+def resolved(*sockaddrs: tuple[int, str]) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    """Return these addresses in the form of getaddrinfo."""
     return [
         (family, socket.SOCK_STREAM, 6, "", (host, 0, 0, 0) if family == socket.AF_INET6 else (host, 0))
         for family, host in sockaddrs
@@ -244,8 +244,8 @@ def found(*sockaddrs: tuple[int, str]) -> list[tuple[int, int, int, str, tuple[o
 
 
 def test_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name with an IPv6 address that this host does not have is served on the others."""
-    answer = found((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
+    """A name with an IPv6 address that this host does not have is served on its other addresses."""
+    answer = resolved((socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "127.0.0.1"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     (listener,) = open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
     (listening,) = listener.sockets
@@ -254,15 +254,15 @@ def test_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_missing_addresses_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An IPv4 address of a name that is not ours is an error, and nothing stays open."""
-    answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "192.0.2.1"))
+    """An IPv4 address that this host does not have is an error, and no socket stays open."""
+    answer = resolved((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "192.0.2.1"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     with pytest.raises(ListenError, match=r"cannot listen on name:0: Cannot assign requested address"):
         open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
 
 
 def test_all_or_none() -> None:
-    """Where one address cannot be opened, those that could are closed again."""
+    """If one address cannot be opened, all others are closed again."""
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as chosen:
         good, bad = chosen.getsockname(), taken.getsockname()
         chosen.close()
@@ -272,8 +272,8 @@ def test_all_or_none() -> None:
 
 
 def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the free port of one family is taken in the next, another is tried, and a fixed one is an error."""
-    answer = found((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))
+    """If a free port of one family is taken in the next, another one is tried. A fixed port is an error."""
+    answer = resolved((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     bind = socket.socket.bind
     with socket.socket() as taken:
@@ -284,9 +284,9 @@ def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None
 
         class Steered(socket.socket):
             def bind(self, address: tuple[str, int]) -> None:  # type: ignore[override]
-                host, wanted = address
-                tries.append(wanted)
-                bind(self, (host, port if len(tries) == 1 else wanted))
+                host, requested = address
+                tries.append(requested)
+                bind(self, (host, port if len(tries) == 1 else requested))
 
         monkeypatch.setattr(socket, "socket", Steered)
         (listener,) = open_listeners([ListenerSpec("x", TcpAddress("name", 0))], 10)
@@ -311,7 +311,7 @@ CLIENTS = {
 
 @pytest.mark.parametrize("name", CLIENTS)
 def test_real_clients(start: Start, name: str) -> None:
-    """What people have at hand gets its echo."""
+    """Common command-line clients get their echo."""
     if not shutil.which(name):
         pytest.skip(f"{name} is not installed")
     daemon = start()
@@ -330,7 +330,7 @@ def test_real_clients(start: Start, name: str) -> None:
 
 
 def test_python_m_and_script() -> None:
-    """The installed script and `python -m echod` are one command."""
+    """The installed script and `python -m echod` run the same command."""
     script = Path(sys.executable).with_name("echod")
     by_script = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert by_script.stdout == run("--version").stdout

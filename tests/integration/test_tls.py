@@ -1,13 +1,11 @@
-"""TLS: no byte is lost in it, nobody can stop the others with it, and every mistake in its settings is told of."""
+"""Test TLS: it loses no byte, no client delays the others, and every mistake in the settings is reported."""
 
 from __future__ import annotations
 
-import select
 import shutil
 import signal
 import socket
 import ssl
-import statistics
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
@@ -15,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crowd import Crowd, Pace, Stuck
-from echod.connection.echo import EchoSession, SessionSettings
-from echod.connection.tls import TlsBuffers, TlsEnd, TlsLayer
-from echod.net import kernel
-from echod.net.certificates import load
-from harness import PATIENCE, receive, reset, until
+from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +27,7 @@ CLIENTS = 200
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_every_byte_comes_back(start: Start, certificates: Certificates, version: str) -> None:
-    """Clients send random bytes in writes of random sizes, half-close with a close_notify, and get all, then one back."""
+    """Echo random bytes to clients that half-close with close_notify, then send close_notify."""
     daemon = start(*certificates.options(), listen=None)
     context = certificates.context(version=version)
     with Crowd() as crowd:
@@ -54,7 +48,7 @@ def test_every_byte_comes_back(start: Start, certificates: Certificates, version
 
 
 def test_end_without_close_notify(start: Start, certificates: Certificates) -> None:
-    """A client that just sends FIN gets all of its echo too, and the server's close_notify behind it."""
+    """Send all of the echo and close_notify to a client that only sends FIN."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         client.sendall(bytes(2_000_000 // 8))
@@ -65,7 +59,7 @@ def test_end_without_close_notify(start: Start, certificates: Certificates) -> N
 
 @pytest.mark.parametrize("round_", range(3))
 def test_stop_under_load(start: Start, certificates: Certificates, round_: int) -> None:
-    """At SIGTERM, clients that stream without end get the echo of all that was read from them, then close_notify."""
+    """At SIGTERM, echo everything that was read from clients that send endlessly, then send close_notify."""
     drain, linger = 0.3, 8.0
     daemon = start(
         *certificates.options(),
@@ -94,7 +88,7 @@ def test_stop_under_load(start: Start, certificates: Certificates, round_: int) 
 
 @pytest.mark.parametrize("by", ["idle", "cut"])
 def test_server_closes_while_the_client_sends(start: Start, certificates: Certificates, by: str) -> None:
-    """Echo that is on its way survives a close by the server, though the client goes on sending."""
+    """Deliver all echo when the server closes, even if the client continues to send."""
     options = ("--limits.idle-timeout", "1") if by == "idle" else ("--shutdown.drain-timeout", "0.5")
     daemon = start(*certificates.options(), *options, "--shutdown.linger-timeout", "8", listen=None)
     with Crowd() as crowd:
@@ -103,7 +97,7 @@ def test_server_closes_while_the_client_sends(start: Start, certificates: Certif
         crowd.pause_reading(peer)
         if by == "idle":
             crowd.run(lambda: not peer.writing)
-            crowd.run(Stuck(peer, 1.8))  # idle by now, and the end is behind the echo
+            crowd.run(Stuck(peer, 1.8))  # idle now; FIN follows the echo
             peer.total = 1_600_000
         else:
             crowd.run(Stuck(peer))
@@ -118,7 +112,7 @@ def test_server_closes_while_the_client_sends(start: Start, certificates: Certif
 
 
 def test_quiet(start: Start, certificates: Certificates) -> None:
-    """A drain lets go of who is silent with a close_notify, and of who has not even begun a handshake."""
+    """Close silent clients in a drain with close_notify, and also clients without a handshake."""
     daemon = start(*certificates.options(), "--shutdown.quiet-period", "0.3", listen=None)
     with certificates.connect(daemon) as client, daemon.connect() as silent:
         client.sendall(b"x")
@@ -133,7 +127,7 @@ def test_quiet(start: Start, certificates: Certificates) -> None:
 
 
 def test_write_buffer_holds_for_ciphertext(start: Start, certificates: Certificates) -> None:
-    """A client that does not read is not read from, and is reset in the end; what it did not get is on record."""
+    """Stop reading from a client that does not read, and reset it later. Log the missing bytes."""
     daemon = start(*certificates.options(), "--limits.write-timeout", "1", listen=None)
     with Crowd() as crowd:
         peer = crowd.add(certificates.join(daemon, receive_buffer=4096), None, 1)
@@ -145,83 +139,8 @@ def test_write_buffer_holds_for_ciphertext(start: Start, certificates: Certifica
         assert line["received"] >= line["sent"] >= line["acked"]
 
 
-def test_silent_handshakes(start: Start, certificates: Certificates) -> None:
-    """2,000 clients that never say a word are closed in time, with a line each at most, and others served meanwhile."""
-    count, timeout = 2000, 2.0
-    daemon = start(*certificates.options(), "--limits.handshake-timeout", str(timeout), listen=None)
-    context = certificates.context()
-    silent = [daemon.connect() for _ in range(count)]
-    served = 0
-    while not daemon.all("client_closed")[served:]:
-        with certificates.connect(daemon, context=context) as client:
-            client.sendall(b"x")
-            assert client.recv(1) == b"x"
-        served += 1
-        daemon.wait_for("client_closed", count=served)
-    assert served > 10
-    for waiting in silent:
-        assert waiting.recv(1) == b""
-        waiting.close()
-    daemon.wait_for("client_closed", count=count, reason="handshake")
-    assert statistics.median(line["seconds"] for line in daemon.all("client_closed")) < 2 * timeout
-    assert daemon.stop() == 0
-    assert len(daemon.all("client_closed")) == count + served
-    assert {event["level"] for event in daemon.events} == {"info"}
-
-
-def test_look_at_the_port(start: Start, certificates: Certificates) -> None:
-    """A client that connects and closes, as health checks do, has done nothing wrong."""
-    daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
-    with daemon.connect() as client:
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b""
-    line = daemon.wait_for("client_closed")
-    assert (line["reason"], line["received"]) == ("eof", 0)
-    assert "tls" not in line
-
-
-def test_look_at_the_port_of_mode_info(start: Start, certificates: Certificates) -> None:
-    """Without a handshake there is no answer."""
-    daemon = start(*certificates.options(), "--listeners.tls.mode", "info", "--log.connections", "all", listen=None)
-    with daemon.connect() as client:
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1) == b""
-    assert daemon.wait_for("client_closed")["reason"] == "eof"
-
-
-def test_broken_handshake(start: Start, certificates: Certificates) -> None:
-    """Bad bytes are one line, with what is wrong and without a traceback."""
-    daemon = start(*certificates.options(), listen=None)
-    cases = [
-        (b"GET / HTTP/1.1\r\n\r\n", "http request"),
-        (b"\x16\x03\x01\xff\xff", None),
-        (b"\0" * 500, "wrong version number"),
-        (b"\x16\x03\x01", "the client closed the connection"),
-    ]
-    for number, (hello, detail) in enumerate(cases, 1):
-        with daemon.connect() as client:
-            client.sendall(hello)
-            client.shutdown(socket.SHUT_WR)
-            receive(client, 100)
-        line = daemon.wait_for("client_closed", count=number)
-        assert line["reason"] == "handshake", hello
-        assert detail is None or line["detail"] == detail
-    assert daemon.stop() == 0
-    assert {event["level"] for event in daemon.events} == {"info"}
-
-
-def test_refused_handshake_is_explained_to_the_client(start: Start, certificates: Certificates) -> None:
-    """The alert arrives, not a reset; and the version that is too low is refused."""
-    daemon = start(*certificates.options(), "--listeners.tls.tls.minimum-version", "1.3", listen=None)
-    with pytest.raises(ssl.SSLError, match="ALERT_PROTOCOL_VERSION"):
-        certificates.connect(daemon, context=certificates.context(version="TLSv1_2"))
-    assert daemon.wait_for("client_closed")["detail"] == "unsupported protocol"
-    with certificates.connect(daemon) as client:
-        assert client.version() == "TLSv1.3"
-
-
 def test_bad_record(start: Start, certificates: Certificates) -> None:
-    """Bytes that are no TLS, in a connection that was: what came before is echoed, and the reason is told."""
+    """Send an alert after bytes that are not TLS. Echo the data before them, and log the reason."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         client.sendall(b"good")
@@ -235,8 +154,8 @@ def test_bad_record(start: Start, certificates: Certificates) -> None:
     assert {event["level"] for event in daemon.events} == {"info"}
 
 
-def test_bad_record_behind_a_good_one(start: Start, certificates: Certificates) -> None:
-    """In one segment: the client hears why, and what could not be echoed any more is on record."""
+def test_bad_record_after_a_good_one(start: Start, certificates: Certificates) -> None:
+    """Send an alert after a good and a bad record in one segment. Log the missing echo."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.join(daemon) as client:
         client.object.write(b"good")
@@ -248,70 +167,8 @@ def test_bad_record_behind_a_good_one(start: Start, certificates: Certificates) 
     assert line["detail"] == "decryption failed or bad record mac"
 
 
-def test_refused_and_reset(start: Start, certificates: Certificates) -> None:
-    """What was wrong with a client stays its reason, though it resets before it can be told."""
-    daemon = start(*certificates.options(), listen=None)
-    for _ in range(10):
-        with daemon.connect() as client:
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            reset(client)
-    until(lambda: len(daemon.all("client_closed")) == 10)
-    assert {line["reason"] for line in daemon.all("client_closed")} == {"handshake"}
-
-
-def test_server_name_that_is_none(start: Start, certificates: Certificates) -> None:
-    """A name of any bytes is one line, and no error of ours."""
-    daemon = start(*certificates.options(), listen=None)
-    hello = client_hello(certificates).replace(b"localhost", b"\xff\xfe\xfdalhost")
-    with daemon.connect() as client:
-        client.sendall(hello)
-        receive(client, 100)
-    assert daemon.wait_for("client_closed")["reason"] == "handshake"
-    assert {event["level"] for event in daemon.events} == {"info"}
-
-
-def client_hello(certificates: Certificates) -> bytes:
-    """Return the first bytes of a client that asks for localhost."""
-    outgoing = ssl.MemoryBIO()
-    client = certificates.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
-    with pytest.raises(ssl.SSLWantReadError):
-        client.do_handshake()
-    return outgoing.read()
-
-
-@pytest.mark.parametrize("what", ["record", "handshake"])
-def test_slow_records_are_no_silence(start: Start, certificates: Certificates, what: str) -> None:
-    """A record, or a handshake, that comes a few bytes at a time is neither idle nor quiet."""
-    daemon = start(
-        *certificates.options(),
-        *("--limits.idle-timeout", "0.6", "--shutdown.quiet-period", "0.6", "--shutdown.drain-timeout", "20"),
-        listen=None,
-    )
-    if what == "record":
-        with certificates.join(daemon) as client:
-            client.object.write(bytes(1000))
-            trickle(client.sock, client.outgoing.read(), 0.05)
-            assert client.recv(1000) == bytes(1000)
-            client.shutdown(socket.SHUT_WR)
-    with daemon.connect() as client:
-        daemon.send_signal(signal.SIGTERM)
-        daemon.wait_for("draining")
-        trickle(client, client_hello(certificates), 0.05)
-        assert client.recv(1)
-    assert daemon.wait() == 0
-    assert "quiet" not in {line["reason"] for line in daemon.all("client_closed")}
-
-
-def trickle(sock: socket.socket, data: bytes, pause: float) -> None:
-    """Send in 20 parts, with a pause after each."""
-    size = -(-len(data) // 20)
-    for place in range(0, len(data), size):
-        sock.sendall(data[place : place + size])
-        select.select([], [], [], pause)
-
-
-def test_a_flood_of_records_holds_nobody_up(start: Start, certificates: Certificates) -> None:
-    """Records without end, with next to nothing in each, leave the others their turn."""
+def test_a_flood_of_records_delays_no_other_client(start: Start, certificates: Certificates) -> None:
+    """Serve other clients during endless tiny records."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as other, certificates.join(daemon) as client:
         records = b"".join(one_byte_records(client, 100_000))
@@ -319,7 +176,7 @@ def test_a_flood_of_records_holds_nobody_up(start: Start, certificates: Certific
             client.object.unwrap()
         records += client.outgoing.read()
         sender = threading.Thread(target=client.sock.sendall, args=[records])
-        reader = threading.Thread(target=drop, args=[client.sock])
+        reader = threading.Thread(target=discard, args=[client.sock])
         sender.start()
         reader.start()
         slowest = 0.0
@@ -333,41 +190,21 @@ def test_a_flood_of_records_holds_nobody_up(start: Start, certificates: Certific
     assert daemon.wait_for("client_closed", received=100_000)["acked"] == 100_000
 
 
-def drop(sock: socket.socket) -> None:
-    """Receive until EOF, and forget it."""
+def discard(sock: socket.socket) -> None:
+    """Receive until EOF, and discard the data."""
     while sock.recv(1 << 20):
         pass
 
 
 def one_byte_records(client: TlsSocket, count: int) -> Iterator[bytes]:
-    """Yield the records, encrypted."""
+    """Yield encrypted records with one byte each."""
     for _ in range(count):
         client.object.write(b"x")
         yield client.outgoing.read()
 
 
-def test_client_certificates(start: Start, certificates: Certificates) -> None:
-    """With `client_ca`, who has a certificate is served under its subject, and who has none is told so."""
-    daemon = start(*certificates.options(), "--listeners.tls.tls.client-ca", str(certificates.ca), listen=None)
-    with certificates.connect(daemon, context=certificates.context(client=True)) as client:
-        client.sendall(b"x")
-        assert client.recv(1) == b"x"
-    assert daemon.wait_for("client_closed")["subject"].startswith("CN=tester,")
-    with certificates.connect(daemon) as nobody, pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
-        nobody.recv(1)
-    refused = daemon.wait_for("client_closed", reason="handshake")
-    assert refused["detail"] == "peer did not return a certificate"
-    other = type(certificates)(certificates.folder.parent)
-    context = certificates.context()
-    context.load_cert_chain(other.client)
-    with certificates.connect(daemon, context=context) as stranger, pytest.raises(ssl.SSLError, match="UNKNOWN_CA"):
-        stranger.recv(1)
-    until(lambda: len(daemon.all("client_closed")) == 3)
-    assert daemon.all("client_closed")[-1]["detail"].startswith("certificate verify failed: ")
-
-
 def test_key_update(start: Start, certificates: Certificates) -> None:
-    """A client that changes its keys, and has the server change its own, is echoed on."""
+    """Continue the echo after a client requests new keys for both directions."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -386,27 +223,6 @@ def test_key_update(start: Start, certificates: Certificates) -> None:
     assert daemon.wait_for("client_closed")["received"] == 13
 
 
-def test_renegotiation_is_refused(start: Start, certificates: Certificates) -> None:
-    """A client of TLS 1.2 cannot make the server work for nothing, and what it hears is an alert."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed")
-    daemon = start(*certificates.options(), listen=None)
-    host, port = daemon.address
-    client = ["openssl", "s_client", "-tls1_2", "-connect", f"{host}:{port}", "-CAfile", str(certificates.ca)]
-    with subprocess.Popen(client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        for message in (b"before\n", b"R\n"):
-            process.stdin.write(message)
-            process.stdin.flush()
-            while message == b"before\n" and (line := process.stdout.readline()) != message:
-                assert line
-        output, _ = process.communicate(timeout=PATIENCE)
-    assert b"no renegotiation" in output
-    assert daemon.wait_for("client_closed")["received"] == 7
-    assert {event["level"] for event in daemon.events} == {"info"}
-
-
 REAL_CLIENTS = {
     "openssl": "(printf 'x\\r\\n'; sleep 1) | openssl s_client -quiet -no_ign_eof -CAfile {ca} -verify_return_error "
     "-connect {host}:{port}",
@@ -417,7 +233,7 @@ REAL_CLIENTS = {
 
 @pytest.mark.parametrize("name", REAL_CLIENTS)
 def test_real_clients(start: Start, certificates: Certificates, name: str) -> None:
-    """What people have at hand verifies the certificate, and gets its echo."""
+    """Echo to common clients, which verify the certificate."""
     if not shutil.which(name):
         pytest.skip(f"{name} is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -432,7 +248,7 @@ def test_real_clients(start: Start, certificates: Certificates, name: str) -> No
 
 
 def test_a_large_file_through_socat(start: Start, certificates: Certificates, tmp_path: Path) -> None:
-    """A real client that half-closes over TLS gets the tail too."""
+    """Send all of the echo to a real client that half-closes over TLS."""
     if not shutil.which("socat"):
         pytest.skip("socat is not installed")
     daemon = start(*certificates.options(), listen=None)
@@ -447,7 +263,7 @@ def test_a_large_file_through_socat(start: Start, certificates: Certificates, tm
 
 
 def problems(command: Command, certificates: Certificates, **files: object) -> list[str]:
-    """Return what `echod check` says of a listener with these files."""
+    """Return the problems that `echod check` reports for a listener with these files."""
     chosen = {"certificate": certificates.certificate, "private_key": certificates.key} | files
     result = command(
         "check",
@@ -459,7 +275,7 @@ def problems(command: Command, certificates: Certificates, **files: object) -> l
 
 
 def test_settings(command: Command, certificates: Certificates, tmp_path: Path) -> None:
-    """Each file that cannot be used is named, with what is wrong with it."""
+    """Report each unusable file and its problem."""
     missing = tmp_path / "missing"
     empty = tmp_path / "empty"
     empty.touch()
@@ -529,76 +345,8 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
         assert problems(command, certificates, **files) == [f"{option}: listeners.tls.tls.{setting}: {message}"]
 
 
-def begun(session: EchoSession) -> bool:
-    """Tell whether the handshake is over."""
-    return session.stage is None
-
-
-class Transport:
-    """A transport that takes everything."""
-
-    def write(self, data: bytes) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
-def test_marks(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many small writes are not acknowledged, what is known of them stays bounded, and never too much."""
-    tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
-    with socket.socket() as sock:
-        session = EchoSession(sock, SessionSettings(1, 1), None)  # type: ignore[arg-type]
-        layer = TlsLayer(session, TlsEnd(tls.context, TlsBuffers()))
-        layer._tcp = Transport()  # type: ignore[assignment]
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        client = certificates.context().wrap_bio(incoming, outgoing, server_hostname="localhost")
-        sent: list[bytes] = []
-        monkeypatch.setattr(Transport, "write", lambda _, data: sent.append(data))
-        session.stage = "handshake"
-        for _ in range(3):
-            try:
-                client.do_handshake()
-            except ssl.SSLWantReadError:
-                layer.feed(outgoing.read())
-                incoming.write(b"".join(sent))
-                sent.clear()
-        layer.feed(outgoing.read())
-        assert begun(session)
-        monkeypatch.setattr(kernel, "unacknowledged", lambda _: layer.written)
-        before = layer.written
-        for number in range(1, 5001):
-            layer.write(b"0123456789")
-            assert len(layer._marks) <= 513
-            if number % 1000 == 0:
-                assert layer.plaintext(layer.written) == 10 * number
-        record = (layer.written - before) // 5000
-        assert record * 5000 == layer.written - before
-        for acked in range(0, 5000, 7):
-            assert 0 <= layer.plaintext(before + acked * record) <= 10 * acked
-        # As they are acknowledged, what is known of the last ones is exact again.
-        monkeypatch.setattr(kernel, "unacknowledged", lambda _: 0)
-        for _ in range(520):
-            layer.write(b"0123456789")
-        assert layer.plaintext(layer.written - 2 * record) == 10 * (5520 - 2)
-        assert layer.plaintext(layer.written - 2 * record - 1) == 10 * (5520 - 3)
-        # A large write is several records, and those count that are there whole.
-        before = layer.written
-        layer.write(bytes(100_000))
-        overhead = record - 10
-        assert layer.written == before + 100_000 + 7 * overhead
-        for records in range(7):
-            whole = before + records * (16384 + overhead)
-            assert 55200 + max(0, records - 1) * 16384 <= layer.plaintext(whole) <= 55200 + records * 16384
-            almost = min(whole + 16384 + overhead, layer.written) - 1
-            assert 55200 + max(0, records - 1) * 16384 <= layer.plaintext(almost) <= 55200 + records * 16384
-        assert layer.plaintext(layer.written) == 155_200
-        session.reason = "cut"
-        layer._read_on()  # of no effect on a session that has ended meanwhile
-
-
 def test_reset_in_the_middle(start: Start, certificates: Certificates) -> None:
-    """Of a client that resets it is on record what had arrived, in bytes of its own."""
+    """Log the acknowledged bytes as plaintext after a reset."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.connect(daemon) as client:
         for _ in range(20):
@@ -611,7 +359,7 @@ def test_reset_in_the_middle(start: Start, certificates: Certificates) -> None:
 
 
 def test_half_close_while_more_is_on_its_way(start: Start, certificates: Certificates) -> None:
-    """close_notify in the same segment as the last bytes: they come back, and nothing behind it is taken."""
+    """Echo the last bytes before a close_notify in the same segment. Ignore the data after it."""
     daemon = start(*certificates.options(), listen=None)
     with certificates.join(daemon) as client:
         client.send(b"last words")

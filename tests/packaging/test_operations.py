@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import echod
 from echod import cli
-from echod.connection.echo import Reason
+from echod.connection.outcome import Reason
 from echod.server.ledger import Entry
 from echod.server.receipt import Receipt
 

@@ -6,9 +6,10 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
-from echod.connection.echo import EchoSession, SessionSettings
+from echod.connection.echo import EchoSession
 from echod.loops import loop_factory
 from echod.server.client import Client
+from echod.settings.model import LimitsSettings, ShutdownSettings
 from harness import PATIENCE
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
         """The fixture `in_loop`."""
 
         def __call__(self, scene: Scene, receive_buffer: int | None = None) -> None: ...
+
+
+LIMITS = LimitsSettings(write_buffer=290_000)
+SHUTDOWN = ShutdownSettings(linger_timeout=1.0)
 
 
 class Pair:
@@ -44,7 +49,7 @@ class Pair:
 
     def renew(self) -> None:
         """Make a session of the socket."""
-        self.session = EchoSession(self.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future())
+        self.session = EchoSession(self.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
 
     def break_off(self, error: OSError) -> None:
         """Have the transport fail as if a system call of its had failed."""
@@ -55,7 +60,7 @@ class Pair:
         return Client(self.sock, ("127.0.0.1", 1), 0, 0, lambda _, __: self.session)
 
     async def connect(self) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(self.session, self.sock)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: self.session, self.sock)
 
 
 def runner(loop_name: str) -> InLoop:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.clock import Clock
-from echod.connection.echo import EchoSession, Linger, SessionSettings
+from echod.connection.echo import EchoSession
+from echod.connection.linger import Linger
+from echod.connection.state import Phase
 from echod.loops import loop_factory
 from echod.server.client import Client
 from echod.server.drain import Drain
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from certificates import Certificates
-    from echod.connection.echo import Stage
     from harness import Daemon, Start
 
 V1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 2000\r\n"
@@ -67,12 +68,14 @@ class Ends:
             self.peer = socket.create_connection(listening.getsockname(), PATIENCE)
             sock, address = listening.accept()
         sock.setblocking(False)
-        session = EchoSession(sock, SessionSettings(65536, 1.0), asyncio.get_running_loop().create_future())
+        session = EchoSession(
+            sock, LimitsSettings(), ShutdownSettings(linger_timeout=1.0), asyncio.get_running_loop().create_future()
+        )
         self.client = Client(sock, address, 0, 0, lambda _, __: session)
         self.session = session
 
     async def connect(self) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(self.session, self.session.sock)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: self.session, self.session.sock)
 
 
 @contextlib.contextmanager
@@ -94,22 +97,23 @@ def run(loop_name: str, scene: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.mark.parametrize("sent", [V1, b""])
-@pytest.mark.parametrize("stage", ["proxy_header", "handshake"])
-def test_unread_input_in_a_stage(loop_name: str, stage: Stage, sent: bytes) -> None:
+@pytest.mark.parametrize("phase", [Phase.PROXY_HEADER, Phase.HANDSHAKE])
+def test_unread_input_in_a_stage(loop_name: str, phase: Phase, sent: bytes) -> None:
     """A client is not closed in a stage while the kernel has bytes of it, or its FIN, that were not read yet."""
 
     async def scene() -> None:
         with ends() as both:
-            both.session.stage = stage
+            both.session.expect(phase)
+            reason = phase.name.lower()
             assert both.client.overdue(9.9, LIMITS) is None
-            assert both.client.overdue(10, LIMITS) == stage
+            assert both.client.overdue(10, LIMITS) == reason
             both.peer.sendall(sent)
             if not sent:
                 both.peer.shutdown(socket.SHUT_WR)
             assert both.client.overdue(10, LIMITS) is None
             both.session.sock.recv(len(sent))
             if sent:
-                assert both.client.overdue(10, LIMITS) == stage
+                assert both.client.overdue(10, LIMITS) == reason
 
     run(loop_name, scene)
 

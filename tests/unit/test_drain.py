@@ -51,6 +51,44 @@ def test_unread_input_is_not_silence(in_loop: InLoop) -> None:
     in_loop(scene)
 
 
+def test_quiet_period(in_loop: InLoop) -> None:
+    """A client is closed after `quiet_period` of silence, not before. A byte starts the period again."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        drain = Drain([pair.life()], lambda: True)
+        reasons = []
+        for now in (0, 0.9):
+            drain.close_quiet(now, quiet_period=1)
+        pair.client.sendall(b"x")
+        assert await asyncio.to_thread(pair.client.recv, 1) == b"x"
+        for now in (1.0, 1.9, 2.0):
+            drain.close_quiet(now, quiet_period=1)
+            reasons.append(pair.session.reason)
+        assert reasons == [None, None, "quiet"]
+        pair.client.close()
+        await pair.session.ended
+
+    in_loop(scene)
+
+
+def test_undelivered_echo_is_not_silence(in_loop: InLoop) -> None:
+    """A client that has not acknowledged all its echo is not quiet, however long it is silent."""
+
+    async def scene(pair: Pair) -> None:
+        await pair.connect()
+        pair.session.data_received(bytes(200_000))
+        assert not pair.session.paused
+        drain = Drain([pair.life()], lambda: True)
+        for now in range(10):
+            drain.close_quiet(now, quiet_period=1)
+        assert pair.session.reason is None
+        pair.session.abort("aborted")
+        await pair.session.ended
+
+    in_loop(scene, 4096)
+
+
 def test_departures_wake_the_drain(in_loop: InLoop) -> None:
     """A departure wakes the drain if it freed a descriptor for the backlog, or if the last client has left."""
 

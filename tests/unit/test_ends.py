@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.connection.echo import SessionSettings
-from echod.connection.faults import Fault, FaultSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
+from echod.settings.model import FaultSettings
 from harness import PATIENCE, UNHURRIED, receive, reset, run
+from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,9 +108,11 @@ def test_end_with_echo_held_back(in_loop: InLoop) -> None:
     async def scene(pair: Pair) -> None:
         pair.session = FaultSession(
             pair.sock,
-            SessionSettings(290_000, 1.0),
+            LIMITS,
+            SHUTDOWN,
             asyncio.get_running_loop().create_future(),
-            Fault("f", delay=60),
+            FaultProfile("late", FaultSettings(delay=60)),
+            "stream",
             1,
         )
         await pair.connect()
@@ -304,10 +308,9 @@ def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
         if action == "finish":
             pair.renew()
         else:
-            fault = Fault("half", trigger=b"x", action="half_close")
-            pair.session = FaultSession(
-                pair.sock, SessionSettings(290_000, 1.0), asyncio.get_running_loop().create_future(), fault, 1
-            )
+            profile = FaultProfile("half", FaultSettings(trigger="x", action="half_close"))
+            future = asyncio.get_running_loop().create_future()
+            pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
         if action == "finish":
             pair.session.close("quiet")

@@ -12,11 +12,11 @@ import pytest
 from echod.net.listeners import ListeningSocket
 from echod.server.listener_task import ListenerTask
 from harness import PATIENCE
-from servers import run_in_loop, until
+from serving import run_in_loop, until
 
 
 class Flaky(ListeningSocket):
-    """A listening socket whose accept raises each of some errors once."""
+    """A listening socket that raises each of some errors once."""
 
     def __init__(self) -> None:
         sock = socket.create_server(("127.0.0.1", 0))

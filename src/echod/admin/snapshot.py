@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from echod.connection.state import Phase
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
     from echod.settings.resources import Resources
 
 STATES = ("proxy_header", "handshake", "open", "paused", "closing")
+
+# The states of the phases. A loop makes the transport at once, so CONNECTING has no state of its own.
+_STATES = {
+    Phase.CONNECTING: "open",
+    Phase.PROXY_HEADER: "proxy_header",
+    Phase.HANDSHAKE: "handshake",
+    Phase.OPEN: "open",
+    Phase.FLUSHING: "closing",
+    Phase.LINGERING: "closing",
+    Phase.CLOSED: "closing",
+}
 
 STEP = 250
 """Clients that are read in one step. Between two steps, the loop serves the echo."""
@@ -94,8 +107,6 @@ class Snapshot:
 
 def state_of(session: EchoSession) -> str:
     """Return the state of a connected client, one of STATES."""
-    if session.reason is not None:
-        return "closing"
-    if session.stage is not None:
-        return session.stage
-    return "paused" if session.paused else "open"
+    if session.phase is Phase.OPEN and session.paused:
+        return "paused"
+    return _STATES[session.phase]

@@ -1,28 +1,29 @@
-"""The PROXY header, read in front of a session or of its TLS."""
+"""The PROXY header, read before a session or its TLS."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, cast
 
-from echod.connection.tls import TlsLayer
+from echod.connection.state import Phase
 from echod.net import proxy_protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echod.connection.echo import EchoSession
+    from echod.connection.tls import TlsLayer
 
 
 class HeaderReader(asyncio.Protocol):
-    """The first protocol of a TCP transport whose client begins with a PROXY header.
+    """The first protocol of a TCP transport if its client must begin with a PROXY header.
 
-    When the header is whole, who is next takes this one's place, and gets what was read behind the header.
+    After the header, the next protocol takes its place and gets the data that was read after the header.
 
     Args:
-        session: told of what is wrong with the header, and of an end before it is whole.
-        following: the session, or its TLS.
-        identify: takes the header and says whether its client is served; if not, it has ended the session.
+        session: rejects the client if its header is wrong or incomplete.
+        following: the next protocol: the session or its TLS.
+        identify: returns whether the client that the header names is accepted. If not, it has closed the session.
 
     """
 
@@ -38,13 +39,14 @@ class HeaderReader(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Let the session have its transport, though the header is still to come."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's are none by inheritance
+        """Give the session its transport now, so that it can be ended before the header is complete."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports do not inherit from it
         self._following.connection_made(transport)
+        self.session.expect(Phase.PROXY_HEADER)
 
     def data_received(self, data: bytes) -> None:
         """Collect the header."""
-        self.session.overhead_bytes += len(data)
+        self.session.count_overhead(len(data))
         self._data += data
         try:
             size = proxy_protocol.size(self._data)
@@ -52,40 +54,28 @@ class HeaderReader(asyncio.Protocol):
                 return
             header = proxy_protocol.parse(self._data[:size])
         except proxy_protocol.ProxyError as error:
-            self._end(str(error))
+            self.session.reject("proxy_header", str(error))
             return
         if self._identify(header):
             self._hand_over(self._data[size:])
 
     def eof_received(self) -> bool:
-        """End a connection whose header is not whole; without a byte of one, it was just a look at the port."""
-        self.session.eof = True
+        """Reject an incomplete header. A client that sends nothing, such as a health check, ends well."""
+        self.session.client_closed()
         if self._data:
-            self._end("the client closed the connection in the middle of its header")
+            self.session.reject("proxy_header", "the client closed the connection in the middle of its header")
         else:
             self.session.close("eof")
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Pass on the end."""
+        """Report the end."""
         self._following.connection_lost(exc)
-
-    def _end(self, detail: str) -> None:
-        self.session.detail = detail
-        self.session.close("proxy_header")
 
     def _hand_over(self, rest: bytes) -> None:
         assert self._transport is not None
-        # uvloop decides what to do with a read when reading begins.
+        # uvloop chooses its way to read from the protocol's type when reading begins, so reading must begin again.
         self._transport.pause_reading()
         self._transport.set_protocol(self._following)
         self._transport.resume_reading()
-        if isinstance(self._following, TlsLayer):
-            self.session.stage = "handshake"
-            if rest:
-                self.session.overhead_bytes -= len(rest)  # which it is going to count itself
-                self._following.feed(rest)
-        else:
-            self.session.begin()
-            if rest:
-                self._following.data_received(rest)
+        self._following.take_over(rest)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from echod.connection.proxy_header import HeaderReader
+from echod.connection.state import Phase
 from echod.connection.tls import TlsLayer
 from echod.net import addresses, kernel, proxy_protocol
 from echod.net.addresses import TcpAddress
@@ -15,9 +16,10 @@ from echod.server.listener_task import unwatch
 from echod.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from echod.connection.echo import EchoSession, Reason, Stage
+    from echod.connection.echo import EchoSession
+    from echod.connection.outcome import Reason
     from echod.net.addresses import UnixAddress
     from echod.server.quota import Quota
     from echod.server.settings import ServerSettings
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 # Seconds for the last steps of a client that is closed or reset: its transport only has to report the end.
 LAST_STEPS = 1.0
+
+# Phases that end within the handshake timeout, and the reason if they do not.
+_PREAMBLES: Mapping[Phase, Reason] = {Phase.PROXY_HEADER: "proxy_header", Phase.HANDSHAKE: "handshake"}
 
 
 class Client:
@@ -87,7 +92,7 @@ class Client:
                 await self._join(settings, quota)
             except asyncio.CancelledError:
                 # The loop has closed the transport that it made. uvloop does not report that.
-                self.session.reject("aborted", "")
+                self.session.reject("aborted")
             try:
                 await self.session.ended
             except asyncio.CancelledError:
@@ -105,7 +110,7 @@ class Client:
         session = self.session
         if session.delivery is None:
             # Cancelling the task has cancelled the future that it awaited.
-            session.ended = asyncio.get_running_loop().create_future()
+            session.renew_ended()
             session.abort("aborted")
             await asyncio.wait([session.ended], timeout=LAST_STEPS)
             if not session.ended.done():
@@ -125,31 +130,27 @@ class Client:
         """Take the PROXY header; return False and close the session if its address has reached the limit."""
         self.header = header
         if not self._acquire(quota):
-            self.session.close("client_limit")
+            self.session.reject("client_limit")
         return self._acquired
 
     async def _join(self, settings: ServerSettings, quota: Quota) -> None:
         """Connect the socket to the session, through the PROXY header and TLS if the listener has them."""
         session = self.session
         following: EchoSession | TlsLayer = session
-        stage: Stage | None = None
         loop = asyncio.get_running_loop()
         try:
             if settings.tls is not None:
                 following = TlsLayer(session, settings.tls)
-                stage = "handshake"
             front: EchoSession | TlsLayer | HeaderReader = following
             if settings.listener.proxy_protocol == "require":
                 front = HeaderReader(session, following, partial(self._identify, quota))
-                stage = "proxy_header"
-            session.stage = stage
             await loop.connect_accepted_socket(lambda: front, session.sock)
         except Exception as error:  # noqa: BLE001  (the session reports it; a client that has reset already is one)
             unwatch(session.sock)
             session.connection_lost(error)
             session.sock.close()
         else:
-            if stage is None:
+            if front is session:
                 session.attempt(session.begin)
 
     def _is_trusted(self, settings: ServerSettings) -> bool:
@@ -182,9 +183,9 @@ class Client:
 
         """
         session = self.session
-        if session.stage is not None and session.reason is None:
+        if (preamble := _PREAMBLES.get(session.phase)) is not None:
             expired = now - self._since >= limits.handshake_timeout
-            return session.stage if expired and not session.unread() else None
+            return preamble if expired and not session.unread() else None
         if session.bytes_seen != self._bytes_seen:
             self._bytes_seen = session.bytes_seen
             self._since = now
@@ -194,7 +195,7 @@ class Client:
         if session.paused:
             reason: Reason = "stalled"
             late = silent >= limits.write_timeout
-        elif session.reason is None and limits.idle_timeout and silent >= limits.idle_timeout:
+        elif session.phase <= Phase.OPEN and limits.idle_timeout and silent >= limits.idle_timeout:
             reason = "idle"
             late = True
         else:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from echod.clock import Clock
+from echod.connection.state import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -90,7 +91,7 @@ class Drain:
             if self._aborted:
                 client.session.attempt(client.session.abort, "aborted")
             else:
-                client.session.attempt(client.session.end)
+                client.session.attempt(client.session.stop_lingering)
         return self._emptied
 
     def close_quiet(self, now: float, quiet_period: float) -> None:
@@ -100,7 +101,7 @@ class Drain:
 
     def _close_if_quiet(self, client: Client, now: float, quiet_period: float) -> None:
         session = client.session
-        if session.reason is not None:
+        if session.phase > Phase.OPEN:
             return
         bytes_seen, since = self._silence.get(client, (-1, now))
         if session.bytes_seen != bytes_seen or session.paused or session.undelivered():

@@ -6,20 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from echod.connection.outcome import MEANINGS
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from echod.connection.echo import Delivery, Reason
+    from echod.connection.outcome import Reason
+    from echod.connection.state import Delivery
     from echod.server.client import Client
 
 Choice = Literal["all", "nonempty", "failed", "none"]
-
-_GOOD_ENDS = frozenset({"eof", "quiet", "info"})
-
-# Reasons that are logged even if the client sent nothing.
-_TELLING_ENDS = frozenset({"failed", "io_error", "info", "handshake", "tls", "proxy_header", "client_limit"})
 
 
 @dataclass(slots=True)
@@ -60,27 +58,6 @@ class Counters:
         # Per connection: extra bytes sent to one client do not make up for bytes that another client lacks.
         self.unsent += max(0, delivery.received - delivery.sent)
         self.unacked += delivery.sent - delivery.acked
-
-
-OUTCOMES: Mapping[Reason, str] = {
-    "eof": "completed",
-    "undelivered": "aborted",
-    "reset": "completed",
-    "idle": "quiet",
-    "info": "completed",
-    "handshake": "failed",
-    "tls": "failed",
-    "proxy_header": "failed",
-    "client_limit": "failed",
-    "line_too_long": "failed",
-    "quiet": "quiet",
-    "cut": "cut",
-    "stalled": "aborted",
-    "aborted": "aborted",
-    "fault": "failed",
-    "io_error": "failed",
-    "failed": "failed",
-}
 
 
 class Entry(NamedTuple):
@@ -171,9 +148,9 @@ class Ledger:
             case "all":
                 return True
             case "nonempty":
-                return delivery.received > 0 or fault is not None or reason in _TELLING_ENDS
+                return delivery.received > 0 or fault is not None or MEANINGS[reason].always_logged
             case "failed":
-                return reason not in _GOOD_ENDS or delivery.acked < delivery.received
+                return MEANINGS[reason].is_failure or delivery.acked < delivery.received
             case _:
                 return False
 

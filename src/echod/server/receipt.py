@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
-from echod.server.ledger import OUTCOMES
+from echod.connection.outcome import MEANINGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,7 +43,7 @@ class Receipt:
         """Return the receipt of a drain that began with `present` clients, from the counters before and after it."""
         outcomes = Counter[str]()
         for reason, count in (after.reasons - before.reasons).items():
-            outcomes[OUTCOMES[reason]] += count
+            outcomes[MEANINGS[reason].outcome] += count
         return cls(
             clients=present + after.accepted - before.accepted,
             completed=outcomes["completed"],

@@ -12,7 +12,7 @@ from echod.server.drain import Drain
 from echod.server.listener_task import ListenerTask, unwatch
 from echod.server.quota import Quota
 from echod.server.receipt import Receipt
-from echod.server.sessions import new_session, session_settings
+from echod.server.sessions import new_session
 from echod.server.timeouts import Sweep
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Server:
         self._quota.limit = settings.limits.max_connections_per_client
         self._sweep.reconfigure(settings.limits)
         for client in self._clients.values():
-            client.session.attempt(client.session.reconfigure, session_settings(settings))
+            client.session.attempt(client.session.reconfigure, settings.limits, settings.shutdown)
         self._listener.resume()
 
     @property
@@ -163,14 +163,14 @@ class Server:
         await self._drain.delay(shutdown.delay)
         await _cancel(listener)
         self._listener.withdraw()
-        if not await self._drain.run(shutdown):
-            if waiting := self._listener.waiting:
+        try:
+            if not await self._drain.run(shutdown) and (waiting := self._listener.waiting):
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
+        finally:  # a defect in the drain ends the clients too
             self._listener.close()
-        if self._clients:
-            await asyncio.wait(self._clients, timeout=LAST_STEPS)
-        await _cancel(*self._clients)
-        await _cancel(sweep)
+            if self._clients:
+                await asyncio.wait(self._clients, timeout=LAST_STEPS)
+            await _cancel(*self._clients, sweep)
         return Receipt.between(before, self.ledger.counters, present, self._loop.time() - began)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
@@ -236,5 +236,4 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
     """Cancel tasks and wait for their end."""
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.wait(tasks)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from echod.connection.echo import EchoSession, SessionSettings
-from echod.connection.faults import Fault, FaultLineSession, FaultSession
-from echod.connection.modes import InfoSession, LineSession
+from echod.connection.echo import EchoSession
+from echod.connection.faults.profile import FaultProfile
+from echod.connection.faults.session import FaultSession
+from echod.connection.info import InfoSession
+from echod.connection.line import LineSession
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
     from echod.server.settings import ServerSettings
-
-
-def session_settings(settings: ServerSettings) -> SessionSettings:
-    """Return what a session takes of the settings."""
-    limits = settings.limits
-    return SessionSettings(limits.write_buffer, settings.shutdown.linger_timeout, limits.max_line)
 
 
 def new_session(
@@ -35,10 +31,10 @@ def new_session(
 
     """
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    options, listener = session_settings(settings), settings.listener
+    listener, limits, shutdown = settings.listener, settings.limits, settings.shutdown
     if listener.mode == "info":
-        return InfoSession(sock, options, ended, describe)
+        return InfoSession(sock, limits, shutdown, ended, describe)
     if settings.fault is not None:
-        kind = FaultLineSession if listener.mode == "line" else FaultSession
-        return kind(sock, options, ended, Fault.derive(listener.fault, settings.fault), number)
-    return (LineSession if listener.mode == "line" else EchoSession)(sock, options, ended)
+        profile = FaultProfile(listener.fault, settings.fault)
+        return FaultSession(sock, limits, shutdown, ended, profile, listener.mode, number)
+    return (LineSession if listener.mode == "line" else EchoSession)(sock, limits, shutdown, ended)

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from echod.clock import Clock
+from echod.connection.state import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -64,7 +65,7 @@ class Sweep:
         clients = self._clients
         if not limits.idle_timeout:
             # No other client can be overdue. With ten thousand clients, each check counts.
-            clients = [one for one in clients if one.session.paused or one.session.stage is not None]
+            clients = [one for one in clients if one.session.paused or one.session.phase < Phase.OPEN]
         for client in clients:
             client.session.attempt(_close_if_overdue, client, now, limits)
 
