@@ -95,8 +95,9 @@ def _probe(arguments: Sequence[str]) -> int:
     try:
         # Nothing else is imported: a health check runs this command every few seconds.
         from echod.probe import command  # noqa: PLC0415
+        from echod.probe.model import Outcome  # noqa: PLC0415
 
-        ending, text, problem = command.run(arguments)
+        outcome, text, problem = command.run(arguments)
     except KeyboardInterrupt:
         return _SIGNALLED + signal.SIGINT
     if problem:
@@ -104,12 +105,12 @@ def _probe(arguments: Sequence[str]) -> int:
     return (
         _print(text)
         or {
-            command.Ending.RIGHT: EXIT_OK,
-            command.Ending.FAILED: EXIT_FAILURE,
-            command.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
-            command.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
-            command.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
-        }[ending]
+            Outcome.RIGHT: EXIT_OK,
+            Outcome.FAILED: EXIT_FAILURE,
+            Outcome.UNREACHABLE: EXIT_UNAVAILABLE,
+            Outcome.INTERRUPTED: _SIGNALLED + signal.SIGINT,
+            Outcome.TERMINATED: _SIGNALLED + signal.SIGTERM,
+        }[outcome]
     )
 
 
