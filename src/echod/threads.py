@@ -1,4 +1,4 @@
-"""Threads beside the main one: no signals in them, and one error if the system refuses to start them."""
+"""Start threads that block all signals. A refusal by the system is one kind of error."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ThreadError(Exception):
 def start(work: Callable[[], object], name: str) -> threading.Thread:
     """Start a daemon thread that blocks all signals.
 
-    A signal that it took would not wake the main thread, which has the handlers.
+    Only the main thread runs handlers, and a signal to another thread would not wake it.
 
     Raises:
-        ThreadError: the system refused, because of a limit of processes or for want of memory.
+        ThreadError: the system refused, because of a limit of processes or a lack of memory.
 
     """
 
@@ -66,7 +66,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
             outcome = partial(future.set_result, work())
         except Exception as error:  # noqa: BLE001  (the future raises it)
             outcome = partial(future.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed in between
             loop.call_soon_threadsafe(settle, outcome)
 
     start(run, name)

@@ -21,6 +21,7 @@ from echod.connection.echo import EchoSession
 from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
 from echod.connection.line import LineSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.net.listeners import ListenerSpec, ListeningSocket, open_listeners
 from echod.server import client as client_module
@@ -30,7 +31,6 @@ from echod.server.ledger import Ledger
 from echod.server.quota import Quota
 from echod.server.server import Server
 from echod.settings.model import FaultSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import LIMITS, SHUTDOWN, Pair
 from serving import run_in_loop, server_settings, until

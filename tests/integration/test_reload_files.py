@@ -1,4 +1,4 @@
-"""Reload: pipes that can be read only once, log files that are always reopened, and settings applied as a whole."""
+"""Test reloads with pipes, log files that are always reopened, and settings that are applied as a whole."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ONCE = "is empty now: a pipe can be read only once; use a regular file if the se
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Return the ends of a pipe, its writing end first; the test closes that."""
+    """Yield the ends of a pipe, the writing end first. The test closes the writing end."""
     reading, writing = os.pipe()
     yield writing, reading
     os.close(reading)
 
 
 def is_limited(daemon: Daemon) -> bool:
-    """Tell whether a second client of an address is closed at once, as ONE_EACH has it."""
+    """Tell whether ONE_EACH is in force: a second client of an address is closed at once."""
     with daemon.connect() as first, daemon.connect() as second:
         for client in (first, second):
             client.sendall(b"x")
@@ -50,7 +50,7 @@ def is_limited(daemon: Daemon) -> bool:
 
 @pytest.mark.parametrize("way", ["option", "variable", "standard input"])
 def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> None:
-    """They are read at the start; a reload fails, and says why, and they stay in force."""
+    """Settings from a pipe stay in force, and a reload fails with the reason."""
     writing, reading = pipe
     os.write(writing, ONE_EACH.encode())
     os.close(writing)
@@ -101,7 +101,7 @@ def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kin
     assert not is_limited(daemon)
 
 
-HASTY = "import sys; from echod.daemon import daemon; daemon._RELOAD_LOOKS = 1; from echod.cli import main; sys.exit(main())"
+HASTY = "import sys; from echod.daemon import reload; reload.LOOKS = 1; from echod.cli import main; sys.exit(main())"
 
 
 def test_reload_that_is_given_up(loop_name: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ class Logged:
         until(lambda: self.log.exists() and text in self.log.read_text())
 
     def rotate(self) -> None:
-        """Do as logrotate does."""
+        """Rename the log file and send SIGHUP, as logrotate does."""
         self.log.rename(self.rotated)
         self.daemon.send_signal(signal.SIGHUP)
 
@@ -201,7 +201,7 @@ class Logged:
         None,
     ],
 )
-def test_log_is_reopened_whatever_fails(start: Start, tmp_path: Path, change: str | None) -> None:
+def test_log_is_reopened_even_if_the_reload_fails(start: Start, tmp_path: Path, change: str | None) -> None:
     """After a rotation every line is in the new file, even if the settings are refused."""
     logged = Logged(start, tmp_path)
     if change is None:
@@ -274,7 +274,7 @@ def test_log_is_reopened_during_a_stop(start: Start, tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
-    """Lines still go to the file that is open, and say why."""
+    """Lines still go to the open file, and one of them has the reason."""
     logged = Logged(start, tmp_path)
     logged.log.rename(logged.rotated)
     logged.log.mkdir()
@@ -289,7 +289,7 @@ def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
 
 
 def read_until(reader: int, text: bytes) -> None:
-    """Read a pipe until a text has come."""
+    """Read a pipe until it has delivered a text."""
     data = b""
     while text not in data:
         assert select.select([reader], [], [], PATIENCE)[0]
@@ -297,7 +297,7 @@ def read_until(reader: int, text: bytes) -> None:
 
 
 def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
-    """A FIFO that was replaced gets the lines from then on, those of listeners too, though the reload fails."""
+    """A new FIFO gets all further lines, those of listeners included, even if the reload fails."""
     fifo, config = tmp_path / "fifo", tmp_path / "echo.toml"
     config.write_text("")
     daemon = start("--config", str(config))
@@ -428,7 +428,7 @@ def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
-    """If the log file cannot be opened at last, the backlogs are as before."""
+    """If the log file cannot be opened, the last step of a reload, the backlogs are restored."""
     config, link = tmp_path / "echo.toml", tmp_path / "fifo"
     config.write_text("limits.backlog = 11\n")
     with Daemon("--loop", loop_name, "--config", str(config), module=("-c", FAILING_LISTEN)) as daemon:

@@ -17,7 +17,7 @@ import pytest
 
 from crowd import Crowd, Stuck
 from echod.daemon.signals import Signals
-from echod.settings.resources import loop_factory
+from echod.loops import loop_factory
 from harness import PATIENCE, UNHURRIED, clean_environment, receive, until
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from echod.daemon.systemd import Manager, Notifier, count, find_manager, message
-from echod.settings.resources import loop_factory
+from echod.loops import loop_factory
 from harness import PATIENCE, receive, run, until
 
 if TYPE_CHECKING:

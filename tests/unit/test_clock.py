@@ -16,10 +16,10 @@ from echod.clock import Clock
 from echod.connection.echo import EchoSession
 from echod.connection.linger import Linger
 from echod.connection.state import Phase
+from echod.loops import loop_factory
 from echod.server.client import Client
 from echod.server.drain import Drain
 from echod.settings.model import LimitsSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
 if TYPE_CHECKING:

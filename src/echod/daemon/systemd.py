@@ -9,13 +9,14 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from echod.daemon.logs import STDERR
 from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
+
+_STDERR = 2
 
 # Seconds between messages. A third of the watchdog timeout applies instead if it is shorter.
 _SERVING_INTERVAL = 10.0
@@ -74,7 +75,7 @@ def count(number: int, noun: str) -> str:
 
 
 class Notifier:
-    """Sends the process's phase, status and watchdog messages to the service manager.
+    """Send the process's phase, status and watchdog messages to the service manager.
 
     One timer sends a message every ten seconds, or every second during a drain. A watchdog shortens this to a third of
     its timeout. If the socket is full, the message is dropped, and its phase is sent with the next one. Without a
@@ -106,7 +107,7 @@ class Notifier:
             self._socket.setblocking(False)  # noqa: FBT003  (its only parameter)
             if manager.watchdog is not None:
                 # The watchdog sends SIGABRT; the journal then shows where the loop was stuck.
-                faulthandler.enable(STDERR)
+                faulthandler.enable(_STDERR)
 
     def ready(self) -> None:
         """Report that all listeners are listening."""

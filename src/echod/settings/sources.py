@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
 from echod.net import files
-from echod.settings.model import Loaded, Settings, section
+from echod.settings.model import Config, Settings, section
 from echod.settings.problems import Problem, validate
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _MODEL = cast("type[BaseSettings]", Settings)
 
 def load(
     options: Mapping[Key, tuple[str, object]], config: str | None, before: Mapping[Key, str] | None = None
-) -> Loaded:
+) -> Config:
     """Read and validate the settings. The command line overrides the environment, and both override the file.
 
     Args:
@@ -48,7 +48,7 @@ def load(
     command_line = _CommandLine(options)
     origins = file.origins | environment.origins | command_line.origins
     settings = validate(_merge(command_line, environment, file), origins, problems)
-    return Loaded(settings, origins, environment.unknown)
+    return Config(settings, origins, environment.unknown)
 
 
 def _merge(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:
