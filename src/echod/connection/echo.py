@@ -252,7 +252,7 @@ class EchoSession(asyncio.Protocol):
     # The client's task, the timeouts and the drain call these
 
     def attempt(self, step: Callable[..., object], *arguments: object) -> None:
-        """Run one step for this client. If it raises, reset the connection and let `ended` hold the exception."""
+        """Run one step for this client. If it raises, reset the connection; see `fail`."""
         try:
             step(*arguments)
         except Exception as error:  # noqa: BLE001  (the client's task raises it)
