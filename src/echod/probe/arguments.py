@@ -90,13 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("target", metavar="TARGET", type=_target, help="address of the echo server")
     add = parser.add_argument
-    add(
-        "--timeout",
-        metavar="S",
-        type=_timeout,
-        default=5.0,
-        help="seconds to connect, and to wait for an echo (default: 5)",
-    )
+    text = "seconds to connect, and to wait for an echo (default: 5)"
+    add("--timeout", metavar="S", type=_timeout, default=5.0, help=text)
     add("--half-close", action="store_true", help="half-close at the end, and require the whole echo and EOF")
     add("--json", action="store_true", help="print one JSON object")
     add("--source", metavar="ADDRESS", type=_ip, help="local IP address to connect from")
