@@ -74,3 +74,15 @@ def headings(page: Path) -> set[str]:
     """Return the link fragments of a page's headings."""
     found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_architecture() -> None:
+    """Each file that the map of the architecture names exists, and each package is in the picture."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    picture, _, table = page.partition("| feature | file |")
+    table = table.partition("\n\n")[0]
+    files = re.findall(r"`([\w/]+(?:\.\w+|/))`", table)
+    assert len(files) > 50
+    assert [file for file in files if not ((ROOT / "src" / "echod" / file).exists() or (ROOT / file).exists())] == []
+    packages = {folder.parent.name for folder in (ROOT / "src" / "echod").glob("*/__init__.py")}
+    assert packages == set(re.findall(r"(\w+)\[", picture)) & packages
