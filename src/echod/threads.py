@@ -45,6 +45,7 @@ def start(work: Callable[[], object], name: str) -> threading.Thread:
 def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> asyncio.Future[T]:
     """Call a function in a thread of its own, and return the future of its result.
 
+    The caller may settle the future first, to give up the result. The thread cannot be ended.
     Unlike the threads of an executor, this one is not awaited at the end of the process.
 
     Raises:
@@ -54,7 +55,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(outcome: Callable[[], None]) -> None:
-        if not future.cancelled():
+        if not future.done():  # nobody waits any more if it is
             outcome()
 
     def run() -> None:

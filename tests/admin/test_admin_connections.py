@@ -67,9 +67,11 @@ BEGINNINGS = [
     b"GET / HTTP/1.1\r\nHost : localhost\r\n",
     b"GET / HTTP/1.1\r\nHost: a\x1b",
     b"GET / HTTP/1.1\nHost: a\r\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00",
+    b"GET / HTTP/2.0\r\n",
     # Whole heads that only aiohttp refuses.
     b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
-    b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.9\r\nHost: localhost\r\n\r\n",
 ]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +17,8 @@ from harness import PATIENCE, Daemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from certificates import Certificates
     from harness import Start
 
 ONE_EACH = "[limits]\nmax_connections_per_client = 1\n"
@@ -94,6 +97,71 @@ def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kin
     changed = ["limits.max_connections_per_client"] if kind == "file" else []
     assert daemon.wait_for("reloaded")["changed"] == changed
     assert not is_limited(daemon)
+
+
+HASTY = "import sys; from echod.daemon import daemon; daemon._RELOAD_LOOKS = 1; from echod.cli import main; sys.exit(main())"
+
+
+def test_reload_that_is_given_up(loop_name: str, tmp_path: Path) -> None:
+    """Settings that cannot be read to the end do not block the reloads after them."""
+    config = tmp_path / "echo.toml"
+    config.write_text("")
+    with Daemon("--loop", loop_name, "--config", str(config), module=("-c", HASTY)) as daemon:
+        config.unlink()
+        os.mkfifo(config)  # its opening waits for a writer
+        daemon.send_signal(signal.SIGHUP)
+        (problem,) = daemon.wait_for("reload_failed")["problems"]
+        assert problem.startswith("not read within 1 seconds: ")
+        config.rename(tmp_path / "fifo")
+        config.write_text(ONE_EACH)
+        daemon.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded")
+        (tmp_path / "fifo").write_text("limits.max_connections_per_client = 0")  # too late to count
+        assert is_limited(daemon)
+        assert daemon.stop() == 0
+        assert daemon.loud() == [daemon.wait_for("reload_failed")]
+
+
+LARGE = "it is larger than 16 MiB"
+
+
+def test_endless_settings(start: Start, tmp_path: Path) -> None:
+    """A device without an end fails a reload instead of using up the memory."""
+    config = tmp_path / "echo.toml"
+    config.write_text(ONE_EACH)
+    daemon = start("--config", str(config))
+    before = daemon.memory()
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    daemon.send_signal(signal.SIGHUP)
+    assert daemon.wait_for("reload_failed")["problems"] == [f"{config}: cannot be read: {LARGE}"]
+    assert daemon.memory() - before < 100_000_000
+    assert is_limited(daemon)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("key", ["certificate", "private_key", "client_ca"])
+def test_endless_certificates(start: Start, tmp_path: Path, certificates: Certificates, key: str) -> None:
+    """So does each file of a listener with TLS."""
+    config = tmp_path / "echo.toml"
+    files = {
+        "certificate": str(certificates.certificate),
+        "private_key": str(certificates.key),
+        "client_ca": str(certificates.ca),
+    }
+    table = '[listeners.x]\naddress = "127.0.0.1:0"\n[listeners.x.tls]\n'
+
+    def text() -> str:
+        return table + "".join(f'{name} = "{file}"\n' for name, file in files.items())
+
+    config.write_text(text())
+    daemon = start("--config", str(config), listen=None)
+    files[key] = "/dev/zero"
+    config.write_text(text())
+    daemon.send_signal(signal.SIGHUP)
+    problem = f"{config}: listeners.x.tls.{key}: '/dev/zero' cannot be read: {LARGE}"
+    assert daemon.wait_for("reload_failed")["problems"] == [problem]
+    assert daemon.stop() == 0
 
 
 class Logged:
@@ -223,6 +291,73 @@ def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
     assert os.read(readers[0], 65536) == b""
     for reader in readers:
         os.close(reader)
+
+
+def full_fifo(path: Path) -> int:
+    """Make a FIFO that takes no more bytes, and return its reading end."""
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(reading, bytes(4096)):
+            pass
+    return reading
+
+
+def test_reloads_under_a_full_pipe(start: Start, tmp_path: Path) -> None:
+    """The reader of the log has stalled: no reload costs a thread or a descriptor, and the stop waits for one second."""
+    reading = full_fifo(tmp_path / "fifo")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    daemon = start("--log.file", str(tmp_path / "fifo"), listen=listen, read_log=False)
+    looks = []
+    until(lambda: listens(listen))
+    for _ in range(8):
+        daemon.settle()
+        daemon.send_signal(signal.SIGHUP)
+        daemon.settle()
+        looks.append([count(daemon, kind) for kind in ("task", "fd")])
+    assert looks == looks[:1] * 8
+    began = time.monotonic()
+    daemon.send_signal()
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 6
+    os.close(reading)
+
+
+def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
+    """Each reload has found another pipe whose reader stalls: they have one second together at the end."""
+    fifo = tmp_path / "fifo"
+    readers = [full_fifo(fifo)]
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    daemon = start("--log.file", str(fifo), listen=listen, read_log=False)
+    until(lambda: listens(listen))
+    for _ in range(8):
+        fifo.unlink()
+        readers.append(full_fifo(fifo))
+        daemon.settle()
+        daemon.send_signal(signal.SIGHUP)
+        daemon.settle()
+    assert count(daemon, "task") > len(readers)  # as each pipe has a thread that waits for its reader
+    began = time.monotonic()
+    daemon.send_signal()
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 6
+    for reading in readers:
+        os.close(reading)
+
+
+def count(daemon: Daemon, kind: str) -> int:
+    """Return the number of threads ("task") or descriptors ("fd") of the process."""
+    return len(list(Path(f"/proc/{daemon.pid}/{kind}").iterdir()))
+
+
+def listens(address: str) -> bool:
+    """Tell whether a connection is accepted."""
+    host, _, port = address.partition(":")
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), PATIENCE):
+        return True
+    return False
 
 
 FAILING_LISTEN = """

@@ -86,6 +86,20 @@ def test_number_of_marks_is_bounded() -> None:
         assert 0 <= writer.map.plaintext(HANDSHAKE + acked * ciphertext_size(10)) <= 10 * acked
 
 
+def test_merged_marks_of_large_writes() -> None:
+    """Count no record too early after marks of writes with several records were merged."""
+    writer = Writer()
+    ends = [HANDSHAKE]
+    for _ in range(MAX_MARKS + 10):
+        writer.write(RECORD + 100)
+        ends += [ends[-1] + RECORD + OVERHEAD, ends[-1] + RECORD + 100 + 2 * OVERHEAD]
+    truth = 0
+    for number, end in enumerate(ends[1:], 1):
+        assert writer.map.plaintext(end - 1) <= truth
+        truth += RECORD if number % 2 else 100
+    assert writer.map.plaintext(writer.written) == truth
+
+
 def test_exact_again_after_the_acknowledgements() -> None:
     """Return exact results for later writes after the merged marks have been acknowledged."""
     writer = Writer()

@@ -49,9 +49,10 @@ _PATIENCE = 15.0
 # A request's head, and what may wait behind it, bytes.
 _LARGEST_HEAD = 16 * 1024
 
-# The lines of a head: RFC 9112, 3 and 5. A line that is not complete can only become one of them if it begins so.
+# The lines of a head: RFC 9112, 3 and 5. A line that is not complete can only become one of them if it begins so. HTTP/2
+# has a request line in its preface, and its client waits for frames then.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(_TOKEN + rb" [^\x00-\x20\x7f]+ HTTP/\d\.\d")
+_REQUEST_LINE = re.compile(_TOKEN + rb" [^\x00-\x20\x7f]+ HTTP/1\.\d")
 _FIELD_LINE = re.compile(_TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*")
 _BEGINNING = re.compile(rb"(?:" + _TOKEN + rb"(?:[ :][^\x00-\x08\x0a-\x1f\x7f]*)?)?\r?")
 

@@ -1,8 +1,9 @@
-"""Errors of connected sockets: which of them the network caused, and their text in the log."""
+"""Errors of a connection: their cause, and their text in the log."""
 
 from __future__ import annotations
 
 import errno
+import ssl
 
 # These errors report a reset, a timeout or an ICMP message (tcp(7), ip(7)). All other errors report this host.
 _NETWORK_ERRORS = frozenset(
@@ -25,6 +26,12 @@ _NETWORK_ERRORS = frozenset(
         errno.EACCES,
     }
 )
+
+
+def is_defect(error: Exception) -> bool:
+    """Return whether the error is a defect of this program, instead of a failed system call."""
+    # OpenSSL's errors are OSErrors too. Here they are defects, as TlsLayer handles those of the client.
+    return not isinstance(error, OSError) or isinstance(error, ssl.SSLError)
 
 
 def is_from_network(error: OSError) -> bool:

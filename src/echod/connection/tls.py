@@ -132,8 +132,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._flush()
         self._map.add(self.written, len(data))
         if len(self._map) > MAX_MARKS:
-            # On a unix socket, the kernel counts buffers, so this may be less than has arrived.
-            self._map.prune(self.written - self.get_write_buffer_size() - kernel.unacknowledged(self.session.sock))
+            self._map.prune(self._arrived())
 
     def close_notify(self) -> None:
         """Tell the client that no more data follows. Does nothing before the end of the handshake."""
@@ -267,6 +266,15 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if closed:
             self.session.eof_received()
         return size
+
+    def _arrived(self) -> int:
+        """Return how many written bytes have certainly arrived; less than 0 if the kernel does not tell."""
+        try:
+            # On a unix socket, the kernel counts buffers, so this may be too many.
+            waiting = kernel.unacknowledged(self.session.sock)
+        except OSError:
+            waiting = self.written
+        return self.written - self.get_write_buffer_size() - waiting
 
     def _flush(self) -> None:
         if data := self._outgoing.read():

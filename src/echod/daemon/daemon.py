@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 # Seconds that the admin listener may take to close.
 _ADMIN_CLOSE = 5.0
 
+# Looks at a reload, a second apart, until it is given up. A pause of the process takes one of them at most.
+_RELOAD_LOOKS = 30
+
 # Descriptors that are no client's: the log, the loop's own, and some to spare.
 _RESERVED_DESCRIPTORS = 16
 
@@ -246,6 +249,19 @@ class _Daemon:
             loaded = loop.create_future()
             loaded.set_exception(error)
         loaded.add_done_callback(self._reload)
+        self._look(loaded, _RELOAD_LOOKS)
+
+    def _look(self, loaded: asyncio.Future[Resources], looks: int) -> None:
+        """Give up a reload that has been reading for too long, so that the next SIGHUP starts another."""
+        if loaded.done():
+            return
+        if looks:
+            asyncio.get_running_loop().call_later(1, self._look, loaded, looks - 1)
+            return
+        problem = (
+            f"not read within {_RELOAD_LOOKS} seconds: a pipe without a writer, or a file system that does not answer?"
+        )
+        loaded.set_exception(SettingsError([Problem("", "", problem)]))
 
     def _reload(self, loaded: asyncio.Future[Resources]) -> None:
         self._reloading = False

@@ -100,6 +100,10 @@ class LogWriter:
         """Whether each write ends soon: to a regular file it does, to a pipe, a socket or a terminal it may not."""
         return stat.S_ISREG(os.fstat(self._descriptor).st_mode)
 
+    def writes_to(self, descriptor: int) -> bool:
+        """Tell whether a descriptor is of the file that lines are written to."""
+        return os.path.samestat(os.fstat(descriptor), os.fstat(self._descriptor))
+
     def redirect(self, descriptor: int) -> None:
         """Write to another file from now on, queued lines included. The descriptor is this object's from then on."""
         os.dup2(descriptor, self._descriptor, inheritable=False)
@@ -277,7 +281,9 @@ class Log:
 
     def _retarget(self, settings: LogSettings) -> None:
         descriptor, before = _open(settings.file), self._target.writer
-        if before.prompt:
+        if not before.prompt and before.writes_to(descriptor):
+            os.close(descriptor)  # the same pipe: another thread would wait for its reader as this one does
+        elif before.prompt:
             before.redirect(descriptor)
         else:
             # Its thread may wait for a reader for ever, so new lines need another one. The old one writes its queue.
@@ -322,8 +328,9 @@ class Log:
         sys.unraisablehook = sys.__unraisablehook__
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
-        for writer in (*self._retired, self._target.writer):
-            writer.close()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
+        for writer in (self._target.writer, *self._retired):  # together, and the receipt goes to the first
+            writer.close(max(0.0, deadline - time.monotonic()))
 
 
 def is_fifo(file: str) -> bool:

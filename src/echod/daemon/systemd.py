@@ -29,6 +29,9 @@ _EXTENSION_USEC = 30_000_000
 # systemd ignores messages of more than 4096 bytes, and a character takes at most four bytes.
 _LONGEST_VALUE = 900
 
+# The most digits of a number of 64 bits, which the time of the watchdog is.
+_LONGEST_INTERVAL = 20
+
 
 class Manager(NamedTuple):
     """The service manager of this process."""
@@ -53,7 +56,7 @@ def find_manager(warn: Callable[..., object]) -> Manager | None:
         return None
     watchdog = None
     if interval and pid in {"", str(os.getpid())}:
-        if interval.isascii() and interval.isdecimal() and int(interval):
+        if interval.isascii() and interval.isdecimal() and len(interval) <= _LONGEST_INTERVAL and int(interval):
             watchdog = int(interval) / 1e6
         else:
             warn("watchdog_unusable", WATCHDOG_USEC=interval, expected="microseconds, more than 0")

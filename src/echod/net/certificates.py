@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import ssl
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echod.net import pem, x509
+from echod.net import files, pem, x509
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,7 +103,7 @@ class ServerName(ssl.SSLObject):
 
 def read(file: str) -> bytes:
     """Return the content of a file."""
-    return Path(file).read_bytes()
+    return files.read(file).data
 
 
 def load(

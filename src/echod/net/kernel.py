@@ -104,26 +104,44 @@ def has_tcp_info(sock: socket.socket) -> bool:
 
 
 def tcp_members(sock: socket.socket) -> dict[str, int] | None:
-    """Return the connection's TCP_INFO by its members' names, as far as they are of use to a person."""
+    """Return the connection's TCP_INFO by its members' names, as far as they are of use to a person.
+
+    It is None if the kernel has none, or refuses it.
+    """
     if not has_tcp_info(sock):
         return None
-    members = _MEMBERS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MEMBERS.size))
-    return dict(zip(_MEMBER_NAMES, members, strict=True))
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MEMBERS.size)
+    except OSError:
+        return None
+    return dict(zip(_MEMBER_NAMES, _MEMBERS.unpack_from(info), strict=True))
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int] | None:
-    """Return the process, user and group that connected to a unix socket (SO_PEERCRED), or None outside Linux."""
+    """Return the process, user and group that connected to a unix socket (SO_PEERCRED).
+
+    It is None outside Linux, and if the kernel refuses it.
+    """
     if sys.platform != "linux":  # pragma: no cover (Linux only)
         return None
-    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    except OSError:
+        return None
     return pid, uid, gid
 
 
 def is_reset(sock: socket.socket) -> bool:
-    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged: ask about that afterwards."""
+    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged: ask about that afterwards.
+
+    If the kernel refuses to tell, the answer is no.
+    """
     if not has_tcp_info(sock):
         return False
-    (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    try:
+        (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    except OSError:
+        return False
     return bool(state == _TCP_CLOSE)
 
 
@@ -138,10 +156,16 @@ def unacknowledged(sock: socket.socket) -> int:
 
 
 def readable(sock: socket.socket) -> bool:
-    """Return whether the kernel has something to read: bytes, a connection to accept, or the peer's FIN or RST."""
+    """Return whether the kernel has something to read: bytes, a connection to accept, or the peer's FIN or RST.
+
+    If the kernel refuses to tell, the answer is yes: a caller that is about to close the socket then asks again.
+    """
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    try:
+        return bool(poll.poll(0))
+    except OSError:  # ENOMEM
+        return True
 
 
 def waiting_connections(listening: socket.socket) -> int:

@@ -84,7 +84,8 @@ class ListeningSocket:
     def close(self) -> None:
         """Withdraw it and close it; of an inherited one only this process's hold on it."""
         self.withdraw()
-        self.sock.close()
+        with contextlib.suppress(OSError):  # the kernel has closed it, whatever it reports: close(2)
+            self.sock.close()
 
 
 class Listener(NamedTuple):

@@ -7,7 +7,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.net import pem
+from echod.net import files, pem
 from echod.probe.connect import TlsError, limit_time
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Tls:
             self._context.load_default_certs()
         if certificate is not None:
             with _blame("--cert", certificate):
-                data = certificate.read_bytes()  # once: it may be a pipe
+                data = files.read(str(certificate)).data  # once: it may be a pipe
             with _blame("--key", private_key or certificate):
-                key = data if private_key is None else private_key.read_bytes()
+                key = data if private_key is None else files.read(str(private_key)).data
                 pem.load_pair(self._context, data, key, _no_password)
 
     def handshake(self, sock: socket.socket, deadline: float) -> Secure:

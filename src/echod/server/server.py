@@ -369,6 +369,8 @@ class Server:
                     await self._room.wait()
 
     def _accept(self, listening: ListeningSocket) -> None:
+        gone: OSError | None = None
+        admitted = False
         for number in range(_BATCH):
             if self.clients >= self.settings.max_connections:
                 # Whether another client waits is certain only at the first of a wake-up; otherwise the next one shows it.
@@ -384,14 +386,19 @@ class Server:
                 return
             except OSError as error:
                 if self._concerns_one_connection(error):
+                    gone = error
                     continue
                 if number and self._unwatched is None:
                     self._unhold()
                 else:
                     self._hold_after(error)
                 return
+            admitted = True
             self._pause = _FIRST_PAUSE
             self._admit(connection, peer)
+        # A system call filter's EPERM, or one of a security module, leaves each connection in the queue.
+        if gone is not None and not admitted:
+            self._hold_after(gone)
 
     def _take(self, listening: ListeningSocket) -> tuple[socket.socket, Any]:
         """Return an accepted connection that the loop watches. One that it cannot watch yet is kept for the next call.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
+from echod.net import files
 from echod.settings.model import Loaded, Settings, section
 from echod.settings.problems import Problem, validate
 
@@ -141,9 +140,7 @@ def _read_file(file: str, problems: list[Problem], *, had_values: bool) -> dict[
     data = b""
     try:
         # Not read by pydantic-settings, which takes a pipe for an empty file.
-        with Path(file).open("rb") as opened:
-            data = opened.read()
-            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        data, regular = files.read(file)
         if data or regular or not had_values:
             return tomllib.loads(data.decode())
         message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
