@@ -113,6 +113,18 @@ def test_exact_again_after_the_acknowledgements() -> None:
     assert writer.map.plaintext(writer.written - 2 * record - 1) == 10 * (5520 - 3)
 
 
+def test_even_number_of_marks() -> None:
+    """Keep the last mark when an even number of marks is merged in pairs."""
+    map_ = PlaintextMap()
+    for number in range(1, MAX_MARKS):
+        map_.add(10 * number, 1)
+    assert len(map_) % 2 == 0
+    map_.prune(0)
+    assert len(map_) == MAX_MARKS // 2 + 1
+    assert map_.plaintext(10 * (MAX_MARKS - 1)) == MAX_MARKS - 1
+    assert map_.plaintext(10 * (MAX_MARKS - 1) - 1) == MAX_MARKS - 2
+
+
 def test_kernel_that_counts_buffers() -> None:
     """Accept a negative number of acknowledged bytes, as a unix socket may report."""
     writer = Writer()

@@ -93,3 +93,15 @@ def test_writes_without_acknowledgements(
         session.close("cut")
         layer._read_on()
         assert session.phase is Phase.FLUSHING
+
+
+def test_failure_of_an_ending_session(certificates: Certificates) -> None:
+    """Keep the reason of a session that is ending if its handshake fails later."""
+    tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
+    with socket.socket() as sock:
+        session = EchoSession(sock, LIMITS, SHUTDOWN, None)  # type: ignore[arg-type]
+        layer = TlsLayer(session, TlsEnd(tls.context, TlsBuffers()))
+        layer.connection_made(Transport())  # type: ignore[arg-type]
+        session.close("cut")
+        session.reject("handshake", "too late")
+        assert (session.reason, session.detail) == ("cut", "")
