@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from admin_thread import AdminThread
 from certificates import Certificates
 from echod import cli
 from echod.daemon.signals import HANDLED
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from admin_thread import StartAdmin
     from harness import Command, Start
     from loading import Write
     from pairs import InLoop
@@ -52,6 +54,21 @@ def start(loop_name: str) -> Iterator[Start]:
     yield start
     for daemon in daemons:
         daemon.end()
+
+
+@pytest.fixture
+def start_admin(loop_name: str) -> Iterator[StartAdmin]:
+    """Return a function that starts an `AdminThread` on the loop under test. It is stopped after the test."""
+    threads: list[AdminThread] = []
+
+    def start_admin(*arguments: Any, **options: Any) -> AdminThread:
+        threads.append(AdminThread(loop_name, *arguments, **options))
+        return threads[-1]
+
+    yield start_admin
+    for thread in threads:
+        thread.stop()
+        assert thread.errors == []
 
 
 @pytest.fixture

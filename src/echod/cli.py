@@ -1,4 +1,4 @@
-"""The command: parses, and is the only place where an error becomes an exit code."""
+"""Run the command. This is the only place where an error becomes an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 from echod.daemon.signals import Signals
 
-TYPE_CHECKING = False  # that of typing would have to be imported, and the signal handlers are to be installed first
+TYPE_CHECKING = False  # importing typing would delay the signal handlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ EXIT_FAILURE = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 
-# What a shell makes of a signal's number.
+# Added to the number of a signal, as shells do.
 _SIGNALLED = 128
 
 _STDOUT = 1
@@ -36,62 +36,70 @@ def main() -> int:
     if sys.argv[1:2] == ["probe"]:
         signals.release()
         return _probe(sys.argv[2:])
-    # Nearly all that a start makes stays; the collector would go over it again and again.
+    # Nearly all objects of a start stay, so collecting garbage meanwhile finds nothing.
     gc.disable()
-    # Nor are there plugins that would have to do with the settings; Pydantic would ask every package that is installed.
+    # To find plugins, Pydantic would read the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Imported below and not at the top, here and in _serve: these take a quarter of a second, and a signal in that time
-    # is to be honoured too.
+    # Imports here and in _serve take a quarter of a second. Signals must be handled before.
     import echod  # noqa: PLC0415
-    from echod.settings import (  # noqa: PLC0415
-        options,
-        resources,
-        sources,
-    )
+    from echod.daemon import logs  # noqa: PLC0415
+    from echod.settings import options, resources, sources  # noqa: PLC0415
     from echod.settings.problems import SettingsError  # noqa: PLC0415
 
-    command, config, values = options.parse(sys.argv[1:], echod.__version__)
+    command, file, values = options.parse(sys.argv[1:], echod.__version__)
     if command != "serve":
         signals.release()
-    if config is None:
-        config = os.environ.get(sources.CONFIG_VARIABLE) or None
+    if file is None:
+        file = os.environ.get(sources.CONFIG_VARIABLE) or None
 
     def load(before: Resources | None = None) -> Resources:
-        return resources.acquire(sources.load(values, config, None if before is None else before.loaded.origins))
+        config = sources.load(values, file, None if before is None else before.config.origins)
+        # Opening and closing a FIFO ends its reader's input, so only `check` tries it.
+        tried = command == "check" or not logs.is_fifo(config.settings.log.file)
+        return resources.acquire(config, logs.problems(config) if tried else ())
 
     try:
-        found = load()
+        loaded = _load_unless_stopped(load, signals) if command == "serve" else load()
+    except InterruptedError:
+        return signals.exit_code
     except SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
-    if command == "serve":
-        return _serve(found, signals, load)
-    return _tell(found, command)
+    return _serve(loaded, signals, load) if command == "serve" else _report(loaded, command)
 
 
-def _tell(found: Resources, command: str) -> int:
+def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Resources:
+    """Load the settings in a thread, as a file may be a pipe without a writer.
+
+    Raises:
+        InterruptedError: a signal has stopped the start.
+        SettingsError: the settings cannot be used.
+
+    """
+    from echod import threads  # noqa: PLC0415
+
+    try:
+        return threads.wait(load, "settings", signals.is_stopping)
+    except threads.ThreadError:
+        return load()
+
+
+def _report(resources: Resources, command: str) -> int:
+    """Print the warnings, and the output of `check` or `config`."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from echod.settings import resources, toml  # noqa: PLC0415
+    from echod.settings import toml  # noqa: PLC0415
     from echod.text import printable  # noqa: PLC0415
 
-    if command == "check" and (problems := list(resources.log_problems(found.loaded))):
-        return _fail(EXIT_CONFIG, problems)
-    for variable in found.loaded.unknown_variables:
-        _say(printable(f"warning: {variable} names no setting"))
-    for listener, warning in found.warnings(datetime.now(UTC)):
+    config = resources.config
+    for variable in config.unknown_variables:
+        _say(printable(f"warning: {variable} is not a setting"))
+    for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
-    try:
-        _write(
-            _STDOUT,
-            "configuration OK\n" if command == "check" else toml.document(found.loaded.settings, found.loaded.origins),
-        )
-    except OSError as error:
-        return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
-    return EXIT_OK
+    return _print("configuration OK\n" if command == "check" else toml.document(config.settings, config.origins))
 
 
 def _fill_standard_descriptors() -> None:
-    """Open 0, 1 and 2 where whoever started us has closed them, or a socket would be the next to get that number."""
+    """Open 0, 1 and 2 if the parent has closed them. Otherwise a socket could get one of these numbers."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         os.set_inheritable(descriptor, True)  # noqa: FBT003  (its parameter is positional)
     os.close(descriptor)
@@ -99,43 +107,42 @@ def _fill_standard_descriptors() -> None:
 
 def _probe(arguments: Sequence[str]) -> int:
     try:
-        # Before all else that this command imports: a health check runs it every few seconds.
+        # Nothing else is imported: a health check runs this command every few seconds.
         from echod.probe import command  # noqa: PLC0415
+        from echod.probe.model import Outcome  # noqa: PLC0415
 
-        ending, text, problem = command.run(arguments)
+        outcome, text, problem = command.run(arguments)
     except KeyboardInterrupt:
         return _SIGNALLED + signal.SIGINT
     if problem:
         _say(problem)
-    try:
-        _write(_STDOUT, text)
-    except OSError as error:
-        return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
-    return {
-        command.Ending.RIGHT: EXIT_OK,
-        command.Ending.FAILED: EXIT_FAILURE,
-        command.Ending.UNREACHABLE: EXIT_UNAVAILABLE,
-        command.Ending.INTERRUPTED: _SIGNALLED + signal.SIGINT,
-        command.Ending.TERMINATED: _SIGNALLED + signal.SIGTERM,
-    }[ending]
+    return (
+        _print(text)
+        or {
+            Outcome.RIGHT: EXIT_OK,
+            Outcome.FAILED: EXIT_FAILURE,
+            Outcome.UNREACHABLE: EXIT_UNAVAILABLE,
+            Outcome.INTERRUPTED: _SIGNALLED + signal.SIGINT,
+            Outcome.TERMINATED: _SIGNALLED + signal.SIGTERM,
+        }[outcome]
+    )
 
 
-def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
-    from echod import threads  # noqa: PLC0415
+def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
     from echod.daemon import daemon, logs  # noqa: PLC0415
-    from echod.net import listeners  # noqa: PLC0415
-    from echod.settings import resources  # noqa: PLC0415
+    from echod.net.listeners import ListenError  # noqa: PLC0415
+    from echod.threads import ThreadError  # noqa: PLC0415
 
     try:
-        log = logs.Log(found.loaded.settings.log)
+        log = logs.Log(resources.config.settings.log)
     except OSError as error:
-        return _fail(EXIT_CONFIG, [resources.log_problem(found.loaded, error)])
-    except threads.ThreadError as error:
+        return _fail(EXIT_CONFIG, [logs.problem(resources.config, error)])
+    except ThreadError as error:
         return _fail(EXIT_FAILURE, [f"the log: {error}"])
     try:
         log.capture()
-        return daemon.serve(found, log, signals, load)
-    except listeners.ListenError as error:
+        return daemon.serve(resources, log, signals, load)
+    except ListenError as error:
         return _fail(EXIT_UNAVAILABLE, error.problems)
     except Exception:
         log.logger.exception("crashed")
@@ -145,6 +152,15 @@ def _serve(found: Resources, signals: Signals, load: Callable[[Resources], Resou
         signals.ignore()
 
 
+def _print(text: str) -> int:
+    """Write to standard output, and return the exit code."""
+    try:
+        _write(_STDOUT, text)
+    except OSError as error:
+        return _fail(EXIT_FAILURE, [f"standard output: {error.strerror}"])
+    return EXIT_OK
+
+
 def _fail(code: int, problems: Iterable[object]) -> int:
     for problem in problems:
         _say(str(problem))
@@ -152,11 +168,11 @@ def _fail(code: int, problems: Iterable[object]) -> int:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # whether anybody reads it or not, the exit code tells
+    with contextlib.suppress(OSError):  # the exit code is enough
         _write(_STDERR, f"echod: {line}\n")
 
 
 def _write(descriptor: int, text: str) -> None:
-    # sys.stdout and sys.stderr are None where they were closed at the start, and not UTF-8 everywhere, as TOML is.
+    # sys.stdout and sys.stderr are None if they were closed at the start, and are not always UTF-8, as TOML is.
     with open(descriptor, "wb", closefd=False) as file:
         file.write(text.encode())

@@ -17,7 +17,7 @@ from echod.server import server
 from echod.server.ledger import Ledger
 from echod.server.settings import ServerSettings
 from echod.settings import resources
-from echod.settings.model import Loaded
+from echod.settings.model import Config
 from echod.settings.problems import Problem, SettingsError, validate
 from echod.text import hint
 
@@ -111,14 +111,14 @@ class Server:
             ListenError: the address cannot be opened.
 
         """
-        found = acquire(address, options)
-        settings = found.loaded.settings
-        table, tls = settings.listeners[_NAME], found.tls.get(_NAME)
+        acquired = acquire(address, options)
+        settings = acquired.config.settings
+        table, tls = settings.listeners[_NAME], acquired.tls.get(_NAME)
         (listener,) = open_listeners(
             [ListenerSpec(address, table.parsed_address, table.permissions)], settings.limits.backlog
         )
         log = _SILENT if logger is None else logger.bind(listener=address)
-        for _, warning in found.warnings(datetime.now(UTC)):
+        for _, warning in acquired.warnings(datetime.now(UTC)):
             log.warning(warning.event, **warning.fields)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
@@ -233,7 +233,7 @@ def check_names(options: Collection[str], known: Collection[str]) -> None:
 def _acquire(values: Mapping[str, Any]) -> Resources:
     # All values come from one call, so problems have no origin.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Loaded(validate(values, origins), origins, ()))
+    return resources.acquire(Config(validate(values, origins), origins, ()))
 
 
 def _own(key: str) -> str:

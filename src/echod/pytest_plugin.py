@@ -1,4 +1,4 @@
-"""The pytest plugin: a server for each test that asks for one. What it takes is imported at the first use."""
+"""The pytest plugin: a server for each test that uses the fixture `echod`. Other modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def echod(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
-    """Start an echod on a free port, in a thread: `echod.address`, `echod.connections`; `@pytest.mark.echod` sets it up."""
+    """Start an echo server on a free port: `echod.address`, `echod.connections`. Configure it with `@pytest.mark.echod`."""
     from echod.settings.problems import SettingsError  # noqa: PLC0415
     from echod.testing import ServerThread  # noqa: PLC0415
 
@@ -41,10 +41,10 @@ def echod(request: pytest.FixtureRequest) -> Iterator[ServerThread]:
 
 
 def _options(node: pytest.Item) -> ThreadOptions:
-    """Return the options of all markers, those of a function before those of its class and its module."""
+    """Return the options of all markers. Those of a function override those of its class and module."""
     options: dict[str, Any] = {}
     for mark in node.iter_markers("echod"):
         if mark.args:
             pytest.fail(f"@pytest.mark.echod takes options by name, not {mark.args[0]!r}", pytrace=False)
         options = {**mark.kwargs, **options}
-    return cast("ThreadOptions", options)  # which is for the server to check
+    return cast("ThreadOptions", options)  # the server checks it

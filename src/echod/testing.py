@@ -1,4 +1,4 @@
-"""A server in a thread of its own, with a loop of its own, for tests: what the fixture `echod` of pytest gives."""
+"""Run a server in a thread with its own event loop, for tests. The pytest fixture `echod` provides it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echod import embed
 from echod.embed import Server
+from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
-from echod.settings.resources import loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from echod.server.ledger import Entry
     from echod.server.receipt import Receipt
 
-# A test that leaves a connection open does not wait long for its end: seconds.
+# In seconds. They are short, so that a test which leaves a connection open ends soon.
 SHUTDOWN = {"quiet_period": 0.05, "drain_timeout": 1.0, "linger_timeout": 0.2}
 
 _HOST = "127.0.0.1"
@@ -37,25 +37,26 @@ class ThreadOptions(embed.CommonOptions, total=False):
     """The options of a `ServerThread`, and of the marker `echod`."""
 
     tls: bool | dict[str, Any]
-    """True: with a certificate made on the spot; a table of the settings' keys: so too where it names no certificate."""
+    """True: issue a certificate for the test. A dict has the keys of a listener's `tls`; without a certificate in it, one
+    is issued too."""
     loop: Literal["auto", "uvloop", "asyncio"]
 
 
 class ServerThread:
-    """A server on a free port of 127.0.0.1 that listens from the first moment on.
+    """Run a server on a free port of 127.0.0.1. It listens once the constructor returns.
 
-    Of `shutdown`, what is not given is shorter than it is for the daemon: a quiet period of 0.05 s, a drain of 1 s and
-    a linger of 0.2 s.
+    The defaults of `shutdown` are shorter than those of the daemon: a quiet period of 0.05 s, a drain timeout of 1 s and
+    a linger timeout of 0.2 s.
 
-    In a process that is forked from this one there is no such thread. Clients there may use `address` and
-    `ssl_context`; what tells of the server, or stops it, raises RuntimeError.
+    A forked process does not have the thread. Clients there may use `address` and `ssl_context`. All methods that ask or
+    stop the server raise RuntimeError there.
 
     Args:
-        options: those of `ThreadOptions`; docs/testing.md explains them.
+        options: the keys of `ThreadOptions`. docs/testing.md explains them.
 
     Raises:
-        SettingsError: options are wrong; it names all of them.
-        ImportError: a certificate is to be made, and trustme is not installed.
+        SettingsError: options are wrong; it has all problems.
+        ImportError: the options require a certificate, and trustme is not installed.
 
     """
 
@@ -88,37 +89,37 @@ class ServerThread:
             self._started.result()
             self._resources = resources.pop_all()
 
-    # What a test looks at
+    # Called by the test
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens, as `socket.create_connection` takes it."""
+        """The address as `socket.create_connection` takes it."""
         (address,) = self._server.addresses
         assert isinstance(address, TcpAddress)
         return address.host, address.port
 
     @property
     def clients(self) -> int:
-        """The number of clients that are connected now."""
+        """The number of connected clients."""
         self._check_process()
         return self._server.clients
 
     @property
     def connections(self) -> list[Entry]:
-        """The ledger so far: an entry for each connection that has been closed, in the order of their ends."""
+        """The entries of all connections that have been closed, in that order."""
         self._check_process()
         with self._news:
             return self._entries.copy()
 
     def wait_for_connections(self, count: int, timeout: float = 10.0) -> list[Entry]:
-        """Wait until so many connections have been closed, and return all entries there are then.
+        """Wait until a number of connections have been closed, and return all entries.
 
         Args:
-            count: how many, from the start on.
-            timeout: seconds.
+            count: number of connections since the start.
+            timeout: in seconds.
 
         Raises:
-            TimeoutError: there were not so many in time; it tells which there were.
+            TimeoutError: fewer connections have been closed in time. The message lists them.
 
         """
         self._check_process()
@@ -126,36 +127,36 @@ class ServerThread:
             if self._news.wait_for(lambda: len(self._entries) >= count, timeout):
                 return self._entries.copy()
             closed = ", ".join(f"{entry.peer} ({entry.reason})" for entry in self._entries) or "none"
-            msg = f"not {count} connections closed in {timeout} s, but: {closed}; still connected: {self.clients}"
+            msg = f"fewer than {count} connections closed in {timeout} s: {closed}; still connected: {self.clients}"
             raise TimeoutError(msg)
 
     @property
     def certificate_authority(self) -> Path:
-        """The file, PEM, with the authority of the certificate that was made on the spot; there until `stop`.
+        """The PEM file with the authority of the issued certificate. `stop` removes it.
 
         Raises:
-            RuntimeError: none was made.
+            RuntimeError: no certificate was issued.
 
         """
         if self._authority is None:
-            msg = "no certificate was made on the spot: that takes @pytest.mark.echod(tls=True)"
+            msg = "no certificate was issued: use @pytest.mark.echod(tls=True)"
             raise RuntimeError(msg)
         return self._authority
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Return a context for clients that trusts the certificate made on the spot, for localhost and 127.0.0.1.
+        """Return a client context that trusts the issued certificate, which names localhost, 127.0.0.1 and ::1.
 
         Raises:
-            RuntimeError: none was made.
+            RuntimeError: no certificate was issued.
 
         """
         return ssl.create_default_context(cafile=self.certificate_authority)
 
     def stop(self) -> Receipt:
-        """Stop gracefully, wait for the end, and tell what became of the clients. Idempotent.
+        """Stop gracefully, wait for the end, and return the receipt. Idempotent.
 
         Raises:
-            RuntimeError: this is a forked process. The server runs on in the other one.
+            RuntimeError: this is a forked process. The server continues in the other process.
 
         """
         self._check_process()
@@ -166,21 +167,21 @@ class ServerThread:
         return self._ended.result()
 
     def _check_process(self) -> None:
-        # A lock that the thread held at the fork is never released in the child, and the thread never ends there.
+        # After a fork, a lock that the thread held is never released in the child, and the thread never ends there.
         if os.getpid() != self._process:
             msg = (
-                f"the server runs in process {self._process}, from which this one was forked: ask or stop it there, and "
-                "end a forked client with os._exit"
+                f"the server runs in process {self._process}, the parent of this one: ask or stop it there, and end this "
+                "process with os._exit"
             )
             raise RuntimeError(msg)
 
-    # The thread
+    # Called in the thread
 
     def _work(self, factory: Callable[[], asyncio.AbstractEventLoop], options: dict[str, Any]) -> None:
         try:
             with asyncio.Runner(loop_factory=factory) as runner:
                 receipt = runner.run(self._serve(options))
-        except BaseException as error:  # noqa: BLE001  (raised to whoever waits for the start or the end)
+        except BaseException as error:  # noqa: BLE001  (the future raises it in the test)
             (self._ended if self._started.done() else self._started).set_exception(error)
         else:
             self._ended.set_result(receipt)
@@ -200,17 +201,17 @@ class ServerThread:
 
 
 def _remove(folder: Path, process: int) -> None:
-    """Remove a folder at the latest when the process ends, but not when one that was forked from it does."""
+    """Remove a folder, unless a forked process calls this at its exit."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _certify(folder: Path, authority: Path) -> dict[str, Any]:
-    """Make an authority and a certificate of it, and return the settings that name the files."""
+    """Create an authority, issue a certificate, and return the settings with the names of the files."""
     try:
         import trustme  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
-        msg = "a certificate made on the spot takes trustme, which is not installed: pip install 'echod[pytest]'"
+        msg = "trustme is needed to issue a certificate: pip install 'echod[pytest]'"
         raise ImportError(msg) from error
 
     ca = trustme.CA()

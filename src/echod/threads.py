@@ -1,4 +1,4 @@
-"""Threads beside the main one: no signals in them, and one error if the system refuses to start them."""
+"""Start threads that block all signals. A refusal by the system is one kind of error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Seconds between two looks at `stopped`.
+_PATIENCE = 0.1
+
 
 class ThreadError(Exception):
     """A thread could not be started."""
@@ -22,10 +25,10 @@ class ThreadError(Exception):
 def start(work: Callable[[], object], name: str) -> threading.Thread:
     """Start a daemon thread that blocks all signals.
 
-    A signal that it took would not wake the main thread, which has the handlers.
+    Only the main thread runs handlers, and a signal to another thread would not wake it.
 
     Raises:
-        ThreadError: the system refused, because of a limit of processes or for want of memory.
+        ThreadError: the system refused, because of a limit of processes or a lack of memory.
 
     """
 
@@ -45,6 +48,7 @@ def start(work: Callable[[], object], name: str) -> threading.Thread:
 def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> asyncio.Future[T]:
     """Call a function in a thread of its own, and return the future of its result.
 
+    The caller may settle the future first, to give up the result. The thread cannot be ended.
     Unlike the threads of an executor, this one is not awaited at the end of the process.
 
     Raises:
@@ -54,7 +58,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(outcome: Callable[[], None]) -> None:
-        if not future.cancelled():
+        if not future.done():  # nobody waits any more if it is
             outcome()
 
     def run() -> None:
@@ -62,8 +66,42 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
             outcome = partial(future.set_result, work())
         except Exception as error:  # noqa: BLE001  (the future raises it)
             outcome = partial(future.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed in between
             loop.call_soon_threadsafe(settle, outcome)
 
     start(run, name)
     return future
+
+
+def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
+    """Call a function in a thread of its own, and return its result, unless the wait for it is ended first.
+
+    Args:
+        work: the function; it may never return.
+        name: of the thread.
+        stopped: called every 100 ms; True ends the wait.
+
+    Raises:
+        InterruptedError: `stopped` returned True.
+        ThreadError: as `start`.
+
+    """
+    outcomes: list[Callable[[], T]] = []
+
+    def fail(error: Exception) -> T:
+        raise error
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001  (it is raised in the caller's thread)
+            outcomes.append(partial(fail, error))
+        else:
+            outcomes.append(lambda: result)
+
+    thread = start(run, name)
+    while thread.is_alive():
+        if stopped():
+            raise InterruptedError
+        thread.join(_PATIENCE)
+    return outcomes[0]()

@@ -1,4 +1,4 @@
-"""The metrics: their names and form, the page that lists them, and the dashboard that shows them."""
+"""The metrics: their names and form, their list in docs/metrics.md, and the dashboard."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from echod.admin.metrics import Distribution
-from echod.admin.status import _state
 from echod.connection.outcome import Reason
 from harness import reset
 from watching import WATCHED, get, scrape
@@ -30,13 +28,13 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[2]
 NAME = 'a "quoted" \\ name\nof two lines {x="y"}'
 
-# Where a unit has a name of its own, it is the base unit, and stands last, before _total.
+# Prometheus recommends base units: seconds and bytes.
 WRONG_UNITS = re.compile(r"milli|micro|_ms|_us|kilo|mega|_kb|_mb|percent|minutes|hours|days", re.IGNORECASE)
 
 
 @pytest.fixture
 def exposition(start: Start, tmp_path: Path) -> str:
-    """Return the exposition of a daemon with TLS, and a name that needs escaping, that has had clients."""
+    """Return the metrics of a daemon that has served clients, with TLS and a listener name that needs escaping."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
@@ -61,7 +59,7 @@ def exposition(start: Start, tmp_path: Path) -> str:
 
 
 def test_form(exposition: str) -> None:
-    """Every metric has its HELP and TYPE once, before its samples; names and units are as Prometheus wants them."""
+    """Every metric has one HELP and one TYPE. Names and units follow the conventions of Prometheus."""
     helped = re.findall(r"^# HELP (\S+) (.*)$", exposition, re.MULTILINE)
     typed = re.findall(r"^# TYPE (\S+) (counter|gauge|histogram)$", exposition, re.MULTILINE)
     assert exposition.count("# TYPE ") == len(typed)
@@ -86,7 +84,7 @@ def test_form(exposition: str) -> None:
 
 
 def test_values(exposition: str, tmp_path: Path) -> None:
-    """Labels hold any name; the certificate's end, the reasons and the histograms are right."""
+    """Labels hold any name. The certificate's expiry, the reasons and the histograms are correct."""
     families = {family.name: family for family in text_string_to_metric_families(exposition)}
     (expiry,) = families["echod_tls_certificate_expiry_timestamp_seconds"].samples
     assert expiry.labels == {"listener": NAME, "certificate": "server"}
@@ -112,7 +110,7 @@ def test_values(exposition: str, tmp_path: Path) -> None:
 
 
 def test_round_trips_are_those_of_the_log(start: Start) -> None:
-    """The sum and the buckets are made of what the log lines say; a unix socket has no round trip, and counts none."""
+    """The sum and the buckets agree with the log lines."""
     daemon = start(*WATCHED)
     for _ in range(5):
         daemon.echo(b"x")
@@ -140,7 +138,7 @@ def test_no_round_trips_of_unix_sockets(start: Start, tmp_path: Path) -> None:
 
 
 def test_distribution() -> None:
-    """A value on a bound lies within it."""
+    """Bounds are inclusive."""
     distribution = Distribution((0.1, 1.0))
     for value in (0.0, 0.1, 0.10001, 1.0, 7.0):
         distribution.add(value)
@@ -149,17 +147,17 @@ def test_distribution() -> None:
 
 
 def test_promtool(exposition: str) -> None:
-    """Prometheus' own checker has nothing to say."""
+    """Promtool finds no problem in echod's metrics."""
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     result = subprocess.run([promtool, "check", "metrics"], input=exposition, capture_output=True, text=True)
     own = [line for line in (result.stdout + result.stderr).splitlines() if "echod_" in line]
     assert own == []
-    assert result.returncode in {0, 3}  # 3: remarks, which the Python client's own metrics may draw
+    assert result.returncode in {0, 3}  # 3: lint findings, such as those about metrics of the Python client
 
 
 def test_docs_list_them_all(exposition: str) -> None:
-    """docs/metrics.md has every metric of echod's with its type and labels, and no other."""
+    """docs/metrics.md lists exactly echod's metrics, with their types and labels."""
     rows = re.findall(
         r"^\| `(echod_\w+)` \| (\w+) \| (.*?) \| .+ \|$", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
     )
@@ -186,7 +184,7 @@ def panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_dashboard_queries_exist(exposition: str) -> None:
-    """Every name and label in a query of the dashboard is one of the exposition's."""
+    """Every metric and label in the queries of the dashboard exists."""
     dashboard = json.loads(DASHBOARD.read_text())
     samples: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(exposition):
@@ -210,7 +208,7 @@ def test_dashboard_queries_exist(exposition: str) -> None:
 
 
 def test_dashboard_form() -> None:
-    """It asks for its data source, panels have titles, units, and places that do not overlap."""
+    """The data source is a variable. Panels have titles and units, and do not overlap."""
     dashboard = json.loads(DASHBOARD.read_text())
     assert dashboard["id"] is None
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
@@ -237,7 +235,7 @@ def test_dashboard_form() -> None:
 
 
 def test_dashboard_queries_parse(tmp_path: Path) -> None:
-    """Prometheus' own parser takes every query, as rules that would record them."""
+    """Prometheus parses every query, given as recording rules."""
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     dashboard = json.loads(DASHBOARD.read_text())
@@ -251,18 +249,3 @@ def test_dashboard_queries_parse(tmp_path: Path) -> None:
     result = subprocess.run([promtool, "check", "rules", path], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{len(rules)} rules found" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("reason", "stage", "paused", "state"),
-    [
-        ("cut", "handshake", True, "closing"),
-        (None, "handshake", False, "handshake"),
-        (None, None, True, "paused"),
-        (None, None, False, "open"),
-    ],
-)
-def test_states(reason: str | None, stage: str | None, paused: bool, state: str) -> None:
-    """A client is in one state at a time: who is on the way out is in no other."""
-    session = SimpleNamespace(reason=reason, stage=stage, paused=paused)
-    assert _state(session) == state  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from echod.server.ledger import Ledger
 from echod.server.server import Server
 from echod.server.sessions import new_session
 from harness import PATIENCE, UNHURRIED
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -360,3 +360,54 @@ def test_receipt_of_a_paused_daemon(start: Start) -> None:
     assert names[names.index("draining") :].count("client_closed") == receipt["clients"]
     assert daemon.wait_for("draining")["clients"] == receipt["clients"]
     assert daemon.wait_for("stopped")["connections"] == names.count("client_closed") == 100
+
+
+def test_every_accept_is_forbidden(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPERM for each connection leaves all of them in the queue: accepting pauses, and goes on when it is allowed."""
+    tries: list[int] = []
+
+    async def scene(serving: Serving) -> None:
+        allowed = asyncio.Event()
+        accept = ListeningSocket.accept
+
+        def forbid(listening: ListeningSocket) -> tuple[socket.socket, Any]:
+            if allowed.is_set():
+                return accept(listening)
+            tries.append(0)
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(ListeningSocket, "accept", forbid)
+        serving.server.start()
+        with socket.create_connection(serving.address, PATIENCE) as client:
+            await until(lambda: serving.server.accept_paused)
+            allowed.set()
+            assert await asyncio.to_thread(echo, client) == b"x"
+            await until(lambda: serving.lines("accept_resumed"))
+        assert [line["cause"] for line in serving.lines("accept_paused")] == ["EPERM"]
+        assert (await serving.server.shutdown()).failed == 0
+
+    serve(scene)
+    assert tries
+
+
+def test_listening_socket_fails_to_close(serve: Callable[..., None]) -> None:
+    """The clients are drained all the same."""
+
+    class Failing(socket.socket):
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.EIO, "Input/output error")
+
+    async def scene(serving: Serving) -> None:
+        serving.server.start()
+        with socket.create_connection(serving.address, PATIENCE) as client:
+            assert await asyncio.to_thread(echo, client) == b"x"
+            (listening,) = serving.server._listener._sockets
+            plain = listening.sock
+            listening.sock = Failing(fileno=plain.detach())
+            stop = asyncio.ensure_future(serving.server.shutdown())
+            assert await asyncio.to_thread(echo, client) == b"x"
+            client.close()
+            assert (await stop).completed == 1
+
+    serve(scene)

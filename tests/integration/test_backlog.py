@@ -17,7 +17,7 @@ from echod.server.ledger import Ledger
 from echod.server.server import Server
 from echod.server.timeouts import Sweep
 from harness import PATIENCE
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

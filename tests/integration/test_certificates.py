@@ -22,9 +22,9 @@ from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from echod import Server
+from echod.loops import loop_factory
 from echod.net import x509
-from echod.net.certificates import TlsError, Used, load
-from echod.settings.resources import loop_factory
+from echod.net.certificates import CertificateError, UsedCertificate, load
 from harness import PATIENCE, run
 from watching import WATCHED, scrape, status
 
@@ -244,7 +244,7 @@ def test_what_a_server_in_a_program_warns_of(loop_name: str, tmp_path: Path, aut
 def test_the_bounds_of_validity() -> None:
     """A certificate is valid from its first to its last second. In its last 14 days there is a warning."""
     first, last = datetime(2030, 1, 1, tzinfo=UTC), datetime(2031, 1, 1, tzinfo=UTC)
-    used = Used("server", "f", x509.Certificate("CN=s", first, last))
+    used = UsedCertificate("server", "f", x509.Certificate("CN=s", first, last))
     second = timedelta(seconds=1)
     found = [
         warning.event if (warning := used.warning(now)) is not None else None
@@ -464,7 +464,7 @@ def test_no_descriptor_for_a_certificate(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with pytest.raises(TlsError, match=f"^'{file}' cannot be read: Too many open files$"):
+    with pytest.raises(CertificateError, match=f"^'{file}' cannot be read: Too many open files$"):
         load(file, file, "", "1.2")
 
 

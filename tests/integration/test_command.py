@@ -1,4 +1,4 @@
-"""The command: what it prints, and its exit codes."""
+"""Test the output and the exit codes of the command."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_version() -> None:
 
 
 def test_help() -> None:
-    """Every setting is in the help, with its default, and so are the exit codes."""
+    """The help lists every setting with its default, and the exit codes."""
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, "")
-    text = " ".join(result.stdout.split())  # however the lines are broken
+    text = " ".join(result.stdout.split())  # without the line breaks
     for key, field in leaves():
         assert f" --{'.'.join(key)}".replace("_", "-") in text
         assert f" {field.description} (default: {toml.value(field.default)}) " in text
@@ -59,11 +59,11 @@ def test_check(tmp_path: Path) -> None:
     path.write_text("[limits]\nidle_timeout = 3\n")
     result = run("check", env={"ECHOD_CONFIG": str(path), "ECHOD_PORT": "tcp://10.0.0.1:80"})
     assert (result.returncode, result.stdout) == (0, "configuration OK\n")
-    assert result.stderr == "echod: warning: ECHOD_PORT names no setting\n"
+    assert result.stderr == "echod: warning: ECHOD_PORT is not a setting\n"
 
 
 def test_config_round_trip(tmp_path: Path) -> None:
-    """What `config` prints, `--config` reads; the options and `serve` share one grammar, in any order."""
+    """`--config` reads the output of `config`. Options may precede the command."""
     options = ("--limits.idle-timeout", "5", "--listen", "127.0.0.1:1")
     first = run(*options, "config")
     assert first.returncode == 0
@@ -77,7 +77,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 
 
 def test_config_of_odd_texts(tmp_path: Path) -> None:
-    """Names that need quotes and values that need escapes are read back too, each line with its source."""
+    """`config` quotes names and escapes values, so that both are read back. Each line has its source."""
     path = tmp_path / "echo.toml"
     path.write_text("""\
 [listeners."a b.c"]
@@ -114,7 +114,7 @@ action = "raise"
 
 
 def test_config_is_utf8_everywhere() -> None:
-    """TOML is UTF-8, whatever the terminal's encoding."""
+    """`config` prints UTF-8 in any encoding of the terminal, as TOML requires."""
     command = [sys.executable, "-m", "echod", "config", "--faults.b.trigger", "ü🎉", "--faults.b.action", "raise"]
     environment = clean_environment({"PYTHONIOENCODING": "latin-1"})
     result = subprocess.run(command, capture_output=True, timeout=PATIENCE, env=environment)
@@ -123,20 +123,20 @@ def test_config_is_utf8_everywhere() -> None:
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of shell in which "$@" is echod."""
+    """Run a shell command in which "$@" stands for echod."""
     words = ["sh", "-c", command, "sh", sys.executable, "-m", "echod"]
     return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_output_that_cannot_be_written() -> None:
-    """1 and one line; errors that nobody can read are an exit code all the same."""
+    """A full standard output is one line and exit code 1. A full standard error does not change the exit code."""
     result = shell('"$@" config >/dev/full')
     assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n")
     assert shell('"$@" check --loop none 2>/dev/full').returncode == 78
 
 
-def test_a_reader_that_has_gone() -> None:
+def test_output_without_a_reader() -> None:
     receiver, sender = os.pipe()
     os.close(receiver)
     try:
@@ -151,7 +151,7 @@ def test_a_reader_that_has_gone() -> None:
 
 
 def test_closed_output() -> None:
-    """Where standard output or error is closed, its lines go nowhere, and not to the other one."""
+    """If standard output or standard error is closed, its lines are dropped and do not go to the other one."""
     result = shell('"$@" config >&-')
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     result = shell('ECHOD_PORT=1 "$@" check 2>&-')
@@ -161,7 +161,7 @@ def test_closed_output() -> None:
 
 
 def test_check_opens_nothing(taken: str, tmp_path: Path) -> None:
-    """The settings are right, whoever listens on the address; and the log file is not created."""
+    """`check` neither opens the address, which may be in use, nor creates the log file."""
     log = tmp_path / "echo.log"
     result = run("check", "--listen", taken, "--log.file", str(log))
     assert (result.returncode, result.stdout, result.stderr) == (0, "configuration OK\n", "")
@@ -169,7 +169,7 @@ def test_check_opens_nothing(taken: str, tmp_path: Path) -> None:
 
 
 def test_sources_of_the_file(tmp_path: Path) -> None:
-    """The option is over the variable; an empty variable is none, an empty option is an error."""
+    """The option overrides the variable. An empty variable is ignored, but an empty option is an error."""
     path = tmp_path / "echo.toml"
     path.write_text('loop = "asyncio"\n')
     missing = str(tmp_path / "none.toml")
@@ -183,7 +183,7 @@ def test_sources_of_the_file(tmp_path: Path) -> None:
         assert (result.returncode, result.stderr) == (78, "echod: --config: names no file\n")
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_unreadable_file(tmp_path: Path) -> None:
     path = tmp_path / "echo.toml"
     path.write_text('loop = "asyncio"\n')
     path.chmod(0)
@@ -192,9 +192,9 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 
 
 def test_names_that_break_lines() -> None:
-    """A variable's name may hold anything; the warning is one line."""
+    """A warning stays on one line even if the name of the variable contains a line break."""
     result = run("check", env={"ECHOD_A\nB\x1b": "1"})
-    assert result.stderr == "echod: warning: ECHOD_A\\nB\\x1b names no setting\n"
+    assert result.stderr == "echod: warning: ECHOD_A\\nB\\x1b is not a setting\n"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_syntax_errors(command: Command, arguments: list[str], message: str) -> 
 
 @pytest.mark.parametrize("name", ["serve", "check", "config"])
 def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
-    """78, whatever was asked for; and a log file that cannot be written is told of in advance."""
+    """Every command exits with 78 and reports all problems, a log file that cannot be written included."""
     result = command(name, "--limits.backlog", "none", "--limits.colour", "red")
     assert result.returncode == 78
     assert len(result.stderr.splitlines()) == 2
@@ -249,7 +249,7 @@ def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["serve", "check"])
 def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) -> None:
-    """A FIFO that nothing reads is refused by the check in the words of the start."""
+    """`check` and `serve` refuse a FIFO without a reader with the same message."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     result = command(name, "--log.file", str(fifo))
@@ -258,7 +258,7 @@ def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) 
 
 
 def test_check_leaves_the_log_alone(command: Command, tmp_path: Path) -> None:
-    """A check creates no log file, changes none, and accepts a FIFO that is read."""
+    """`check` neither creates nor changes a log file, and accepts a FIFO with a reader."""
     new, old, fifo = tmp_path / "new", tmp_path / "old", tmp_path / "fifo"
     old.write_text("a line\n")
     os.mkfifo(fifo)
@@ -272,20 +272,20 @@ def test_check_leaves_the_log_alone(command: Command, tmp_path: Path) -> None:
 
 @pytest.fixture
 def taken() -> Iterator[str]:
-    """Give an address that somebody else listens on."""
+    """Return an address that another socket listens on."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         yield f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 def free_address() -> tuple[str, int]:
-    """Return an address that is free now."""
+    """Return a free address."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         host, port = sock.getsockname()
         return host, port
 
 
 def test_addresses_that_cannot_be_opened(taken: str) -> None:
-    """69 with a line for each; and the address that could be opened is free again."""
+    """The exit code is 69, with a line for each address. An address that was opened is free again."""
     host, port = free_address()
     listen = (f"{host}:{port}", taken, "192.0.2.1:0", "name.invalid:0")
     result = run(*(text for address in listen for text in ("--listen", address)))
@@ -298,22 +298,22 @@ def test_addresses_that_cannot_be_opened(taken: str) -> None:
 
 
 def run_without(capabilities: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as one who may do less than root."""
+    """Run the command without some of the capabilities of root."""
     command = [sys.executable, "-m", "echod", *arguments]
     if os.getuid() == 0:
         if shutil.which("setpriv") is None:
-            pytest.skip("setpriv is not installed, and root may do everything")
-        # The user stays the same: another one may not be able to read the interpreter.
+            pytest.skip("setpriv is not installed, and root has all capabilities")
+        # Keep the user: another user may not be able to read the interpreter.
         dropped = ",".join(f"-{name}" for name in capabilities.split(","))
         command = ["setpriv", f"--inh-caps={dropped}", f"--bounding-set={dropped}", *command]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
 
 
 @pytest.mark.skipif(
-    not UNPRIVILEGED_PORTS.exists() or int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="anybody may listen on port 7"
+    not UNPRIVILEGED_PORTS.exists() or int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="every user may listen on port 7"
 )
 def test_privileged_port() -> None:
-    """Not everybody may listen on the port of RFC 862; the message and exit code say that it is the address."""
+    """Without permission for port 7, the message names the address, and the exit code is 69."""
     host, port = free_address()
     result = run_without("net_bind_service", "--listen", f"{host}:{port},127.0.0.1:7")
     assert (result.returncode, result.stderr) == (69, "echod: cannot listen on 127.0.0.1:7: Permission denied\n")
@@ -334,7 +334,7 @@ sys.exit(main())
 
 
 def test_without_uvloop() -> None:
-    """Where uvloop is not installed, `auto` takes asyncio, and asking for it is an error that says so."""
+    """If uvloop is not installed, `auto` chooses asyncio, and `uvloop` is an error that says so."""
     with Daemon(module=("-c", HIDE_UVLOOP)) as daemon:
         assert daemon.wait_for("started")["loop"] == "asyncio"
         daemon.echo(b"x")
@@ -345,19 +345,18 @@ def test_without_uvloop() -> None:
     assert result.stderr == ("echod: --loop: loop: uvloop is not installed: install it, or choose auto or asyncio\n")
 
 
-def test_crash() -> None:
-    """What nobody expected is one line of the log, with the traceback, and 1."""
-    code = "import sys; from echod import cli; from echod.daemon import daemon; del daemon.open_listeners; sys.exit(cli.main())"
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+def test_crash(tmp_path: Path) -> None:
+    """An unexpected exception is logged on one line with its traceback, and the exit code is 1."""
+    (tmp_path / "uvloop.py").write_text("raise RuntimeError('a broken uvloop')")
+    result = run("--listen", "127.0.0.1:0", "--loop", "uvloop", env={"PYTHONPATH": str(tmp_path)})
     assert (result.returncode, result.stdout) == (1, "")
     line = json.loads(result.stderr)
     assert (line["level"], line["event"]) == ("error", "crashed")
-    assert "NameError" in line["exception"]
+    assert "RuntimeError: a broken uvloop" in line["exception"]
 
 
 def test_garbage_collection() -> None:
-    """Once it serves, garbage is collected, and not looked for in what was imported."""
+    """Once the daemon serves, garbage is collected, but not among the imported objects."""
     code = (
         "import gc, sys; from echod import cli; sys.exit(cli.main() or not gc.isenabled() or not gc.get_freeze_count())"
     )
@@ -366,7 +365,7 @@ def test_garbage_collection() -> None:
 
 
 def test_plugins_of_pydantic(tmp_path: Path) -> None:
-    """What else is installed is not run, unless somebody asks for it."""
+    """Plugins of Pydantic run only if PYDANTIC_DISABLE_PLUGINS allows it."""
     (tmp_path / "meddler.py").write_text("print('here I am')\nplugin = None\n")
     metadata = tmp_path / "meddler-1.dist-info"
     metadata.mkdir()
@@ -391,7 +390,7 @@ def test_unknown_variables_are_a_warning() -> None:
 
 
 def test_file_and_variables_alone(tmp_path: Path) -> None:
-    """A container needs no command line."""
+    """A file and variables are enough, without a command line."""
     path = tmp_path / "echo.toml"
     path.write_text('listen = ["127.0.0.1:0"]\n')
     environment = {"ECHOD_CONFIG": str(path), "ECHOD_LOG__CONNECTIONS": "all", "ECHOD_LOOP": "asyncio"}
@@ -403,7 +402,7 @@ def test_file_and_variables_alone(tmp_path: Path) -> None:
 
 
 def test_closed_standard_descriptors() -> None:
-    """Started without standard error, echod does not take a client's socket for it."""
+    """If standard error is closed at the start, no client's socket gets its descriptor."""
     host, port = free_address()
     command = f"exec {sys.executable} -m echod --listen {host}:{port} --log.connections all 0<&- 1>&- 2>&-"
     process = subprocess.Popen(["sh", "-c", command], env=clean_environment())
@@ -427,7 +426,7 @@ def test_closed_standard_descriptors() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_readme_commands_exist() -> None:
-    """The two commands of the README are targets of the Makefile, and its options are echod's."""
+    """The commands of the README are targets of the Makefile, and the example settings are valid."""
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text()
     for target in ("run", "test"):

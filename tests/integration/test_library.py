@@ -18,13 +18,13 @@ from structlog.testing import CapturingLogger
 
 import echod
 from echod.embed import Server
+from echod.loops import loop_factory
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server import server
 from echod.server.ledger import Ledger
 from echod.server.timeouts import Sweep
-from echod.settings.resources import loop_factory
 from harness import PATIENCE
-from servers import run_in_loop, server_settings, until
+from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""The log on standard output and standard error by name, whatever these are."""
+"""Test the log on standard output and standard error by name: pipes, sockets and files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """A pipe or a socket that a command gets as its standard output or standard error."""
+    """A pipe or a socket for the standard output or standard error of a command."""
 
     def __init__(self, kind: str, stack: ExitStack) -> None:
         if kind == "pipe":
@@ -38,7 +38,7 @@ class Output:
         self.lines = stack.enter_context(os.fdopen(reading, "rb"))
 
     def run(self, *arguments: str, stream: str = "stdout") -> subprocess.Popen[bytes]:
-        """Run a command, and leave the other end to it, so that its lines end when it does."""
+        """Run a command, and close our writing end, so that the lines end with the command."""
         streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: self.writing}
         process = subprocess.Popen([sys.executable, "-m", "echod", *arguments], env=clean_environment(), **streams)
         os.close(self.writing)
@@ -60,8 +60,8 @@ def output(request: pytest.FixtureRequest) -> Iterator[Output]:
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "link"])
 def test_standard_streams(loop_name: str, output: Output, name: str, tmp_path: Path) -> None:
-    """The log goes there from the start to the stop, over a reload; the check accepts it."""
-    if name == "link":  # as images make for programs that log to a file
+    """The log goes there from the start to the stop, and also after a reload."""
+    if name == "link":  # as container images do for programs that log to a file
         name = str(tmp_path / "link")
         Path(name).symlink_to("/dev/stdout")
     arguments = ("--log.file", name, "--listen", "127.0.0.1:0", "--loop", loop_name)
@@ -78,14 +78,14 @@ def test_standard_streams(loop_name: str, output: Output, name: str, tmp_path: P
 
 
 def test_check_of_standard_streams(output: Output) -> None:
-    """The check accepts standard output as it is."""
+    """`check` accepts standard output."""
     with output.run("check", "--log.file", "/dev/stdout") as process:
         assert process.wait(PATIENCE) == 0
     assert output.lines.readline() == b"configuration OK\n"
 
 
 def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:
-    """A reader is not left by a writer before the first line: the start opens the FIFO once."""
+    """The start opens the FIFO once, so its reader sees no end of file before the first line."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -104,7 +104,7 @@ def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_pipe_of_another_user() -> None:
-    """Standard output is used even if its user could not open it, as in a container that does not run as root."""
+    """Standard output works even if the user cannot open it, as in a container without root."""
     program = """
 import ctypes, os
 from echod.daemon.logs import Log
@@ -123,7 +123,7 @@ log.close()
 
 @pytest.fixture
 def unprivileged() -> Iterator[None]:
-    """Have no right to write everywhere, as root has."""
+    """Drop the privileges of root during the test."""
     if os.geteuid() == 0:
         os.seteuid(65534)
         yield
@@ -134,7 +134,7 @@ def unprivileged() -> Iterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Return a folder that everyone can find and no ordinary user can write to, with a file in it."""
+    """Yield a folder with a file in it. Only root can write to both."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         (path / "old").touch(0o444)
@@ -146,7 +146,7 @@ def folder() -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["old", "new"])
 @pytest.mark.usefixtures("folder", "unprivileged")
 def test_file_without_permission(folder: Path, name: str) -> None:
-    """The check finds a missing permission, of the file or of its folder, as the opening does."""
+    """`check` reports a missing permission of the file or its folder with the same reason as `serve`."""
     file = str(folder / name)
     error = refusal(file)
     assert error is not None
@@ -156,7 +156,7 @@ def test_file_without_permission(folder: Path, name: str) -> None:
 
 
 def test_folder_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system that cannot make unnamed files, a folder that permits new files is accepted."""
+    """A file system without O_TMPFILE is accepted if the folder is writable."""
     opened, begin = [], os.open
 
     def open_(path: Any, flags: int, *arguments: Any) -> int:

@@ -12,9 +12,9 @@ import pytest
 from test_sockets import hand_over
 
 from echod.connection.echo import EchoSession
+from echod.loops import loop_factory
 from echod.net import kernel
 from echod.settings.model import LimitsSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, receive, reset
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The pytest plugin: the fixture as other people's tests use it, here and in runs of pytest of their own."""
+"""The pytest plugin: the fixture, in this run of pytest and in separate runs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from echod import testing
+from echod import Server
 from echod.testing import ServerThread
 from harness import PATIENCE, clean_environment, receive, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from certificates import Certificates
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
 
 
 def converse(echod: ServerThread, message: bytes) -> bytes:
-    """Be a client that half-closes; return its echo."""
+    """Send a message, half-close, and return the echo."""
     with socket.create_connection(echod.address, PATIENCE) as client:
         client.sendall(message)
         client.shutdown(socket.SHUT_WR)
@@ -31,9 +33,9 @@ def converse(echod: ServerThread, message: bytes) -> bytes:
 
 
 def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
-    """Run a test file of somebody else's, strict about markers and warnings."""
+    """Run a test file in a separate pytest, with strict markers and warnings as errors."""
     pytester.makepyfile(test_theirs=source)
-    # hypothesis's own plugin takes a second to import.
+    # The plugin of hypothesis takes a second to import.
     return pytester.runpytest_subprocess("--strict-markers", "-Werror", "-p", "no:hypothesispytest", *arguments)
 
 
@@ -41,7 +43,7 @@ def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunRe
 
 
 def test_ledger(echod: ServerThread) -> None:
-    """Each connection is in it once it is closed, with what it was."""
+    """Each closed connection has an entry with its figures."""
     assert echod.connections == []
     assert converse(echod, b"hello") == b"hello"
     (first,) = echod.wait_for_connections(1)
@@ -55,20 +57,20 @@ def test_ledger(echod: ServerThread) -> None:
     assert len(echod.connections) == 2
 
 
-def test_waiting_in_vain(echod: ServerThread) -> None:
-    """The error tells what came instead."""
+def test_wait_times_out(echod: ServerThread) -> None:
+    """The error lists the closed and the open connections."""
     converse(echod, b"x")
     echod.wait_for_connections(1)
     with socket.create_connection(echod.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        message = r"^not 3 connections closed in 0.01 s, but: 127\.0\.0\.1:\d+ \(eof\); still connected: 1$"
+        message = r"^fewer than 3 connections closed in 0.01 s: 127\.0\.0\.1:\d+ \(eof\); still connected: 1$"
         with pytest.raises(TimeoutError, match=message):
             echod.wait_for_connections(3, 0.01)
 
 
-def test_waiting_for_what_comes(echod: ServerThread) -> None:
-    """It is an event that ends the waiting."""
+def test_wait_for_a_later_connection(echod: ServerThread) -> None:
+    """The wait ends when the connection is closed."""
     with socket.create_connection(echod.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
@@ -79,14 +81,15 @@ def test_waiting_for_what_comes(echod: ServerThread) -> None:
     assert not waiter.is_alive()
 
 
+@pytest.mark.echod(shutdown={"drain_timeout": 1.5})
 def test_stop(echod: ServerThread) -> None:
-    """It is graceful, quick also with a client that stays, and gives the same receipt again."""
+    """A client that stays is closed after the short quiet period. A second stop returns the same receipt."""
     with socket.create_connection(echod.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         receipt = echod.stop()
+        # With the daemon's quiet_period of 2 s, the drain timeout would have come first.
         assert (receipt.clients, receipt.quiet, receipt.unsent_bytes) == (1, 1, 0)
-        assert receipt.seconds < 2  # which is the daemon's quiet_period
         assert client.recv(1) == b""
     assert echod.stop() is receipt
     with pytest.raises(ConnectionRefusedError):
@@ -96,12 +99,13 @@ def test_stop(echod: ServerThread) -> None:
 
 @pytest.mark.echod(shutdown={"quiet_period": 60, "drain_timeout": 0.05})
 def test_shutdown_is_the_markers(echod: ServerThread) -> None:
-    """What the marker does not set keeps the plugin's default."""
+    """Keys that the marker does not set have the plugin's defaults, such as the short linger timeout."""
     with socket.create_connection(echod.address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         receipt = echod.stop()
-    assert (receipt.cut, receipt.seconds < 1) == (1, True)
+    assert receipt.cut == 1
+    assert receipt.seconds < 5  # the daemon's linger_timeout is 10 s
 
 
 @pytest.mark.echod(mode="line", limits={"max_line": 4}, loop="asyncio")
@@ -126,7 +130,7 @@ def test_proxy_header(echod: ServerThread) -> None:
 
 
 def shake_hands(echod: ServerThread, context: ssl.SSLContext, name: str = "localhost") -> str | None:
-    """Be a client over TLS; return the version agreed on."""
+    """Connect over TLS, exchange a message, and return the negotiated version."""
     with (
         socket.create_connection(echod.address, PATIENCE) as sock,
         context.wrap_socket(sock, server_hostname=name) as client,
@@ -138,7 +142,7 @@ def shake_hands(echod: ServerThread, context: ssl.SSLContext, name: str = "local
 
 @pytest.mark.echod(tls=True)
 def test_tls(echod: ServerThread) -> None:
-    """A client that trusts the authority gets on, by name and by address; one that does not, refuses."""
+    """A client that trusts the authority connects by name and by address. Other clients refuse the certificate."""
     assert shake_hands(echod, echod.ssl_context()) == "TLSv1.3"
     assert shake_hands(echod, ssl.create_default_context(cafile=echod.certificate_authority), "127.0.0.1")
     with pytest.raises(ssl.SSLCertVerificationError):
@@ -152,7 +156,7 @@ def test_tls(echod: ServerThread) -> None:
 
 @pytest.mark.echod(tls={"minimum_version": "1.3"})
 def test_tls_with_settings(echod: ServerThread) -> None:
-    """Where no certificate is named, one is made, whatever else is set."""
+    """If the dict names no certificate, one is issued."""
     old = echod.ssl_context()
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
@@ -161,27 +165,31 @@ def test_tls_with_settings(echod: ServerThread) -> None:
 
 
 def test_without_tls(echod: ServerThread) -> None:
-    with pytest.raises(RuntimeError, match=r"^no certificate was made on the spot: .*tls=True"):
+    with pytest.raises(RuntimeError, match=r"^no certificate was issued: .*tls=True"):
         echod.ssl_context()
 
 
-# The thread by itself
+# ServerThread without the fixture
 
 
-def test_own_certificate(tmp_path: Path) -> None:
-    """A certificate that is named is used, and there is no other."""
-    tls = testing._certify(tmp_path, tmp_path / "ca.pem")
-    thread = ServerThread(tls=tls)
+def test_own_certificate(certificates: Certificates) -> None:
+    """A named certificate is used, and no other is issued."""
+    thread = ServerThread(tls={"certificate": certificates.certificate, "private_key": certificates.key})
     try:
-        assert shake_hands(thread, ssl.create_default_context(cafile=tmp_path / "ca.pem"))
-        with pytest.raises(RuntimeError, match="no certificate was made"):
+        assert shake_hands(thread, certificates.context())
+        with pytest.raises(RuntimeError, match="no certificate was issued"):
             thread.certificate_authority  # noqa: B018  (it raises)
     finally:
         thread.stop()
 
 
+def count_threads() -> int:
+    """Return the number of running server threads."""
+    return sum(thread.name == "echod" for thread in threading.enumerate())
+
+
 def test_threads_side_by_side() -> None:
-    """Each has its loop; nothing of a thread is left behind its end."""
+    """Each server has its own loop. Its thread ends with `stop`."""
     threads = [ServerThread(loop=loop) for loop in ("uvloop", "asyncio", "auto")]
     for number, thread in enumerate(threads):
         converse(thread, b"x" * number)
@@ -189,7 +197,7 @@ def test_threads_side_by_side() -> None:
         (entry,) = thread.wait_for_connections(1)
         assert entry.received == number
         thread.stop()
-        assert not thread._thread.is_alive()
+        assert count_threads() == len(threads) - number - 1
 
 
 FORKS = """
@@ -213,7 +221,7 @@ if child == 0:
             ask()
         except RuntimeError as error:
             print(error)
-    sys.exit(7)  # not os._exit: what the interpreter does at its end is done too
+    sys.exit(7)  # not os._exit, so that the interpreter calls its exit handlers
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 7, status
 converse()
@@ -228,7 +236,7 @@ print(abandoned.certificate_authority.parent)
 
 
 def test_forked_process(loop_name: str) -> None:
-    """A process forked from a test can use the server, and neither stop, hang on nor harm it."""
+    """A forked process can connect to the server. It cannot stop it, wait for it, or remove its files."""
     result = subprocess.run(
         [sys.executable, "-Wignore", "-c", FORKS, loop_name],
         capture_output=True,
@@ -240,29 +248,32 @@ def test_forked_process(loop_name: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     *errors, last, folder = result.stdout.splitlines()
     process, clients = last.split()
-    message = f"the server runs in process {process}, from which this one was forked: ask or stop it there, and end a "
-    assert errors == [message + "forked client with os._exit"] * 4
+    message = f"the server runs in process {process}, the parent of this one: ask or stop it there, and end this "
+    assert errors == [message + "process with os._exit"] * 4
     assert clients == "0"
-    assert not Path(folder).exists()  # a server that is not stopped removes it at the end of the process
+    assert not Path(folder).exists()  # without a stop, it is removed at the exit of the process
 
 
 def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails in the thread is raised to whoever starts it."""
-    monkeypatch.setattr(testing, "_HOST", "192.0.2.1")
+    """A failure at the start is raised by the constructor."""
+    listen = Server.listen
+    monkeypatch.setattr(Server, "listen", lambda _, **options: listen("192.0.2.1:0", **options))
     with pytest.raises(Exception, match=r"cannot listen on 192.0.2.1:0: Cannot assign requested address") as caught:
         ServerThread()
     assert caught.type.__name__ == "ListenError"
-    until(lambda: all(thread.name != "echod" for thread in threading.enumerate()))
+    until(lambda: count_threads() == 0)
 
 
 def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure after the start is raised by each `stop`."""
+    shutdown = Server.shutdown
 
-    async def broken(*_: Any) -> None:
+    async def broken(server: Server) -> None:
+        await shutdown(server)
         msg = "a bug"
         raise KeyError(msg)
 
-    monkeypatch.setattr("echod.server.drain.Drain.run", broken)
+    monkeypatch.setattr(Server, "shutdown", broken)
     thread = ServerThread()
     with pytest.raises(KeyError, match="a bug"):
         thread.stop()
@@ -272,20 +283,20 @@ def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    with pytest.raises(ImportError, match=r"takes trustme, .*: pip install 'echod\[pytest\]'$"):
+    with pytest.raises(ImportError, match=r"trustme is needed .*: pip install 'echod\[pytest\]'$"):
         ServerThread(tls=True)
 
 
-# Runs of other people's
+# Separate runs of pytest
 
 
 def test_unused(pytester: pytest.Pytester) -> None:
-    """Where nobody asks for the fixture, nothing of echod's is imported but the plugin itself."""
+    """If no test uses the fixture, only the plugin itself is imported."""
     result = run(
         pytester,
         """
         import sys
-        def test_nothing_of_it_is_here(pytestconfig):
+        def test_modules(pytestconfig):
             assert pytestconfig.pluginmanager.has_plugin("echod")
             assert {name for name in sys.modules if name.startswith("echod")} == {"echod", "echod.pytest_plugin"}
             assert not {"asyncio", "pydantic", "pydantic_core", "structlog", "uvloop", "trustme"} & set(sys.modules)
@@ -303,7 +314,7 @@ def test_marker_is_registered(pytester: pytest.Pytester) -> None:
 
 
 def test_markers_add_up(pytester: pytest.Pytester) -> None:
-    """The nearest wins, option by option; a stop at the end ends every thread."""
+    """The nearest marker overrides the others for each option. Every thread ends after its test."""
     result = run(
         pytester,
         """
@@ -354,7 +365,7 @@ MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
 
 
 def test_mistakes(pytester: pytest.Pytester) -> None:
-    """Each is an error of the test, told in one line and without a traceback."""
+    """Each mistake is an error of the test in one line, without a traceback."""
     tests = "".join(
         f"@pytest.mark.echod({arguments})\ndef test_{name}(echod): pass\n\n"
         for name, (arguments, _) in MISTAKES.items()
@@ -370,21 +381,22 @@ def test_mistakes(pytester: pytest.Pytester) -> None:
 
 
 def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
-    """At the start and at the end it is an error of the test."""
+    """A failure in the thread is an error of the test, at the start and at the end."""
     result = run(
         pytester,
         """
+        import echod as package
         import pytest
 
         @pytest.fixture
         def broken(request, monkeypatch):
             async def fail(*_):
                 raise KeyError("a bug")
-            monkeypatch.setattr("echod.embed.Server." + request.param, fail)
+            monkeypatch.setattr(package.Server, request.param, fail)
 
         @pytest.mark.parametrize("broken", ["__aenter__"], indirect=True)
         def test_start(broken, echod):
-            raise AssertionError("it is not run")
+            raise AssertionError("not reached")
 
         @pytest.mark.parametrize("broken", ["__aexit__"], indirect=True)
         def test_end(broken, echod):
@@ -397,7 +409,7 @@ def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
 
 
 def test_document(pytester: pytest.Pytester) -> None:
-    """What docs/testing.md shows passes as it stands."""
+    """The examples in docs/testing.md pass."""
     blocks = DOCUMENT.read_text().split("```python\n")[1:]
     source = "\n\n".join(block.partition("```")[0] for block in blocks)
     assert source.count("def test_") > 3

@@ -1,11 +1,16 @@
-"""Reload: pipes that can be read only once, log files that are always reopened, and settings applied as a whole."""
+"""Test reloads with pipes, log files that are always reopened, and settings that are applied as a whole."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import resource
 import select
 import signal
 import socket
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +19,8 @@ from harness import PATIENCE, Daemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from certificates import Certificates
     from harness import Start
 
 ONE_EACH = "[limits]\nmax_connections_per_client = 1\n"
@@ -25,14 +30,14 @@ ONCE = "is empty now: a pipe can be read only once; use a regular file if the se
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Return the ends of a pipe, its writing end first; the test closes that."""
+    """Yield the ends of a pipe, the writing end first. The test closes the writing end."""
     reading, writing = os.pipe()
     yield writing, reading
     os.close(reading)
 
 
 def is_limited(daemon: Daemon) -> bool:
-    """Tell whether a second client of an address is closed at once, as ONE_EACH has it."""
+    """Tell whether ONE_EACH is in force: a second client of an address is closed at once."""
     with daemon.connect() as first, daemon.connect() as second:
         for client in (first, second):
             client.sendall(b"x")
@@ -45,7 +50,7 @@ def is_limited(daemon: Daemon) -> bool:
 
 @pytest.mark.parametrize("way", ["option", "variable", "standard input"])
 def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> None:
-    """They are read at the start; a reload fails, and says why, and they stay in force."""
+    """Settings from a pipe stay in force, and a reload fails with the reason."""
     writing, reading = pipe
     os.write(writing, ONE_EACH.encode())
     os.close(writing)
@@ -96,6 +101,71 @@ def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kin
     assert not is_limited(daemon)
 
 
+HASTY = "import sys; from echod.daemon import reload; reload.LOOKS = 1; from echod.cli import main; sys.exit(main())"
+
+
+def test_reload_that_is_given_up(loop_name: str, tmp_path: Path) -> None:
+    """Settings that cannot be read to the end do not block the reloads after them."""
+    config = tmp_path / "echo.toml"
+    config.write_text("")
+    with Daemon("--loop", loop_name, "--config", str(config), module=("-c", HASTY)) as daemon:
+        config.unlink()
+        os.mkfifo(config)  # its opening waits for a writer
+        daemon.send_signal(signal.SIGHUP)
+        (problem,) = daemon.wait_for("reload_failed")["problems"]
+        assert problem.startswith("not read within 1 seconds: ")
+        config.rename(tmp_path / "fifo")
+        config.write_text(ONE_EACH)
+        daemon.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded")
+        (tmp_path / "fifo").write_text("limits.max_connections_per_client = 0")  # too late to count
+        assert is_limited(daemon)
+        assert daemon.stop() == 0
+        assert daemon.loud() == [daemon.wait_for("reload_failed")]
+
+
+LARGE = "it is larger than 16 MiB"
+
+
+def test_endless_settings(start: Start, tmp_path: Path) -> None:
+    """A device without an end fails a reload instead of using up the memory."""
+    config = tmp_path / "echo.toml"
+    config.write_text(ONE_EACH)
+    daemon = start("--config", str(config))
+    before = daemon.memory()
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    daemon.send_signal(signal.SIGHUP)
+    assert daemon.wait_for("reload_failed")["problems"] == [f"{config}: cannot be read: {LARGE}"]
+    assert daemon.memory() - before < 100_000_000
+    assert is_limited(daemon)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("key", ["certificate", "private_key", "client_ca"])
+def test_endless_certificates(start: Start, tmp_path: Path, certificates: Certificates, key: str) -> None:
+    """So does each file of a listener with TLS."""
+    config = tmp_path / "echo.toml"
+    files = {
+        "certificate": str(certificates.certificate),
+        "private_key": str(certificates.key),
+        "client_ca": str(certificates.ca),
+    }
+    table = '[listeners.x]\naddress = "127.0.0.1:0"\n[listeners.x.tls]\n'
+
+    def text() -> str:
+        return table + "".join(f'{name} = "{file}"\n' for name, file in files.items())
+
+    config.write_text(text())
+    daemon = start("--config", str(config), listen=None)
+    files[key] = "/dev/zero"
+    config.write_text(text())
+    daemon.send_signal(signal.SIGHUP)
+    problem = f"{config}: listeners.x.tls.{key}: '/dev/zero' cannot be read: {LARGE}"
+    assert daemon.wait_for("reload_failed")["problems"] == [problem]
+    assert daemon.stop() == 0
+
+
 class Logged:
     """A daemon that logs to a file, and its file of settings."""
 
@@ -116,7 +186,7 @@ class Logged:
         until(lambda: self.log.exists() and text in self.log.read_text())
 
     def rotate(self) -> None:
-        """Do as logrotate does."""
+        """Rename the log file and send SIGHUP, as logrotate does."""
         self.log.rename(self.rotated)
         self.daemon.send_signal(signal.SIGHUP)
 
@@ -131,7 +201,7 @@ class Logged:
         None,
     ],
 )
-def test_log_is_reopened_whatever_fails(start: Start, tmp_path: Path, change: str | None) -> None:
+def test_log_is_reopened_even_if_the_reload_fails(start: Start, tmp_path: Path, change: str | None) -> None:
     """After a rotation every line is in the new file, even if the settings are refused."""
     logged = Logged(start, tmp_path)
     if change is None:
@@ -149,6 +219,28 @@ def test_log_is_reopened_whatever_fails(start: Start, tmp_path: Path, change: st
     assert '"client_closed"' in logged.log.read_text()
     assert '"stopped"' in logged.log.read_text()
     assert logged.rotated.read_text().splitlines()[-1].count('"listening"') == 1
+
+
+def test_rotation_of_a_full_log(start: Start, tmp_path: Path) -> None:
+    """A line that the end of the space cut short stays in the old file: the new one begins with a whole line."""
+    largest = 2000
+    log, config = tmp_path / "log", tmp_path / "echo.toml"
+    config.write_text("")
+    limits = (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    daemon = start("--config", str(config), prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    config.write_text(f'log.file = "{log}"\nlog.format = "json"\n')
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and '"reloaded"' in log.read_text())
+    while log.stat().st_size < largest:
+        daemon.echo(b"x")
+    daemon.settle()
+    log.rename(tmp_path / "rotated")
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: log.exists() and '"reloaded"' in log.read_text())
+    assert daemon.stop() == 0
+    assert (tmp_path / "rotated").stat().st_size == largest
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events[-1] == "stopped"
 
 
 def test_log_is_reopened_while_settings_are_read(start: Start, tmp_path: Path) -> None:
@@ -182,7 +274,7 @@ def test_log_is_reopened_during_a_stop(start: Start, tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
-    """Lines still go to the file that is open, and say why."""
+    """Lines still go to the open file, and one of them has the reason."""
     logged = Logged(start, tmp_path)
     logged.log.rename(logged.rotated)
     logged.log.mkdir()
@@ -197,7 +289,7 @@ def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
 
 
 def read_until(reader: int, text: bytes) -> None:
-    """Read a pipe until a text has come."""
+    """Read a pipe until it has delivered a text."""
     data = b""
     while text not in data:
         assert select.select([reader], [], [], PATIENCE)[0]
@@ -205,7 +297,7 @@ def read_until(reader: int, text: bytes) -> None:
 
 
 def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
-    """A FIFO that was replaced gets the lines from then on, those of listeners too, though the reload fails."""
+    """A new FIFO gets all further lines, those of listeners included, even if the reload fails."""
     fifo, config = tmp_path / "fifo", tmp_path / "echo.toml"
     config.write_text("")
     daemon = start("--config", str(config))
@@ -223,6 +315,73 @@ def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
     assert os.read(readers[0], 65536) == b""
     for reader in readers:
         os.close(reader)
+
+
+def full_fifo(path: Path) -> int:
+    """Make a FIFO that takes no more bytes, and return its reading end."""
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(reading, bytes(4096)):
+            pass
+    return reading
+
+
+def test_reloads_under_a_full_pipe(start: Start, tmp_path: Path) -> None:
+    """The reader of the log has stalled: no reload costs a thread or a descriptor, and the stop waits for one second."""
+    reading = full_fifo(tmp_path / "fifo")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    daemon = start("--log.file", str(tmp_path / "fifo"), listen=listen, read_log=False)
+    looks = []
+    until(lambda: listens(listen))
+    for _ in range(8):
+        daemon.settle()
+        daemon.send_signal(signal.SIGHUP)
+        daemon.settle()
+        looks.append([count(daemon, kind) for kind in ("task", "fd")])
+    assert looks == looks[:1] * 8
+    began = time.monotonic()
+    daemon.send_signal()
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 6
+    os.close(reading)
+
+
+def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
+    """Each reload has found another pipe whose reader stalls: they have one second together at the end."""
+    fifo = tmp_path / "fifo"
+    readers = [full_fifo(fifo)]
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    daemon = start("--log.file", str(fifo), listen=listen, read_log=False)
+    until(lambda: listens(listen))
+    for _ in range(8):
+        fifo.unlink()
+        readers.append(full_fifo(fifo))
+        daemon.settle()
+        daemon.send_signal(signal.SIGHUP)
+        daemon.settle()
+    assert count(daemon, "task") > len(readers)  # as each pipe has a thread that waits for its reader
+    began = time.monotonic()
+    daemon.send_signal()
+    assert daemon.process.wait(PATIENCE) == 0
+    assert time.monotonic() - began < 6
+    for reading in readers:
+        os.close(reading)
+
+
+def count(daemon: Daemon, kind: str) -> int:
+    """Return the number of threads ("task") or descriptors ("fd") of the process."""
+    return len(list(Path(f"/proc/{daemon.pid}/{kind}").iterdir()))
+
+
+def listens(address: str) -> bool:
+    """Tell whether a connection is accepted."""
+    host, _, port = address.partition(":")
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), PATIENCE):
+        return True
+    return False
 
 
 FAILING_LISTEN = """
@@ -269,7 +428,7 @@ def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
-    """If the log file cannot be opened at last, the backlogs are as before."""
+    """If the log file cannot be opened, the last step of a reload, the backlogs are restored."""
     config, link = tmp_path / "echo.toml", tmp_path / "fifo"
     config.write_text("limits.backlog = 11\n")
     with Daemon("--loop", loop_name, "--config", str(config), module=("-c", FAILING_LISTEN)) as daemon:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import select
@@ -14,6 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd, Stuck
+from echod.daemon.signals import Signals
+from echod.loops import loop_factory
 from harness import PATIENCE, UNHURRIED, clean_environment, receive, until
 
 if TYPE_CHECKING:
@@ -275,3 +279,33 @@ sys.exit(main())
         [sys.executable, "-c", script], capture_output=True, timeout=PATIENCE, env=clean_environment(), check=False
     )
     assert (process.returncode, process.stdout) == (0, b"configuration OK\n")
+
+
+@pytest.mark.parametrize("failing", ["read", "write"])
+def test_wake_up_pipe_fails(loop_name: str, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """A stop is not lost if the byte that wakes the loop cannot be read, or could not be written."""
+    signals = Signals()
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        stop: asyncio.Future[int] = loop.create_future()
+        signals.attach(loop, stop.set_result, lambda: None)
+        await asyncio.sleep(0)  # the signals that were recorded earlier are acted on
+        with monkeypatch.context() as patch:
+            if failing == "write":
+                signal.set_wakeup_fd(-1)
+            else:
+                patch.setattr("echod.daemon.signals.os.read", fail)
+            signal.raise_signal(signal.SIGTERM)
+            number = await asyncio.wait_for(stop, PATIENCE)
+        signals.detach(loop)
+        return number
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+            assert runner.run(main()) == signal.SIGTERM
+    finally:
+        signals.release()

@@ -1,7 +1,9 @@
-"""Signals that are blocked, come in bursts, or ask for a stop at once."""
+"""Test signals that are blocked, arrive in bursts, or force a stop."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.daemon.signals import HANDLED
-from harness import PATIENCE, UNHURRIED, Daemon, clean_environment, until
+from harness import PATIENCE, UNHURRIED, clean_environment, until
 
 if TYPE_CHECKING:
     from harness import Start
@@ -25,7 +27,7 @@ def block() -> None:
 
 
 def test_a_blocked_mask_is_cleared(start: Start) -> None:
-    """A daemon whose parent has blocked all signals reloads and stops as any other."""
+    """A daemon reloads and stops even if its parent process has blocked all signals."""
     daemon = start(prepare=block)
     daemon.send_signal(signal.SIGHUP)
     daemon.wait_for("reloaded")
@@ -59,23 +61,33 @@ sys.argv = ["echod", "{command}"]
     assert (process.returncode, process.stdout) == (code, b"")
 
 
-def test_a_burst_does_not_hide_the_stop(loop_name: str) -> None:
-    """SIGTERM after 100,000 SIGHUPs in one iteration of the loop stops the daemon."""
-    burst = """
-import signal
-from echod.daemon import daemon
-reload = daemon._Daemon._on_hangup
-burst = [signal.SIGTERM] + 100_000 * [signal.SIGHUP]
-def _on_hangup(self):
-    while burst:
-        signal.raise_signal(burst.pop())
-    reload(self)
-daemon._Daemon._on_hangup = _on_hangup
+BURST = """
+import asyncio, signal, sys
+from echod.daemon.signals import Signals
+from echod.loops import loop_factory
+
+async def main(signals):
+    loop = asyncio.get_running_loop()
+    stopped = loop.create_future()
+    burst = [signal.SIGTERM] + 100_000 * [signal.SIGHUP]
+    def reload():
+        while burst:
+            signal.raise_signal(burst.pop())
+    signals.attach(loop, stopped.set_result, reload)
+    signal.raise_signal(signal.SIGHUP)
+    print(await stopped)
+    signals.detach(loop)
+
+with asyncio.Runner(loop_factory=loop_factory(sys.argv[1])) as runner:
+    runner.run(main(Signals()))
 """
-    with Daemon("--loop", loop_name, module=("-c", burst + MAIN)) as daemon:
-        daemon.send_signal(signal.SIGHUP)
-        assert daemon.wait_for("draining")["signal"] == "SIGTERM"
-        assert daemon.wait() == 0
+
+
+def test_a_burst_does_not_hide_the_stop(loop_name: str) -> None:
+    """SIGTERM after 100,000 SIGHUPs in one iteration of the loop is passed on."""
+    command = [sys.executable, "-c", BURST, loop_name]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.stdout, result.stderr) == (f"{signal.SIGTERM:d}\n", "")
 
 
 def test_quit(start: Start) -> None:
@@ -94,7 +106,7 @@ def test_quit(start: Start) -> None:
     assert daemon.events[-1]["event"] == "stopped"
 
 
-def test_the_signal_that_forces_the_stop_makes_the_exit_code(start: Start) -> None:
+def test_exit_code_of_the_first_forcing_signal(start: Start) -> None:
     """After SIGQUIT, another signal changes neither the stop nor the exit code."""
     daemon = start()
     daemon.freeze()
@@ -119,3 +131,22 @@ def test_handlers_stand_until_the_end(start: Start) -> None:
     until(lambda: masks()["SigCgt:"] & handled == handled)
     assert masks()["SigBlk:"] & handled == 0
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 131)])
+def test_stop_while_the_settings_are_read(start: Start, tmp_path: Path, number: int, code: int) -> None:
+    """Settings that cannot be read to the end do not hold up a stop."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    daemon = start("--config", str(fifo), read_log=False)
+    until(lambda: not handled_by_default(daemon.pid, signal.SIGHUP))
+    daemon.settle()
+    daemon.send_signal(number)
+    assert daemon.process.wait(PATIENCE) == code
+    assert daemon.log_pipe.read() == b""
+
+
+def handled_by_default(process: int, number: int) -> bool:
+    """Tell whether a process has no handler for a signal."""
+    (caught,) = re.findall(r"^SigCgt:\s(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return not int(caught, 16) >> (number - 1) & 1

@@ -1,4 +1,4 @@
-"""Unix sockets and inherited ones."""
+"""Test unix sockets and inherited sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from crowd import Crowd, Stuck
-from echod.net.listeners import ListenError, inherit
+from echod.net.inherited import inherit
+from echod.net.listeners import ListenError
 from harness import PATIENCE, Daemon, clean_environment, receive, run, until
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def connect(address: str, receive_buffer: int | None = None) -> socket.socket:
 
 @pytest.mark.parametrize("abstract", [False, True])
 def test_unix(start: Start, tmp_path: Path, abstract: bool) -> None:
-    """A unix socket echoes, half-closes and counts as TCP does; in the log is who the client is."""
+    """A unix socket echoes, half-closes and counts like TCP. The log names the client's process and user."""
     path = tmp_path / "echod.sock"
     address = f"\0{path}" if abstract else str(path)
     text = f"unix:@{path}" if abstract else f"unix:{path}"
@@ -76,7 +77,7 @@ def test_unix(start: Start, tmp_path: Path, abstract: bool) -> None:
 
 
 def test_unix_clients_that_do_not_read(start: Start, tmp_path: Path) -> None:
-    """Backpressure, the stall and its accounting hold on a unix socket too."""
+    """On a unix socket, a client that does not read is paused and reset, and its bytes are counted."""
     path = tmp_path / "echod.sock"
     daemon = start("--limits.write-timeout", "1", listen=f"unix:{path}")
     with Crowd() as crowd:
@@ -95,7 +96,7 @@ def test_unix_clients_that_do_not_read(start: Start, tmp_path: Path) -> None:
 
 
 def test_cap_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
-    """Who waits at a unix socket is told of, and let in as others leave."""
+    """At the cap, a client waits in the backlog and is accepted when another one leaves."""
     path = tmp_path / "echod.sock"
     daemon = start("--limits.max-connections", "1", listen=f"unix:{path}")
     with connect(str(path)) as first, connect(str(path)) as second:
@@ -110,7 +111,7 @@ def test_cap_on_a_unix_socket(start: Start, tmp_path: Path) -> None:
 
 
 def test_mode(start: Start, tmp_path: Path) -> None:
-    """The file has the permissions that the listener's table says, whatever the umask."""
+    """The socket file has the permissions of `socket_mode` under any umask."""
     for mode in ("0600", "0666", "0660"):
         path = tmp_path / mode
         daemon = start(
@@ -123,7 +124,7 @@ def test_mode(start: Start, tmp_path: Path) -> None:
 
 
 def test_stale_socket(start: Start, tmp_path: Path) -> None:
-    """What a killed process left behind is replaced; what a live one listens on is not, nor is a file of another kind."""
+    """The socket file of a killed process is replaced. A socket in use or a file of another kind is not."""
     path = tmp_path / "echod.sock"
     daemon = start(listen=f"unix:{path}")
     daemon.kill()
@@ -137,7 +138,9 @@ def test_stale_socket(start: Start, tmp_path: Path) -> None:
     assert daemon.stop() == 0
     path.write_text("precious")
     failed = run("--listen", f"unix:{path}")
-    message = f"echod: cannot listen on unix:{path}: the file exists and is no socket\n"
+    message = (
+        f"echod: cannot listen on unix:{path}: the file exists and is not a socket: remove it, or choose another path\n"
+    )
     assert (failed.returncode, failed.stderr) == (69, message)
     assert path.read_text() == "precious"
     path.unlink()
@@ -150,8 +153,8 @@ def test_stale_socket(start: Start, tmp_path: Path) -> None:
     assert "No such file or directory" in failed.stderr
 
 
-def test_stale_socket_and_two_that_want_it(loop_name: str, tmp_path: Path) -> None:
-    """Of processes that start together on a stale socket, one gets it, and the others are told."""
+def test_stale_socket_at_simultaneous_starts(loop_name: str, tmp_path: Path) -> None:
+    """If several processes start together on a stale socket, one gets it, and the others exit with 69."""
     path = tmp_path / "echod.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -171,7 +174,7 @@ def test_stale_socket_and_two_that_want_it(loop_name: str, tmp_path: Path) -> No
 
 
 def test_lock(loop_name: str, tmp_path: Path) -> None:
-    """While a socket's folder is locked, as echod does from the look at a stale one on, nobody else replaces that."""
+    """A stale socket is not replaced while another process has its folder locked."""
     path = tmp_path / "echod.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -187,18 +190,18 @@ def test_lock(loop_name: str, tmp_path: Path) -> None:
         connect(str(path)).close()
 
 
-def test_socket_of_another(start: Start, tmp_path: Path) -> None:
-    """At the end, only the socket's own file is removed, not what has taken its place."""
+def test_replaced_socket_file(start: Start, tmp_path: Path) -> None:
+    """A stop does not remove a file that has replaced the socket file."""
     path = tmp_path / "echod.sock"
     daemon = start(listen=f"unix:{path}")
     path.unlink()
-    path.write_text("another's")
+    path.write_text("another file")
     assert daemon.stop() == 0
-    assert path.read_text() == "another's"
+    assert path.read_text() == "another file"
 
 
 def test_all_or_none(start: Start, tmp_path: Path) -> None:
-    """Where another address cannot be opened, the unix socket's file is gone again."""
+    """If another address cannot be opened, the socket file is removed again."""
     path = tmp_path / "echod.sock"
     taken = start()
     failed = run("--listen", f"unix:{path},127.0.0.1:{taken.address[1]}")
@@ -207,7 +210,7 @@ def test_all_or_none(start: Start, tmp_path: Path) -> None:
 
 
 def test_second_signal(start: Start, tmp_path: Path) -> None:
-    """A stop at once removes the file as well."""
+    """A forced stop removes the socket file too."""
     path = tmp_path / "echod.sock"
     daemon = start(listen=f"unix:{path}")
     with connect(str(path)) as client:
@@ -225,7 +228,7 @@ def test_second_signal(start: Start, tmp_path: Path) -> None:
 
 @pytest.fixture
 def parents() -> Iterator[list[socket.socket]]:
-    """Collect the sockets of a stand-in for systemd; they are closed in the end."""
+    """Yield a list for the sockets of a stand-in for systemd, and close them at the end."""
     sockets: list[socket.socket] = []
     yield sockets
     for sock in sockets:
@@ -233,7 +236,7 @@ def parents() -> Iterator[list[socket.socket]]:
 
 
 def listening(parents: list[socket.socket], family: int = socket.AF_INET) -> socket.socket:
-    """Return a listening socket of the parent's."""
+    """Return a listening socket of the parent process."""
     sock = socket.socket(family)
     sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
     sock.listen(4096)
@@ -241,7 +244,7 @@ def listening(parents: list[socket.socket], family: int = socket.AF_INET) -> soc
     return sock
 
 
-# Passes descriptors on as sd_listen_fds(3) describes, and becomes the daemon.
+# Passes descriptors on as in sd_listen_fds(3), and executes the daemon.
 HAND_OVER = """
 import os, sys
 names, descriptors, arguments = sys.argv[1], [int(text) for text in sys.argv[2].split(",")], sys.argv[3:]
@@ -258,7 +261,7 @@ os.execv(sys.executable, [sys.executable, "-m", "echod", *arguments])
 
 
 def module(sockets: list[Any], names: str) -> tuple[str, ...]:
-    """Return what an interpreter is to run in order to be a daemon that inherits these sockets."""
+    """Return the interpreter's arguments for a daemon that inherits these sockets."""
     return ("-c", HAND_OVER, names, ",".join(str(sock.fileno()) for sock in sockets))
 
 
@@ -270,7 +273,7 @@ def hand_over(sockets: list[socket.socket], names: str, *arguments: str, loop_na
 
 
 def test_all_inherited_sockets(loop_name: str, parents: list[socket.socket]) -> None:
-    """Without an address in the settings, every inherited socket is served, under its name, whatever its family."""
+    """Without an address in the settings, every inherited socket of any family is served under its name."""
     sockets = [listening(parents), listening(parents), listening(parents, socket.AF_UNIX)]
     with hand_over(sockets, "web:web:local", loop_name=loop_name) as daemon:
         daemon.wait_for("listening", count=3)
@@ -286,7 +289,7 @@ def test_all_inherited_sockets(loop_name: str, parents: list[socket.socket]) -> 
 
 
 def test_reload_of_inherited_sockets(loop_name: str, parents: list[socket.socket], tmp_path: Path) -> None:
-    """They go by the settings that were read last, as all others do."""
+    """A reload applies to inherited sockets too."""
     file = tmp_path / "echo.toml"
     file.touch()
     with hand_over([listening(parents)], "web", "--config", str(file), loop_name=loop_name) as daemon:
@@ -302,7 +305,7 @@ def test_reload_of_inherited_sockets(loop_name: str, parents: list[socket.socket
 
 
 def test_inherited_sockets_by_name(loop_name: str, parents: list[socket.socket]) -> None:
-    """A listener takes the one it names; one that nobody names is told of."""
+    """A listener serves the socket that it names. A socket without a listener causes a warning."""
     sockets = [listening(parents), listening(parents)]
     arguments = ("--listeners.lines.address", "systemd:b", "--listeners.lines.mode", "line")
     with hand_over(sockets, "a:b", *arguments, loop_name=loop_name) as daemon:
@@ -314,7 +317,7 @@ def test_inherited_sockets_by_name(loop_name: str, parents: list[socket.socket])
 
 
 def test_both_families_in_one_socket(loop_name: str, parents: list[socket.socket]) -> None:
-    """An IPv4 client of a socket for both families, as systemd opens them, is shown as what it is."""
+    """An IPv4 client of a dual-stack socket, as systemd opens them, is logged with its IPv4 address."""
     try:
         sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError:
@@ -329,7 +332,7 @@ def test_both_families_in_one_socket(loop_name: str, parents: list[socket.socket
 
 
 def refusal(sockets: list[Any], names: str, *arguments: str) -> list[str]:
-    """Return what the command says of what it has inherited, having seen that it says so by exit code 69."""
+    """Return the lines of a command that refuses its inherited sockets with exit code 69."""
     result = subprocess.run(
         [sys.executable, *module(sockets, names), *arguments],
         capture_output=True,
@@ -343,23 +346,23 @@ def refusal(sockets: list[Any], names: str, *arguments: str) -> list[str]:
 
 
 def test_names_that_do_not_match(parents: list[socket.socket]) -> None:
-    """What is wrong, and what there was."""
+    """An unknown or invalid name is reported, with the names that were inherited."""
     sockets = [listening(parents), listening(parents)]
     assert refusal(sockets, "a:b", "--listen", "systemd:c") == [
-        "echod: cannot listen on systemd:c: no socket of that name was inherited; there are: a, b"
+        "echod: cannot listen on systemd:c: no socket of that name was inherited; inherited names: a, b"
     ]
     assert refusal(sockets, "é:") == [
-        "echod: inherited descriptor 3: 'é' is no name",
-        "echod: inherited descriptor 4: '' is no name",
+        "echod: inherited descriptor 3: 'é' is not a name: use printable ASCII characters except the colon",
+        "echod: inherited descriptor 4: '' is not a name: use printable ASCII characters except the colon",
     ]
     assert refusal(sockets, "a") == ["echod: LISTEN_FDNAMES has 1 names for 2 sockets: a"]
     failed = run("--listen", "systemd:c")
-    message = "echod: cannot listen on systemd:c: no socket of that name was inherited; there are: none\n"
+    message = "echod: cannot listen on systemd:c: no socket of that name was inherited; inherited names: none\n"
     assert (failed.returncode, failed.stderr) == (69, message)
 
 
 def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path) -> None:
-    """Each is named, with what it is."""
+    """Each descriptor that is not a listening stream socket is reported by its number and name."""
     parents += [socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()]
     with (tmp_path / "file").open("w") as file:
         assert refusal([*parents, file], "datagrams:deaf:file") == [
@@ -370,7 +373,7 @@ def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path)
 
 
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is meant for another process is none of ours; what makes no sense is an error; and all are used up."""
+    """Variables for another process are ignored, and an invalid count is an error. The variables are removed."""
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert inherit() == {}
@@ -381,8 +384,8 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         inherit()
 
 
-def test_who_waits_is_left_to_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
-    """A stop does not take in who waits at an inherited socket, as it does at its own: the next process will."""
+def test_waiting_client_is_left_to_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
+    """A stop does not accept the waiting clients of an inherited socket. The next process does."""
     sock = listening(parents)
     with contextlib.ExitStack() as clients:
         connected, waiting = (clients.enter_context(socket.socket()) for _ in range(2))
@@ -404,7 +407,7 @@ def test_who_waits_is_left_to_the_next_process(loop_name: str, parents: list[soc
 
 
 def test_backlog_waits_for_the_next_process(loop_name: str, parents: list[socket.socket]) -> None:
-    """At its end a daemon lets go of an inherited socket: who connects meanwhile is served by the next."""
+    """A client that connects to an inherited socket between two processes is served by the second."""
     sock = listening(parents)
     with hand_over([sock], "web", loop_name=loop_name) as daemon:
         assert daemon.stop() == 0
@@ -418,7 +421,7 @@ def test_backlog_waits_for_the_next_process(loop_name: str, parents: list[socket
 
 
 def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> None:
-    """While daemons come and go on one inherited socket, no connect fails and no echo is lost."""
+    """During restarts on an inherited socket, no connect fails and no echo is lost."""
     sock = listening(parents)
     with Connects(sock.getsockname(), 200) as connects:
         for _ in range(RESTARTS):
@@ -436,12 +439,12 @@ def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> No
     sys.stdout.write(f"{RESTARTS} restarts on {loop_name}: {connects.served} clients served, none failed\n")
 
 
-# A soak test sets more.
+# A soak test sets a higher number.
 RESTARTS = int(os.environ.get("SOAK_RESTARTS", "4"))
 
 
 class Connects:
-    """Clients that connect at a rate, each from a thread of a pool, and check their echo."""
+    """Connect clients at a fixed rate, each from a thread of a pool, and check their echo."""
 
     def __init__(self, address: tuple[str, int], rate: float) -> None:
         self._address = address
@@ -464,7 +467,7 @@ class Connects:
         self.finish()
 
     def finish(self) -> None:
-        """Let no more connect, and wait for those that have."""
+        """Start no more clients, and wait for the others."""
         self._stop.set()
         self._thread.join()
         self._pool.shutdown()
@@ -493,7 +496,7 @@ class Connects:
 
 
 def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
-    """A stand-in of systemd's own starts the daemon when the first client comes."""
+    """systemd-socket-activate starts the daemon when the first client connects."""
     if not shutil.which("systemd-socket-activate"):
         pytest.skip("systemd-socket-activate is not installed")
     path = tmp_path / "echod.sock"

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from echod import threads
-from echod.probe import command, load, progress
-from echod.settings.resources import loop_factory
+from echod.loops import loop_factory
+from echod.probe import arguments, progress
+from echod.probe.load import Interrupt, LoadGenerator
 from harness import PATIENCE, Daemon, clean_environment, until
 from refusal import refusing
 from watching import WATCHED, scrape
@@ -145,15 +146,14 @@ def test_measurement(granted: int, monkeypatch: pytest.MonkeyPatch) -> None:
         begin(self)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        order = command.parse([f"127.0.0.1:{listening.getsockname()[1]}", "--connections", "20", "--count", "1"])
-        assert isinstance(order, command.Order)
-        with progress.Display(order) as display:
-            generator = load.Load(order, load.Interrupt(), display)
+        options = arguments.parse([f"127.0.0.1:{listening.getsockname()[1]}", "--connections", "20", "--count", "1"])
+        with progress.Display(options) as display:
+            generator = LoadGenerator(options, Interrupt(), display)
             monkeypatch.setattr(threading.Thread, "start", start)
             generator.connect()
-        assert generator._figures.connected == 20
+        assert generator.results.connected == 20
         assert len(started) == granted
-        generator._finish(0)  # closes them
+        generator.finish()
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +167,8 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(os, "fork", fork)
         before = descriptors("self")
-        order = command.parse(["127.0.0.1:7", "--count", "1"])
-        assert isinstance(order, command.Order)
-        with progress.Display(order) as display:
+        options = arguments.parse(["127.0.0.1:7", "--count", "1"])
+        with progress.Display(options) as display:
             assert descriptors("self") == before
             display.show(seconds=1.0, messages=1, received=1, errors=0, sample=[1])
     os.close(master)

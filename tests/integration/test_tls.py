@@ -325,12 +325,12 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
         (
             {"private_key": encrypted},
             "private_key",
-            f"'{encrypted}' is encrypted: a daemon has nobody to ask, so store it without a passphrase",
+            f"'{encrypted}' is encrypted: store it without a passphrase, because a daemon cannot ask for one",
         ),
         (
             {"certificate": weak, "private_key": weak_key},
             "certificate",
-            f"'{weak}': ee key too small, for OpenSSL's security level",
+            f"'{weak}': ee key too small for OpenSSL's security level",
         ),
         (
             {"certificate": curve, "private_key": curve_key},

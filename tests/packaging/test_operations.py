@@ -69,6 +69,7 @@ def logged() -> dict[str, Logged]:
                     if method == "exception" or "exc_info" in fields:
                         fields = fields - {"exc_info"} | {"exception"}
                     level = "error" if method == "exception" else method
+                    fields |= found[name].fields if name in found else set()
                     found[name] = Logged(level, frozenset(fields))
     return found
 

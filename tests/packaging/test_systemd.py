@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from echod.daemon.systemd import Manager, Notifier, count, find_manager, message
-from echod.settings.resources import loop_factory
+from echod.loops import loop_factory
 from harness import PATIENCE, receive, run, until
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str],
     assert "WATCHDOG_USEC" not in os.environ
 
 
-@pytest.mark.parametrize("value", ["soon", "0", "-1", "٣"])
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "٣", "9" * 400, "9" * 5000])
 def test_invalid_watchdog_timeout(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """Check that an invalid timeout is logged as a warning."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@x")

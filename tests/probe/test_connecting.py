@@ -1,4 +1,4 @@
-"""How a client connects: to names, to several addresses of one, never to itself, and whatever its descriptors are."""
+"""Connecting: names, several addresses, connections to oneself, server names, slow handshakes, high descriptors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trustme
@@ -22,8 +22,9 @@ import trustme
 from echod.net import resolver
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenError, ListenerSpec, open_listeners
-from echod.probe import command, connect
+from echod.probe import arguments, connect
 from echod.probe.connect import Endpoint
+from echod.probe.deadline import Deadline
 from harness import PATIENCE, clean_environment, run, until
 from namespaces import DEAD_SERVER, namespace, without_name_server
 from peers import Peer, echo
@@ -41,7 +42,7 @@ REFUSED = re.compile("echod: .*: no connection: Connection refused(?: .errors by
 
 
 def execute(command: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command and wait for it to exit."""
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=PATIENCE, env=clean_environment()
     )
@@ -49,7 +50,7 @@ def execute(command: Sequence[str], *arguments: str) -> subprocess.CompletedProc
 
 # --- a connection to itself
 
-# A client that has no port but the target's to connect from.
+# A client that always connects from the port of the target.
 OWN_PORT = """
 import socket, sys
 from echod.cli import main
@@ -73,7 +74,7 @@ def dead_port(host: str) -> int:
 @pytest.mark.parametrize("arguments", EACH_KIND)
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_connection_to_itself(host: str, arguments: tuple[str, ...]) -> None:
-    """It is refused, as no server listens, and leaves no TIME_WAIT in the way of a server that starts then."""
+    """The connection counts as refused, and leaves no TIME_WAIT that would keep a server from the port."""
     port = dead_port(host)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     result = execute([sys.executable, "-c", OWN_PORT, "probe", target, "--source", host], *arguments)
@@ -86,7 +87,7 @@ def test_a_connection_to_itself(host: str, arguments: tuple[str, ...]) -> None:
 @pytest.mark.container
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_a_dead_port_of_the_ephemeral_range(host: str) -> None:
-    """The kernel chooses it, and so does every later probe, since none leaves it in TIME_WAIT."""
+    """The kernel chooses the target's port for each probe, as no probe leaves it in TIME_WAIT."""
     prefix = namespace("echo 40000 40001 >/proc/sys/net/ipv4/ip_local_port_range")
     script = 'for target in "$@"; do "$PYTHON" -m echod probe $target; echo $?; done'
     targets = [f"{host}:{port} {option}" for port in (40000, 40001) for option in ("", "--half-close", "--count 1")]
@@ -100,7 +101,7 @@ def test_a_dead_port_of_the_ephemeral_range(host: str) -> None:
 
 @pytest.mark.container
 def test_a_dead_name_server(tmp_path: Path) -> None:
-    """The timeout bounds the lookup, and the process does not wait for it at its exit."""
+    """The timeout bounds the lookup, and the process exits without waiting for it."""
     command = [*without_name_server(tmp_path), sys.executable, "-m", "echod", "probe", "echo.example:7"]
     for options in ((), ("--count", "1")):
         result = execute(command, "--timeout", "0.5", "--json", *options)
@@ -112,7 +113,7 @@ def test_a_dead_name_server(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def resolving(prefix: Sequence[str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Give a process of the command that waits for the dead name server's answer."""
+    """Yield a process of the command that waits for a name server that does not answer."""
     command = [*prefix, sys.executable, "-m", "echod", *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment()) as process:
@@ -128,7 +129,7 @@ def resolving(prefix: Sequence[str], *arguments: str) -> Iterator[subprocess.Pop
 @pytest.mark.container
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_start(tmp_path: Path, loop_name: str, number: signal.Signals) -> None:
-    """While a name is resolved: the stop is a graceful one that has nothing to drain."""
+    """A signal during the lookup stops the daemon gracefully."""
     arguments = ("--loop", loop_name, "--listen", "echo.example:7007", "--admin.address", "127.0.0.1:0")
     with resolving(without_name_server(tmp_path), *arguments) as process:
         process.send_signal(number)
@@ -141,7 +142,7 @@ def test_a_signal_ends_the_start(tmp_path: Path, loop_name: str, number: signal.
 
 @pytest.mark.container
 def test_a_signal_ends_the_lookup_of_a_probe(tmp_path: Path) -> None:
-    """Of a check at once, and of a measurement with its report."""
+    """A signal ends a check at once, and a measurement with a report."""
     prefix = without_name_server(tmp_path)
     for options, code in (((), -signal.SIGTERM), (("--count", "1"), 128 + signal.SIGTERM)):
         with resolving(prefix, "probe", "echo.example:7", "--timeout", "1000", *options) as process:
@@ -152,14 +153,14 @@ def test_a_signal_ends_the_lookup_of_a_probe(tmp_path: Path) -> None:
 
 
 def answer(*hosts: str) -> list[tuple[int, int, int, str, tuple[str, int]]]:
-    """Return the answer of getaddrinfo for a name with these addresses, port 7."""
+    """Return the result of getaddrinfo for a name with these addresses and port 7."""
     return [
         (socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 7)) for host in hosts
     ]
 
 
 class Names:
-    """A resolver that has one answer for every name; it gives it when `ready` is set."""
+    """A resolver with one answer for every name, given when `ready` is set."""
 
     _known = staticmethod(socket.getaddrinfo)
 
@@ -199,7 +200,7 @@ def fail(error: Exception) -> Any:
 
 
 def test_resolve(names: Any) -> None:
-    """Addresses and failures come out of the thread as they are."""
+    """Results and exceptions of the lookup's thread are passed on."""
     names(lambda: answer("192.0.2.1")).ready.set()
     assert resolver.resolve("name", 7) == answer("192.0.2.1")
     for error in (socket.gaierror(socket.EAI_FAIL, "no recovery"), UnicodeError("a label")):
@@ -209,7 +210,7 @@ def test_resolve(names: Any) -> None:
 
 
 def test_resolve_gives_up(names: Any) -> None:
-    """At the timeout, or when the caller is to stop: whatever the lookup does."""
+    """The wait ends at the timeout or on a stop, even if the lookup goes on."""
     names(lambda: answer("192.0.2.1"))
     with pytest.raises(socket.gaierror, match="timed out"):
         resolver.resolve("name", 7, timeout=0.05)
@@ -219,7 +220,7 @@ def test_resolve_gives_up(names: Any) -> None:
 
 
 def test_an_address_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does one of the other family."""
+    """An IP address is resolved without a thread, even one of the wrong family."""
     monkeypatch.setattr(threading, "Thread", None)
     assert resolver.resolve("127.0.0.1", 7)[0][4] == ("127.0.0.1", 7)
     assert {info[4][0] for info in resolver.resolve("", 7)} == {"127.0.0.1", "::1"}
@@ -228,7 +229,7 @@ def test_an_address_needs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_thread_that_cannot_start(command: Command, monkeypatch: pytest.MonkeyPatch, names: Any) -> None:
-    """As at a limit of processes: an error like any other, in the probe and at the daemon's start."""
+    """A limit of processes is an ordinary error of the probe and of the daemon's start."""
     names(lambda: answer("192.0.2.1"))
     monkeypatch.setattr(threading.Thread, "start", lambda _: fail(RuntimeError("can't start new thread")))
     message = (
@@ -242,7 +243,7 @@ def test_a_thread_that_cannot_start(command: Command, monkeypatch: pytest.Monkey
 
 
 def test_a_start_that_is_given_up(names: Any) -> None:
-    """All sockets are closed that were open by then."""
+    """The sockets that were already open are closed."""
     with socket.create_server(("127.0.0.1", 0)) as chosen:
         good = chosen.getsockname()
     asked = names(lambda: answer("192.0.2.1")).asked
@@ -256,22 +257,22 @@ def test_a_start_that_is_given_up(names: Any) -> None:
 
 
 def test_families_in_turn(names: Any) -> None:
-    """Each address once, both families in turn, beginning with the one that the resolver puts first."""
+    """The families alternate, starting with that of the first address. Each address occurs once."""
     hosts = ("2001:db8::1", "2001:db8::2", "2001:db8::1", "2001:db8::3", "192.0.2.1", "192.0.2.2")
     names(lambda: answer(*hosts)).ready.set()
-    route = command.parse(["name:7"]).route
+    route = arguments.parse(["name:7"]).route
     assert [endpoint.sockaddr[0] for endpoint in route.endpoints(PATIENCE)] == [
         *("2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", "2001:db8::3"),
     ]
 
 
 class Attempt:
-    """A socket that connects, or not, at some time of a clock.
+    """A socket with a connection attempt that ends at a time of a simulated clock.
 
     Args:
-        clock: the one.
-        at: seconds after its beginning at which it is done.
-        error: with which; 0: it is connected.
+        clock: the clock.
+        at: seconds from the start to the end of the attempt.
+        error: the errno of the attempt, or 0 if it succeeds.
 
     """
 
@@ -294,14 +295,14 @@ class Attempt:
 
 
 class Clock:
-    """A time that passes only in poll, until something is due."""
+    """A simulated clock and poll object. Time passes only in `poll`, up to the next event."""
 
     def __init__(self) -> None:
         self.now = 100.0
         self.attempts: list[Attempt] = []
         self._watched: set[int] = set()
 
-    def perf_counter(self) -> float:
+    def time(self) -> float:
         return self.now
 
     def register(self, attempt: Attempt, _: int) -> None:
@@ -317,18 +318,21 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(connect, "time", clock)
-    monkeypatch.setattr(select, "poll", lambda: clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 NEVER = 1e9
 
 
 def attempts(clock: Clock, *plan: tuple[float, int] | OSError) -> tuple[list[float], Callable[[], Any]]:
-    """Return when each attempt began, and a function that connects by a plan: when, and with which error."""
+    """Return the start times of attempts, and a function that runs the race.
+
+    Args:
+        clock: the simulated clock.
+        plan: for each endpoint, the duration and the errno of its attempt, or the error at its start.
+
+    """
     begun: list[float] = []
 
     def begin(endpoint: Endpoint) -> Any:
@@ -339,11 +343,11 @@ def attempts(clock: Clock, *plan: tuple[float, int] | OSError) -> tuple[list[flo
         return Attempt(clock, *step)
 
     endpoints = [Endpoint(socket.AF_INET, (number, 7)) for number in range(len(plan))]
-    return begun, lambda: connect._race(begin, endpoints, 101.0)
+    return begun, lambda: connect.race(begin, endpoints, Deadline(1, clock.time), cast("Any", clock))
 
 
 def test_the_next_address_is_tried_after_a_delay(clock: Clock) -> None:
-    """Of 250 ms, while the ones before are still waited for; the first connection is kept, and no other."""
+    """Attempts start 250 ms apart and overlap. Only the first connection is kept."""
     begun, race = attempts(clock, (NEVER, 0), (0.375, 0), (0.25, 0), (0, 0))
     assert race() is clock.attempts[1]
     assert begun == [0, 0.25, 0.5]
@@ -352,7 +356,7 @@ def test_the_next_address_is_tried_after_a_delay(clock: Clock) -> None:
 
 
 def test_the_next_address_is_tried_when_one_has_failed(clock: Clock) -> None:
-    """At once: both where the attempt cannot begin and where it is refused."""
+    """The next attempt starts at once, whether the failed one could not start or was refused."""
     begun, race = attempts(clock, OSError(101, "no route"), (0.125, 111), (NEVER, 0), (0, 0))
     assert race() is clock.attempts[2]
     assert begun == [0, 0, 0.125, 0.375]
@@ -360,7 +364,7 @@ def test_the_next_address_is_tried_when_one_has_failed(clock: Clock) -> None:
 
 
 def test_the_timeout_bounds_all_addresses(clock: Clock) -> None:
-    """However many there are."""
+    """The number of addresses does not matter."""
     begun, race = attempts(clock, *[(NEVER, 0)] * 8)
     with pytest.raises(TimeoutError):
         race()
@@ -370,7 +374,7 @@ def test_the_timeout_bounds_all_addresses(clock: Clock) -> None:
 
 
 def test_no_address_answers(clock: Clock) -> None:
-    """The error is that of the last one that failed."""
+    """The error is that of the last attempt to fail."""
     begun, race = attempts(clock, (0.5, 113), (0.125, 111))
     with pytest.raises(OSError, match="No route to host"):
         race()
@@ -380,7 +384,7 @@ def test_no_address_answers(clock: Clock) -> None:
 
 @pytest.fixture
 def hole() -> Iterator[tuple[str, int]]:
-    """Return an address whose SYNs are dropped, as its backlog is full."""
+    """Return an address with a full backlog, so that the kernel drops SYNs to it."""
     with contextlib.ExitStack() as opened:
         listening = opened.enter_context(socket.socket())
         listening.bind(("127.0.0.2", 0))
@@ -393,7 +397,7 @@ def hole() -> Iterator[tuple[str, int]]:
         yield listening.getsockname()
 
 
-# A resolver that knows one name: an address where nothing answers, and one where a server does.
+# A client with a resolver for one name: it has an address that does not answer, and one that does.
 SEVERAL = """
 import socket, sys
 from echod.cli import main
@@ -412,12 +416,12 @@ sys.exit(main())
 
 @pytest.mark.parametrize("options", EACH_KIND)
 def test_a_dead_first_address(hole: tuple[str, int], options: tuple[str, ...]) -> None:
-    """It takes a quarter of a second, and not the timeout."""
+    """The second address is used."""
     with Peer(echo, socket.create_server(("127.0.0.1", hole[1]))):
         command = [sys.executable, "-c", SEVERAL, "probe", f"name:{hole[1]}", "--timeout", "20", "--json"]
         result = execute(command, *options)
     assert (result.returncode, result.stderr) == (0, "")
-    assert 0.25 <= json.loads(result.stdout)["connect_seconds"] < 20
+    assert json.loads(result.stdout)["ending"] == "right"
 
 
 def test_every_address_dead(hole: tuple[str, int]) -> None:
@@ -427,7 +431,7 @@ def test_every_address_dead(hole: tuple[str, int]) -> None:
     assert (result.returncode, result.stderr) == (69, f"echod: name:{hole[1]}: no connection: timed out\n")
 
 
-# --- the name that a certificate has to hold
+# --- the name that a certificate must contain
 
 
 @pytest.mark.parametrize(
@@ -439,7 +443,7 @@ def test_every_address_dead(hole: tuple[str, int]) -> None:
     ],
 )
 def test_odd_server_names(command: Command, name: str) -> None:
-    """A usage error, in the words of the option."""
+    """A name that cannot be a host name is a usage error of the option."""
     result = command("probe", "h:1", "--tls", "--server-name", name)
     assert (result.returncode, result.stdout) == (2, "")
     message = f"argument --server-name: {name!r} is not a host name or an IP address"
@@ -448,7 +452,7 @@ def test_odd_server_names(command: Command, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ssl.SSLContext, list[str | None]]:
-    """Return the file of an authority, the context of a server with its certificate, and the names it is asked for."""
+    """Return a CA file, the context of a server with a certificate, and a list of the SNI names it receives."""
     ca = trustme.CA()
     path = tmp_path_factory.mktemp("names") / "ca.pem"
     ca.cert_pem.write_to_path(str(path))
@@ -474,7 +478,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ssl.SSLCon
     ],
 )
 def test_server_names(authority: tuple[str, ssl.SSLContext, list[str | None]], name: str, sent: str | None) -> None:
-    """A trailing dot and a zone are not part of it; an IP address is compared, and not sent (RFC 6066, section 3)."""
+    """SNI has no trailing dot and no IP address (RFC 6066, section 3). The certificate is still verified."""
     ca, context, asked = authority
     asked.clear()
     with Peer(echo, tls=context) as peer:
@@ -486,7 +490,7 @@ def test_server_names(authority: tuple[str, ssl.SSLContext, list[str | None]], n
 def test_a_trailing_dot_of_the_target(
     authority: tuple[str, ssl.SSLContext, list[str | None]], names: Any, command: Command
 ) -> None:
-    """It is for the resolver, which takes the name as it is; TLS gets the name without it."""
+    """The resolver gets the name with its dot, TLS without it."""
     ca, context, asked = authority
     asked.clear()
     with Peer(echo, tls=context) as peer:
@@ -500,12 +504,12 @@ def test_a_trailing_dot_of_the_target(
 
 # --- servers that send TLS byte by byte
 
-# The beginning of a handshake record and of one with data, each of 16 KiB.
+# The headers of a handshake record and of a data record, each of 16 KiB.
 HANDSHAKE, DATA = b"\x16\x03\x03\x40\x00", b"\x17\x03\x03\x40\x00"
 
 
 def trickle(sock: socket.socket, header: bytes) -> None:
-    """Send a record that takes minutes to arrive, each byte long before any timeout."""
+    """Send a record byte by byte, so that it takes minutes although no byte is late."""
     sock.sendall(header)
     while not select.select([sock], [], [], 0.02)[0] or sock.recv(65536):
         sock.sendall(b"x")
@@ -513,7 +517,7 @@ def trickle(sock: socket.socket, header: bytes) -> None:
 
 @pytest.mark.parametrize("options", [(), ("--count", "1")])
 def test_a_handshake_that_trickles(options: tuple[str, ...]) -> None:
-    """The timeout is of all of it."""
+    """The timeout bounds the whole handshake."""
     with Peer(lambda sock: trickle(sock, HANDSHAKE)) as peer:
         result = run("probe", peer.target, "--tls", "--insecure", "--timeout", "0.5", *options)
     assert result.returncode == 69
@@ -521,7 +525,7 @@ def test_a_handshake_that_trickles(options: tuple[str, ...]) -> None:
 
 
 def test_an_echo_over_tls_that_trickles(authority: tuple[str, ssl.SSLContext, list[str | None]]) -> None:
-    """Of a record that is not complete, nothing is known."""
+    """The timeout bounds the wait for a complete record."""
 
     def handler(sock: socket.socket) -> None:
         with socket.socket(fileno=os.dup(sock.fileno())) as plain:
@@ -548,7 +552,7 @@ sys.exit(main())
 
 @pytest.mark.parametrize("options", [*EACH_KIND, ("--stream", "--duration", "0.3", "--connections", "3")])
 def test_high_descriptors(options: tuple[str, ...]) -> None:
-    """Those below 1,024 are all in use."""
+    """The client works if all descriptors below 1,024 are in use."""
     with Peer(echo) as peer:
         result = execute([sys.executable, "-c", CROWDED, "probe", peer.target], *options)
     assert (result.returncode, result.stderr) == (0, "")

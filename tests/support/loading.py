@@ -12,12 +12,12 @@ from echod.settings.problems import SettingsError
 from echod.settings.sources import load
 
 if TYPE_CHECKING:
-    from echod.settings.model import Loaded
+    from echod.settings.model import Config
 
 Write = Callable[[str], str]
 
 
-def loaded(*arguments: str, config: str | None = None) -> Loaded:
+def loaded(*arguments: str, config: str | None = None) -> Config:
     """Return the settings of a command line."""
     line = parse([*arguments, *(("--config", config) if config else ())], "0.0.0")
     return load(line.options, line.config)

@@ -7,9 +7,9 @@ import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echod.connection.echo import EchoSession
+from echod.loops import loop_factory
 from echod.server.client import Client
 from echod.settings.model import LimitsSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE
 
 if TYPE_CHECKING:

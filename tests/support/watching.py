@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from admin_thread import AdminThread
 from harness import PATIENCE
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def place(daemon: Daemon) -> tuple[str, int]:
-    """Return the admin listener's address."""
+def place(daemon: Daemon | AdminThread) -> tuple[str, int]:
+    """Return the address of the admin listener."""
+    if isinstance(daemon, AdminThread):
+        return daemon.address
     host, _, port = daemon.wait_for("listening", listener="admin")["address"].rpartition(":")
     return host, int(port)
 
@@ -50,7 +53,7 @@ def ask(connection: http.client.HTTPConnection, path: str, method: str = "GET", 
     return Answer(response.status, response.headers, response.read())
 
 
-def get(daemon: Daemon, path: str, method: str = "GET", **headers: str) -> Answer:
+def get(daemon: Daemon | AdminThread, path: str, method: str = "GET", **headers: str) -> Answer:
     """Send a request on a connection of its own."""
     with contextlib.closing(http.client.HTTPConnection(*place(daemon), timeout=PATIENCE)) as connection:
         return ask(connection, path, method, **headers)
@@ -63,7 +66,7 @@ def status(daemon: Daemon) -> dict[str, Any]:
     return report
 
 
-def caller(daemon: Daemon) -> socket.socket:
+def caller(daemon: Daemon | AdminThread) -> socket.socket:
     """Return a plain socket connected to the admin listener."""
     return socket.create_connection(place(daemon), PATIENCE)
 
@@ -88,7 +91,7 @@ def parse(text: str) -> Samples:
     return samples
 
 
-def scrape(daemon: Daemon) -> Samples:
+def scrape(daemon: Daemon | AdminThread) -> Samples:
     """Return the current metrics."""
     answer = get(daemon, "/metrics")
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import echod
+from echod.loops import loop_factory
 from echod.net.addresses import (
     AddressError,
     InheritedAddress,
@@ -23,7 +24,6 @@ from echod.net.addresses import (
     parse_bindable,
 )
 from echod.server.quota import Quota
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, receive
 from watching import WATCHED, status
 
@@ -63,39 +63,39 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
     [
         ("", "'' has no port: write HOST:PORT"),
         ("localhost", "'localhost' has no port"),
-        ("localhost:", "'' is no port: write a number from 0 to 65535"),
-        ("localhost:http", "'http' is no port"),
-        ("h:65536", "'65536' is no port"),
-        ("h:0655350", "'0655350' is no port"),
-        ("h:-1", "'-1' is no port"),
-        ("h: 80", "' 80' is no port"),
-        ("h:٣", "is no port"),
-        ("h:" + "9" * 5000, "is no port"),
-        ("::1:8000", "'::1:8000': an IPv6 address goes into brackets, and its port after them"),
-        ("::1", "'::1': an IPv6 address goes into brackets"),
-        ("fe80::1%eth0:80", "an IPv6 address goes into brackets"),
+        ("localhost:", "'' is not a port: use 0 to 65535"),
+        ("localhost:http", "'http' is not a port"),
+        ("h:65536", "'65536' is not a port"),
+        ("h:0655350", "'0655350' is not a port"),
+        ("h:-1", "'-1' is not a port"),
+        ("h: 80", "' 80' is not a port"),
+        ("h:٣", "is not a port"),
+        ("h:" + "9" * 5000, "is not a port"),
+        ("::1:8000", "'::1:8000': an IPv6 address needs brackets: write"),
+        ("::1", "'::1': an IPv6 address needs brackets"),
+        ("fe80::1%eth0:80", "an IPv6 address needs brackets"),
         ("[::1]", r"'\[::1\]' has no port"),
-        ("[::1", r"'\[:' is no host name"),
-        ("[::1]80", "is no host name"),
-        ("[::1]:", "'' is no port"),
-        ("[::1%]:80", "'::1%' is no IPv6 address"),
-        ("[::1%a\nb]:80", r"'::1%a\\nb' is no IPv6 address"),
-        ("[::1/64]:80", "'::1/64' is no IPv6 address"),
-        ("[g::1]:80", "'g::1' is no IPv6 address"),
-        ("[127.0.0.1]:80", "'127.0.0.1' is no IPv6 address"),
-        ("[]:80", "'' is no IPv6 address"),
-        ("a b:80", "'a b' is no host name"),
-        ("http://h:80", "'http://h' is no host name: write HOST:PORT"),
-        ("tcp:h:80", "'tcp:h' is no host name"),
-        ("unix/x:80", "'unix/x' is no host name"),
-        ("*:80", r"'\*' is no host name"),
+        ("[::1", r"'\[:' is not a host name"),
+        ("[::1]80", "is not a host name"),
+        ("[::1]:", "'' is not a port"),
+        ("[::1%]:80", "'::1%' is not an IPv6 address"),
+        ("[::1%a\nb]:80", r"'::1%a\\nb' is not an IPv6 address"),
+        ("[::1/64]:80", "'::1/64' is not an IPv6 address"),
+        ("[g::1]:80", "'g::1' is not an IPv6 address"),
+        ("[127.0.0.1]:80", "'127.0.0.1' is not an IPv6 address"),
+        ("[]:80", "'' is not an IPv6 address"),
+        ("a b:80", "'a b' is not a host name"),
+        ("http://h:80", "'http://h' is not a host name: write HOST:PORT"),
+        ("tcp:h:80", "'tcp:h' is not a host name"),
+        ("unix/x:80", "'unix/x' is not a host name"),
+        ("*:80", r"'\*' is not a host name"),
         # For these, the resolver would raise an error that is not an OSError.
-        ("a" * 64 + ":80", "is no host name"),
-        ("a..b:80", "'a..b' is no host name"),
-        ("a." * 126 + "aa:80", "is no host name"),
-        (".:80", "'.' is no host name"),
-        ("ü" * 64 + ":80", "is no host name"),
-        ("\udcff:80", "is no host name"),
+        ("a" * 64 + ":80", "is not a host name"),
+        ("a..b:80", "'a..b' is not a host name"),
+        ("a." * 126 + "aa:80", "is not a host name"),
+        (".:80", "'.' is not a host name"),
+        ("ü" * 64 + ":80", "is not a host name"),
+        ("\udcff:80", "is not a host name"),
     ],
 )
 def test_invalid_addresses(text: str, message: str) -> None:
@@ -106,7 +106,7 @@ def test_invalid_addresses(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[::ffff:192.0.2.1]:80", "a socket for IPv6 takes no IPv4 clients: write 192.0.2.1:80"),
+        ("[::ffff:192.0.2.1]:80", "an IPv6 socket accepts no IPv4 clients: write 192.0.2.1:80"),
         ("[FE80::1]:80", "a link-local address needs its interface: write [fe80::1%eth0]:80"),
         ("[febf::]:80", "a link-local address needs its interface: write [febf::%eth0]:80"),
     ],
@@ -156,16 +156,16 @@ def test_inherited(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("unix:", "'unix:' names no socket: write unix:PATH or unix:@NAME"),
-        ("unix:@", "names no socket"),
-        ("unix:a\0b", "names no socket"),
-        ("unix:a\nb", "names no socket"),
+        ("unix:", "'unix:' does not name a socket: write unix:PATH or unix:@NAME"),
+        ("unix:@", "does not name a socket"),
+        ("unix:a\0b", "does not name a socket"),
+        ("unix:a\nb", "does not name a socket"),
         ("unix:" + "x" * 108, "has at most 107 bytes, not 108"),
         ("unix:" + "ü" * 60, "has at most 107 bytes, not 120"),
         ("unix:@" + "x" * 108, "has at most 107 bytes, not 109"),
-        ("systemd:", "names no inherited socket: write systemd:NAME"),
-        ("systemd:a:b", "names no inherited socket"),
-        ("systemd:ü", "names no inherited socket"),
+        ("systemd:", "does not name an inherited socket: write systemd:NAME"),
+        ("systemd:a:b", "does not name an inherited socket"),
+        ("systemd:ü", "does not name an inherited socket"),
     ],
 )
 def test_invalid_socket_names(text: str, message: str) -> None:

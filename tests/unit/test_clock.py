@@ -16,10 +16,10 @@ from echod.clock import Clock
 from echod.connection.echo import EchoSession
 from echod.connection.linger import Linger
 from echod.connection.state import Phase
+from echod.loops import loop_factory
 from echod.server.client import Client
 from echod.server.drain import Drain
 from echod.settings.model import LimitsSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE, UNHURRIED
 
 if TYPE_CHECKING:
@@ -206,6 +206,39 @@ def test_pause_in_a_drain(loop_name: str) -> None:
             assert both.session.reason == "cut"
             # 9.5 seconds of the drain and 5 of the linger, a quarter of a second at a time.
             assert drain.waits == pytest.approx((9.5 + 5) / 0.25, abs=2)
+
+    run(loop_name, scene)
+
+
+class Spoken(Drain):
+    """A drain whose first wait is a pause of an hour, in which the client sends something."""
+
+    def __init__(self, clients: list[Client], source: Source, peer: socket.socket) -> None:
+        super().__init__(clients, lambda: True, source)
+        self.source, self.peer = source, peer
+
+    async def _wait_until(self, when: float) -> None:
+        if self.source.now == Source().now:
+            self._clock.announce(when - self._clock.time())
+            self.peer.sendall(b"last words")
+            self.source.now += 3600
+        else:
+            await super()._wait_until(when)
+            self.source.now += max(0.0, when - self._clock.time())
+
+
+def test_client_speaks_in_a_pause_that_outlasts_the_drain(loop_name: str) -> None:
+    """What a client sends while the process is paused is echoed, though `drain_timeout` is over afterwards."""
+
+    async def scene() -> None:
+        with ends() as both:
+            await both.connect()
+            drain = Spoken([both.client], Source(), both.peer)
+            await drain.run(ShutdownSettings(quiet_period=PATIENCE, drain_timeout=0.1, linger_timeout=0.1))
+            assert both.peer.recv(100) == b"last words"
+            assert both.peer.recv(1) == b""
+            await both.session.ended
+            assert both.session.reason == "cut"
 
     run(loop_name, scene)
 

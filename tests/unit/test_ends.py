@@ -187,6 +187,21 @@ def test_client_reads_in_the_end(start: Start) -> None:
     assert (line["reason"], line["acked"]) == ("eof", 100_000)
 
 
+def test_client_resets_instead_of_taking_the_object(start: Start) -> None:
+    """In mode info, `info` means that the client has the object. One that resets before is `reset`."""
+    daemon = start(
+        *("--listeners.look.address", "127.0.0.1:0", "--listeners.look.mode", "info", "--log.connections", "failed"),
+        listen=None,
+    )
+    daemon.freeze()
+    reset(daemon.connect())
+    daemon.send_signal(signal.SIGCONT)
+    daemon.settle()
+    assert daemon.stop() == 0
+    line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == ("reset", 0, 0)
+
+
 # System calls that fail
 
 

@@ -226,6 +226,18 @@ def test_time_that_comes_after_the_close() -> None:
     bench(scene, after_seconds=0.5, action="reset")
 
 
+def test_action_on_a_lost_connection() -> None:
+    """If the echo before the action fails, the connection has ended for that reason, and not for the fault."""
+
+    async def scene(bench: Bench) -> None:
+        reset(bench.client)
+        bench.session.data_received(b"hello")
+        await bench.until(bench.session.ended.done)
+        assert (bench.reason(), bench.session.fault) == ("reset", None)
+
+    bench(scene, after_bytes=5, action="close")
+
+
 def test_trigger_before_its_time() -> None:
     """Before its time, a trigger is a message like any other."""
 
@@ -337,3 +349,22 @@ def test_new_write_buffer() -> None:
         await bench.end()
 
     bench(scene, delay=1)
+
+
+def test_due_echo_of_a_client_that_does_not_read() -> None:
+    """Above the high-water mark, no more held echo is written, even if it is due."""
+    messages = [b"%03d" % number + b"." * 997 for number in range(60)]
+
+    async def scene(bench: Bench) -> None:
+        bench.pair.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for message in messages:
+            await bench.send(message)
+        bench.session.reconfigure(LimitsSettings(write_buffer=ByteSize(5000)), ShutdownSettings())
+        await bench.advance(1)
+        assert bench.session.paused
+        assert bench.session.unsent() <= 6000
+        assert bench.session.written < bench.session.owed == 60_000
+        assert await bench.receive(60_000) == b"".join(messages)
+        await bench.end()
+
+    bench(scene, receive_buffer=4096, delay=1)

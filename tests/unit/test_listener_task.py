@@ -13,7 +13,7 @@ import pytest
 from echod.net.listeners import ListeningSocket
 from echod.server.listener_task import ListenerTask
 from harness import PATIENCE
-from servers import run_in_loop, until
+from serving import run_in_loop, until
 
 
 class Flaky(ListeningSocket):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from echod.admin.status import Count, _look
+from echod.admin.snapshot import Count
 from echod.connection.state import Phase
 from echod.server.ledger import Counters
 
@@ -54,5 +54,5 @@ def test_phases(in_loop: InLoop) -> None:
 def shown(pair: Pair) -> dict[str, int]:
     """Return the state that the status page shows."""
     count = Count(Counters(), 0, 0)
-    _look(count, [pair.life()])
+    count.add([pair.life()])
     return dict(count.states)

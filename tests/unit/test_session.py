@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.admin.status import Count, _look
+from echod.admin.snapshot import Count
 from echod.connection.info import InfoSession
 from echod.connection.state import Phase
 from echod.net import kernel
@@ -18,7 +18,7 @@ from echod.server.quota import Quota
 from echod.settings.model import LimitsSettings
 from harness import reset
 from pairs import LIMITS, SHUTDOWN
-from servers import server_settings
+from serving import server_settings
 
 if TYPE_CHECKING:
     from pairs import InLoop, Pair
@@ -81,7 +81,7 @@ def test_closed_session_does_not_change(in_loop: InLoop) -> None:
         assert pair.session.reason == "eof"
         assert pair.session.undelivered() == 0
         count = Count(Counters(), 0, 0)
-        _look(count, [pair.life()])
+        count.add([pair.life()])
         assert (count.sent, count.states) == (0, {})
 
     in_loop(scene)

@@ -45,7 +45,7 @@ level = "loud"
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
         "FILE: listen.0: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
-        "FILE: listen.1: 'h:70000': '70000' is no port: write a number from 0 to 65535",
+        "FILE: listen.1: 'h:70000': '70000' is not a port: use 0 to 65535",
         "FILE: limits.max_connections: should be a number, not True",
         "FILE: limits.backlog: should be a valid integer, not 'x'",
         "FILE: limits.idle_timeout: should be a finite number, not nan",

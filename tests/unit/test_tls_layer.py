@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import ssl
 from typing import TYPE_CHECKING
+
+import pytest
 
 from echod.connection.echo import EchoSession
 from echod.connection.plaintext_map import MAX_MARKS
@@ -15,8 +19,6 @@ from echod.net.certificates import load
 from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
-    import pytest
-
     from certificates import Certificates
 
 
@@ -60,8 +62,11 @@ def connect(layer: TlsLayer, transport: Transport, certificates: Certificates) -
     layer.take_over(outgoing.read())
 
 
-def test_writes_without_acknowledgements(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prune the map, and translate the kernel's counts of ciphertext."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_writes_without_acknowledgements(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, *, refused: bool
+) -> None:
+    """Prune the map, and translate the kernel's counts of ciphertext. If the kernel refuses the count, nothing has arrived."""
     tls = load(str(certificates.certificate), str(certificates.key), "", "1.2")
     with socket.socket() as sock:
         session = EchoSession(sock, LIMITS, SHUTDOWN, None)  # type: ignore[arg-type]
@@ -71,7 +76,13 @@ def test_writes_without_acknowledgements(certificates: Certificates, monkeypatch
         connect(layer, transport, certificates)
         assert [*phases, session.phase] == [Phase.HANDSHAKE, Phase.OPEN]
         assert session.tls is not None
-        monkeypatch.setattr(kernel, "unacknowledged", lambda _: layer.written)
+
+        def nothing_has_arrived(_: socket.socket) -> int:
+            if refused:
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            return layer.written
+
+        monkeypatch.setattr(kernel, "unacknowledged", nothing_has_arrived)
         before = layer.written
         for _ in range(MAX_MARKS + 100):
             layer.write(b"0123456789")

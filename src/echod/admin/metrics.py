@@ -1,4 +1,4 @@
-"""The metrics: what they are called, and how they come from the counters. Nothing here does any I/O of its own."""
+"""Build the metrics from the counters, without I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 import echod
-from echod.admin.status import STATES
+from echod.admin.snapshot import STATES
 from echod.connection.outcome import Reason
 from echod.net.certificates import Role
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from echod.admin.status import Count, DaemonView
+    from echod.admin.snapshot import Count, DaemonView
     from echod.server.ledger import Entry
 
-# Upper bounds in seconds. The ledger's times are rounded to a millisecond.
+# Upper bounds in seconds. The ledger rounds durations to a millisecond.
 _DURATIONS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0)
 _ROUND_TRIPS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Distribution:
-    """Values counted by the bounds that they lie within.
+    """Count values by upper bound.
 
     Args:
-        bounds: upper ones, inclusive, ascending; a last one at infinity is added.
+        bounds: ascending and inclusive. A last bound at infinity is added.
 
     """
 
@@ -49,59 +49,59 @@ class Distribution:
 
     @property
     def sum(self) -> float:
-        """All values together."""
+        """The sum of all values."""
         return self._sum
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
-        """How many values lie within each bound, those within lower ones included."""
+        """The number of values up to each bound, as Prometheus wants it: cumulative, with the bound as text."""
         return list(zip((*map(repr, self._bounds), "+Inf"), accumulate(self._counts), strict=True))
 
 
 class Histograms(NamedTuple):
-    """One listener's closed connections: how long they lasted, and how far away their clients were."""
+    """Durations and round trips of the closed connections of one listener, in seconds."""
 
     durations: Distribution
     round_trips: Distribution
 
     @classmethod
     def empty(cls) -> Histograms:
-        """Return those of a listener that has had no connection yet."""
+        """Return the histograms of a listener without closed connections."""
         return cls(Distribution(_DURATIONS), Distribution(_ROUND_TRIPS))
 
     def observe(self, entry: Entry) -> None:
-        """Take in a connection that was closed."""
+        """Add a closed connection."""
         self.durations.add(entry.seconds)
         if entry.rtt_ms is not None:
             self.round_trips.add(entry.rtt_ms / 1000)
 
 
 class Families:
-    """All of echod's own metrics at one moment.
+    """Yield all metrics of echod.
 
     Args:
-        subject: the process.
-        counts: of a census.
-        histograms: by the listeners' names, as the counts are.
-        loop: the event loop's name.
+        view: the state of the daemon.
+        counts: of a snapshot, by listener name.
+        histograms: by listener name.
+        loop: the name of the event loop.
 
     """
 
     def __init__(
-        self, subject: DaemonView, counts: Mapping[str, Count], histograms: Mapping[str, Histograms], loop: str
+        self, view: DaemonView, counts: Mapping[str, Count], histograms: Mapping[str, Histograms], loop: str
     ) -> None:
-        self._subject = subject
+        self._view = view
         self._counts = counts
         self._histograms = histograms
         self._loop = loop
 
     def __iter__(self) -> Iterator[Metric]:
-        yield from self._of_the_listeners()
-        yield from self._of_the_connections()
-        yield from self._of_the_process()
+        yield from self._listeners()
+        yield from self._connections()
+        yield from self._process()
 
-    def _of_the_listeners(self) -> Iterator[Metric]:
-        counts, servers = self._counts, self._subject.servers
+    def _listeners(self) -> Iterator[Metric]:
+        counts, servers = self._counts, self._view.servers
         yield self._counter(
             "connections",
             "Connections accepted and served, or refused with a reason.",
@@ -113,10 +113,10 @@ class Families:
             lambda count: count.counters.empty,
         )
         closed = CounterMetricFamily(
-            "echod_connections_closed", "Connections closed, by why.", labels=("listener", "reason")
+            "echod_connections_closed", "Connections closed, by reason.", labels=("listener", "reason")
         )
         active = GaugeMetricFamily(
-            "echod_connections_active", "Connected clients, by what they are at.", labels=("listener", "state")
+            "echod_connections_active", "Connected clients, by state.", labels=("listener", "state")
         )
         for name, count in counts.items():
             for reason in get_args(Reason):
@@ -127,7 +127,7 @@ class Families:
         yield active
         limit = GaugeMetricFamily("echod_connections_limit", "Clients at which accepting stops.", labels=("listener",))
         paused = GaugeMetricFamily(
-            "echod_accept_paused", "1 while clients have to wait in the backlog, else 0.", labels=("listener",)
+            "echod_accept_paused", "1 while clients have to wait in the backlog, otherwise 0.", labels=("listener",)
         )
         for name in counts:
             limit.add_metric((name,), servers[name].settings.limits.max_connections)
@@ -136,17 +136,17 @@ class Families:
         yield paused
         yield self._counter(
             "accept_pauses",
-            "Times that accepting stopped while clients waited, or got another cause for that.",
+            "Times that accepting paused, or that a pause got another cause.",
             lambda count: count.counters.accept_pauses,
         )
         yield self._counter(
             "accept_failures",
-            "Connections accepted and closed at once by a failure.",
+            "Connections accepted and closed at once, because of a failure.",
             lambda count: count.counters.accept_failures,
         )
-        yield from self._of_the_certificates()
+        yield from self._certificates()
 
-    def _of_the_certificates(self) -> Iterator[Metric]:
+    def _certificates(self) -> Iterator[Metric]:
         labels = ("listener", "certificate")
         expiry = GaugeMetricFamily(
             "echod_tls_certificate_expiry_timestamp_seconds",
@@ -158,7 +158,7 @@ class Families:
             "When the last certificate of its kind becomes valid, in seconds since the epoch.",
             labels=labels,
         )
-        certificates = self._subject.found().tls
+        certificates = self._view.resources().tls
         for name in filter(certificates.__contains__, self._counts):
             for role in get_args(Role):
                 alike = [used.certificate for used in certificates[name].certificates if used.role == role]
@@ -168,35 +168,37 @@ class Families:
         yield expiry
         yield start
 
-    def _of_the_connections(self) -> Iterator[Metric]:
-        yield self._counter("received_bytes", "Bytes received to be echoed.", lambda count: count.received)
-        yield self._counter("sent_bytes", "Bytes of echo taken by the kernel for sending.", lambda count: count.sent)
+    def _connections(self) -> Iterator[Metric]:
+        yield self._counter("received_bytes", "Bytes received that are to be echoed.", lambda count: count.received)
+        yield self._counter(
+            "sent_bytes", "Bytes of echo that the kernel has taken for sending.", lambda count: count.sent
+        )
         yield self._counter(
             "acked_bytes",
-            "Bytes of echo acknowledged by the clients' kernels, counted when a connection closes.",
+            "Bytes of echo that the clients' kernels have acknowledged, counted when a connection closes.",
             lambda count: count.counters.acked,
         )
         yield self._counter(
             "unsent_bytes",
-            "Bytes received and never taken by the kernel for sending, counted when a connection closes.",
+            "Bytes received that the kernel never took for sending, counted when a connection closes.",
             lambda count: count.counters.unsent,
         )
         yield self._counter(
             "unacked_bytes",
-            "Bytes of echo sent and not acknowledged when the connection closed.",
+            "Bytes of echo sent but not acknowledged when the connection closed.",
             lambda count: count.counters.unacked,
         )
         yield self._counter(
             "discarded_bytes",
-            "Bytes received and not to be echoed, after our FIN for the most part, counted when a connection closes.",
+            "Bytes received that are not echoed, mostly after our FIN, counted when a connection closes.",
             lambda count: count.counters.discarded,
         )
         durations = HistogramMetricFamily(
-            "echod_connection_duration_seconds", "How long closed connections lasted.", labels=("listener",)
+            "echod_connection_duration_seconds", "Durations of closed connections.", labels=("listener",)
         )
         round_trips = HistogramMetricFamily(
             "echod_connection_rtt_seconds",
-            "The kernel's smoothed round trip of each connection when it closed.",
+            "Smoothed round trips of closed connections, as the kernel measured them.",
             labels=("listener",),
         )
         for name in self._counts:
@@ -206,22 +208,24 @@ class Families:
         yield durations
         yield round_trips
 
-    def _of_the_process(self) -> Iterator[Metric]:
-        subject = self._subject
+    def _process(self) -> Iterator[Metric]:
+        view = self._view
         build = GaugeMetricFamily(
-            "echod_build_info", "Always 1; the labels say what runs.", labels=("version", "python", "loop")
+            "echod_build_info", "Always 1. The labels describe the process.", labels=("version", "python", "loop")
         )
         build.add_metric((echod.__version__, platform.python_version(), self._loop), 1)
         yield build
-        yield GaugeMetricFamily("echod_draining", "1 from the first signal on, else 0.", value=subject.draining())
+        yield GaugeMetricFamily(
+            "echod_draining", "1 from the first stop signal on, otherwise 0.", value=view.draining()
+        )
         reloads = CounterMetricFamily("echod_reloads", "Times that the settings were read again.", labels=("result",))
         for result in ("success", "failure"):
-            reloads.add_metric((result,), subject.reloads[result])
+            reloads.add_metric((result,), view.reloads[result])
         yield reloads
         yield CounterMetricFamily(
             "echod_log_lines_dropped",
-            "Lines of the log that were dropped, because they could not be written, or not fast enough.",
-            value=subject.log_lines_dropped(),
+            "Log lines dropped because they could not be written, or not fast enough.",
+            value=view.log_lines_dropped(),
         )
 
     def _counter(self, name: str, text: str, value: Callable[[Count], int]) -> Metric:
@@ -240,5 +244,5 @@ class _Single(Collector):
 
 
 def render(family: Metric) -> bytes:
-    """Return one metric in Prometheus' text format, version 0.0.4."""
+    """Return one metric in the text format of Prometheus, version 0.0.4."""
     return generate_latest(_Single(family))

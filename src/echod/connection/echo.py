@@ -35,11 +35,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 from typing import TYPE_CHECKING, Protocol, cast
 
 from echod.clock import Clock
-from echod.connection.errors import describe, is_from_network
+from echod.connection.errors import describe, is_defect, is_from_network
 from echod.connection.linger import Linger
 from echod.connection.outcome import MEANINGS
 from echod.connection.state import Delivery, Phase
@@ -217,7 +216,7 @@ class EchoSession(asyncio.Protocol):
         self.begin()
 
     def begin(self) -> None:
-        """Begin with the payload: nothing precedes it any more."""
+        """Mark the preamble as done; further data is payload."""
         self.phase = max(self.phase, Phase.OPEN)
 
     def take_over(self, rest: bytes) -> None:
@@ -293,9 +292,16 @@ class EchoSession(asyncio.Protocol):
             self.close(reason)
 
     def fail(self, error: Exception) -> None:
-        """Reset the connection because of a defect, which `ended` then holds."""
-        self.failure = error
-        self.abort("failed")
+        """Reset the connection because of a failure on this host. If it is a defect, `ended` then holds it.
+
+        A failed system call, such as epoll_ctl(2) of asyncio's transport, is not a defect, and nor is a lack of memory.
+        """
+        if is_defect(error):
+            self.failure = error
+            self.abort("failed")
+        else:
+            self.detail = describe("system call", error)
+            self.abort("io_error")
 
     def stop_lingering(self) -> None:
         """Close now. If the write buffer still has echo, reset the connection instead.
@@ -339,7 +345,17 @@ class EchoSession(asyncio.Protocol):
         """Return the number of bytes written and not acknowledged. FIN counts as one."""
         if self.transport is None:
             return 0
-        return self.transport.get_write_buffer_size() + kernel.unacknowledged(self.sock)
+        return self.transport.get_write_buffer_size() + self.unacknowledged()
+
+    def unacknowledged(self) -> int:
+        """Return the number of bytes in the kernel that are not acknowledged. FIN counts as one.
+
+        If the kernel refuses the figure, it is 1 while the connection exists. Then a close waits for its timeout.
+        """
+        try:
+            return kernel.unacknowledged(self.sock)
+        except OSError:
+            return int(not kernel.is_reset(self.sock))
 
     def unread(self) -> bool:
         """Return whether the kernel has input for this session: bytes, FIN or RST."""
@@ -381,7 +397,7 @@ class EchoSession(asyncio.Protocol):
     def _send_fin(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset in the meantime
-        if self.eof and not kernel.unacknowledged(self.sock):
+        if self.eof and not self.unacknowledged():
             # No input can follow and nothing is on its way, so close(2) may send FIN: it can destroy nothing.
             self._delivered = True
             self.phase = Phase.CLOSED
@@ -416,8 +432,7 @@ class EchoSession(asyncio.Protocol):
 
     def _derive_reason(self, error: Exception) -> None:
         """Derive the reason from an error that a transport reports."""
-        # OpenSSL's errors are OSErrors too. Here they are defects, as TlsLayer handles those of the client.
-        if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
+        if is_defect(error):
             self.reason, self.failure = "failed", error
         elif is_from_network(error):
             self.reason = self.reason or "reset"
@@ -429,34 +444,50 @@ class EchoSession(asyncio.Protocol):
 
     def _explain(self, error: Exception) -> None:
         """Name the failed system call. The transports do not: if echo is unsent, it was a write."""
-        assert isinstance(error, OSError)
         assert self.delivery is not None
         call = "write" if self.delivery.sent < self.written else "read"
         # Without TCP_INFO it is unknown whether asyncio's transport had unsent echo.
         self.detail = describe(call if self.tcp_info is not None else "read or write", error)
 
+    def _count(self) -> int | None:
+        """Take the kernel's counters of one moment. Return the unacknowledged bytes, or None if they are unknown."""
+        waiting = 0 if self._delivered else None
+        failure: Exception | None = None
+        try:
+            if waiting is None:
+                waiting = kernel.unacknowledged(self.sock)
+        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
+            failure = error
+        try:
+            self.tcp_info = kernel.tcp_info(self.sock)
+            # An acknowledgement between the two calls would be in both figures.
+            while waiting and waiting != (now := kernel.unacknowledged(self.sock)):
+                waiting = now
+                self.tcp_info = kernel.tcp_info(self.sock)
+        except (OSError, ValueError) as error:
+            failure = failure or error
+        if failure is not None:
+            self.detail = self.detail or f"sent and acked are estimates: {failure}"
+        return waiting
+
     def _record_delivery(self, *, broken: bool) -> None:
         written = self.written if self.tls_layer is None else self.tls_layer.written
-        unacknowledged = 0 if self._delivered else written
-        try:
-            if not self._delivered:
-                unacknowledged = kernel.unacknowledged(self.sock)
-            self.tcp_info = kernel.tcp_info(self.sock)
-        except (OSError, ValueError) as error:  # ValueError: the loop has closed the socket
-            self.detail = self.detail or f"sent and acked are estimates: {error}"
-        if self.tcp_info is None:  # a unix socket, or another system than Linux
+        unacknowledged = self._count()
+        if self.tcp_info is None or unacknowledged is None:
             sent = written - max(self.unsent(), self._dropped)
-            # After a reset the kernel does not know how much the client had not read, and asyncio's transport does
-            # not know how much it had not sent.
-            acked = 0 if broken else max(0, sent - unacknowledged)
         else:
             # Not the transport's counts: asyncio's transport drops its buffer before it reports a reset.
             sent = max(0, self.tcp_info.acked + unacknowledged - self._fin_sent)
+        if self.tcp_info is None:  # a unix socket, or another system than Linux
+            # After a reset the kernel does not know how much the client had not read, and asyncio's transport does
+            # not know how much it had not sent.
+            acked = 0 if broken or unacknowledged is None else max(0, sent - unacknowledged)
+        else:
             acked = min(self.tcp_info.acked, sent)
         if self.tls_layer is not None:
             sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
         self.delivery = Delivery(self.received, sent, acked, self.discarded)
         # The acknowledgements alone decide. A client that has all of its echo may reset: over TLS, a client that does
         # not wait for our close_notify does (RFC 8446, section 6.1).
-        if self.reason == "eof" and not self._delivered and acked < self.owed:
+        if self.reason in {"eof", "info"} and not self._delivered and acked < self.owed:
             self.reason = "reset" if broken else "undelivered"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ssl
 
 # These errors report a reset, a timeout or an ICMP message (tcp(7), ip(7)). All other errors report this host.
 _NETWORK_ERRORS = frozenset(
@@ -27,11 +28,19 @@ _NETWORK_ERRORS = frozenset(
 )
 
 
-def is_from_network(error: OSError) -> bool:
+def is_defect(error: Exception) -> bool:
+    """Return whether an error is neither a failed system call nor a lack of memory."""
+    # OpenSSL's errors are OSErrors too. Here they are defects, as TlsLayer handles those of the client.
+    return not isinstance(error, OSError | MemoryError) or isinstance(error, ssl.SSLError)
+
+
+def is_from_network(error: Exception) -> bool:
     """Return whether the network or the peer caused this error."""
-    return isinstance(error, ConnectionError) or error.errno in _NETWORK_ERRORS
+    return isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in _NETWORK_ERRORS)
 
 
-def describe(call: str, error: OSError) -> str:
+def describe(call: str, error: Exception) -> str:
     """Return the failed system call and the name of its error."""
+    if not isinstance(error, OSError):
+        return "out of memory"
     return f"{call}: {errno.errorcode.get(error.errno or 0, str(error))}"

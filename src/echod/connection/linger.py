@@ -35,6 +35,9 @@ class LingeringSession(Protocol):
     def count_discarded(self, size: int) -> None:
         """Count bytes that are not echoed."""
 
+    def unacknowledged(self) -> int:
+        """Return the number of bytes in the kernel that are not acknowledged."""
+
     def unread(self) -> bool:
         """Return whether the kernel has input for the session."""
 
@@ -63,7 +66,7 @@ class Linger(asyncio.Protocol):
     def __init__(self, session: LingeringSession, transport: asyncio.Transport, clock: Clock) -> None:
         self.session = session
         self._transport = transport
-        self._least = kernel.unacknowledged(session.sock)
+        self._least = session.unacknowledged()
         self._clock = clock
         self._expiry = clock.time() + session.shutdown.linger_timeout
         self._poll_after = _FIRST_POLL
@@ -92,13 +95,13 @@ class Linger(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(seconds, self.session.attempt, self._poll)
 
     def _close_if_acknowledged(self) -> None:
-        if not kernel.unacknowledged(self.session.sock):
+        if not self.session.unacknowledged():
             self._transport.close()
 
     def _poll(self) -> None:
         # In this order: the last acknowledgement may arrive between the two calls, and such a connection ended well.
         gone = self.session.eof and kernel.is_reset(self.session.sock)
-        left = kernel.unacknowledged(self.session.sock)
+        left = self.session.unacknowledged()
         now = self._clock.time()
         if left < self._least:
             self._least = left

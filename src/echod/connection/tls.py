@@ -132,8 +132,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._flush()
         self._map.add(self.written, len(data))
         if len(self._map) > MAX_MARKS:
-            # On a unix socket, the kernel counts buffers, so this may be less than has arrived.
-            self._map.prune(self.written - self.get_write_buffer_size() - kernel.unacknowledged(self.session.sock))
+            self._prune()
 
     def close_notify(self) -> None:
         """Tell the client that no more data follows. Does nothing before the end of the handshake."""
@@ -267,6 +266,14 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if closed:
             self.session.eof_received()
         return size
+
+    def _prune(self) -> None:
+        try:
+            # On a unix socket, the kernel counts buffers, so this may be less than has arrived.
+            unacknowledged = kernel.unacknowledged(self.session.sock)
+        except OSError:
+            unacknowledged = self.written  # as far as is known, nothing has arrived
+        self._map.prune(self.written - self.get_write_buffer_size() - unacknowledged)
 
     def _flush(self) -> None:
         if data := self._outgoing.read():

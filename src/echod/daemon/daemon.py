@@ -1,9 +1,8 @@
-"""One process: settings, log, loop, servers and signals, put together and taken apart."""
+"""Run one daemon process: settings, log, loop, servers and signals, from the start to the end of the stop."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
@@ -11,270 +10,231 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import echod
-from echod import threads
 from echod.connection.echo import EchoSession
-from echod.connection.tls import TlsBuffers, TlsEnd
+from echod.connection.tls import TlsBuffers
 from echod.daemon import systemd
-from echod.daemon.logs import STDERR
+from echod.daemon.plan import ADMIN, Plan
+from echod.daemon.reload import Reloader, take_fallible_steps
 from echod.daemon.systemd import Notifier, count
+from echod.loops import loop_factory
 from echod.net import addresses, kernel
-from echod.net.listeners import ListenerSpec, inherit, open_listeners
+from echod.net.inherited import inherit
+from echod.net.listeners import open_listeners
 from echod.server.ledger import Ledger
 from echod.server.receipt import Receipt
 from echod.server.server import Server
-from echod.server.settings import ServerSettings
-from echod.settings.model import ListenerSettings, changes
-from echod.settings.problems import Problem, SettingsError
-from echod.settings.resources import log_problem, loop_factory
+from echod.settings.model import changes
 from echod.threads import ThreadError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
     from echod.admin.http import Admin
-    from echod.admin.status import DaemonView
+    from echod.admin.snapshot import DaemonView
     from echod.daemon.logs import Log
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
     from echod.net.listeners import Listener
-    from echod.settings.model import Loaded
     from echod.settings.resources import Resources
-    from echod.settings.types import Key
 
 # Seconds that the admin listener may take to close.
 _ADMIN_CLOSE = 5.0
 
-# Descriptors that are no client's: the log, the loop's own, and some to spare.
+# Descriptors that are kept for the log, the loop and reloads.
 _RESERVED_DESCRIPTORS = 16
 
 
-def serve(found: Resources, log: Log, signals: Signals, load: Callable[[Resources], Resources]) -> int:
-    """Be the daemon, until a signal.
+def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Resources], Resources]) -> int:
+    """Run the daemon until a signal stops it.
 
     Args:
-        found: the settings, and what they name.
+        resources: the settings and the loaded certificates.
         log: of the process.
-        signals: those that have come already, and all that come.
-        load: reads the settings again for a reload, given those in force; it may be slow.
+        signals: those that have arrived already, and all further ones.
+        load: reads the settings again for a reload, given those in force. It may be slow.
 
     Returns:
-        The exit code: 0, or 128 + N if signal N forced the stop.
+        The exit code: 0, 1 after a failure, or 128 + N if signal N forced the stop.
 
     Raises:
-        ListenError: some address cannot be opened; then none is.
+        ListenError: an address cannot be opened; none is open then.
 
     """
-    settings = found.loaded.settings
-    for variable in found.loaded.unknown_variables:
+    for variable in resources.config.unknown_variables:
         log.logger.warning("unknown_variable", variable=variable)
     manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    tables = _tables(found.loaded, inherited)
-    specs = [ListenerSpec(name, table.parsed_address, table.permissions) for name, table in tables.items()]
+    plan = Plan.derive(resources, inherited)
+    settings, specs = plan.settings, plan.specs()
     if settings.admin.address:
-        # Before anything listens: it takes its time to import.
+        # Before anything listens, because this import is slow.
         from echod.admin.http import Admin  # noqa: PLC0415  (an extra)
-
-        specs.append(ListenerSpec("admin", addresses.parse(settings.admin.address)))
     try:
         listeners = open_listeners(specs, settings.limits.backlog, inherited, signals.is_stopping)
     except InterruptedError:
-        listeners = []  # the stop begins as soon as there is a loop, and has nothing to drain
+        listeners = []  # the stop begins once there is a loop
     admin = Admin(listeners.pop(), specs[-1].address) if settings.admin.address and listeners else None
-    used = {str(address.name) for _, address, _ in specs if isinstance(address, addresses.InheritedAddress)}
+    used = {spec.address.name for spec in specs if isinstance(spec.address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
     with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        daemon = _Daemon(found, tables, log, load, descriptors, inherited, admin)
+        daemon = Daemon(plan, inherited, log, load, descriptors, admin)
         return runner.run(daemon.run(listeners, signals, manager))
 
 
-def _tables(loaded: Loaded, inherited: Collection[str]) -> dict[str, ListenerSettings]:
-    """Return every listener by its name: where sockets were inherited and no address is given, these are they."""
-    if inherited and ("listen",) not in loaded.origins and not loaded.settings.listeners:
-        return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
-    return loaded.settings.all_listeners()
+class Daemon:
+    """Run the servers in the loop.
 
+    Args:
+        plan: derived from the settings.
+        inherited: the names of the inherited sockets.
+        log: of the process.
+        load: reads the settings again, given those in force.
+        descriptors: the limit of descriptors.
+        admin: the admin listener, or None.
 
-class _Daemon:
-    """What runs inside the loop."""
+    """
 
     def __init__(
         self,
-        found: Resources,
-        tables: Mapping[str, ListenerSettings],
+        plan: Plan,
+        inherited: Collection[str],
         log: Log,
         load: Callable[[Resources], Resources],
         descriptors: int,
-        inherited: Collection[str],
         admin: Admin | None,
     ) -> None:
-        self._found = found
-        self._first = found.loaded.settings
-        self._tables = dict(tables)
+        self._initial = self._plan = plan
+        self._inherited = inherited
         self._log = log
         self._load = load
         self._descriptors = descriptors
-        self._inherited = inherited
-        self._own_descriptors = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS
+        own = _lowest_free_descriptor() + _RESERVED_DESCRIPTORS + (0 if admin is None else admin.max_connections)
+        self._room = max(1, descriptors - own)
         self._admin = admin
-        if admin is not None:
-            self._own_descriptors += admin.max_connections
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
         self._stop = asyncio.Event()
-        self._signals: list[int] = []
-        self._code = 0
-        self._reloading = False
-        self._reload_again = False
-        self._reloads = Counter[str]()
+        self._stop_signal: str | None = None
+        self._exit_code = 0
 
     async def run(self, listeners: list[Listener], signals: Signals, manager: Manager | None) -> int:
+        """Serve until the stop, and return the exit code."""
         loop = asyncio.get_running_loop()
         self._notifier = Notifier(manager, self._numbers, lambda: self._logger)
+        self._reloader = Reloader(
+            lambda: self._load(self._plan.resources), self._apply, self._stop.is_set, self._notifier, self._log
+        )
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
-        max_connections = self._cap()
+        max_connections = self._max_connections(len(listeners))
         for listener in listeners:
             observers = () if self._admin is None else (self._admin.observer(listener.name),)
-            ledger = Ledger(self._logger.bind(listener=listener.name), self._first.log.connections, observers)
-            server_settings = self._server_settings(listener.name, max_connections)
+            ledger = Ledger(self._logger.bind(listener=listener.name), self._plan.settings.log.connections, observers)
+            server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
             self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
         self._logger.info(
             "started",
             version=echod.__version__,
             pid=os.getpid(),
             loop=type(loop).__module__.partition(".")[0],
-            python=sys.version.partition(" ")[0],  # as platform.python_version(), whose import takes a millisecond
+            python=sys.version.partition(" ")[0],  # the import of platform takes a millisecond
         )
         addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
         if self._admin is not None:
-            self._admin.start(self._subject(addresses_in_use), lambda: self._logger)
+            self._admin.start(self._view(addresses_in_use), lambda: self._logger)
+        watchers: list[asyncio.Task[None]] = []
         for listener in listeners:
             self._servers[listener.name].start()
+            watchers.append(loop.create_task(self._watch(listener.name)))
             for address in addresses_in_use[listener.name]:
                 self._logger.info("listening", listener=listener.name, address=address)
         if self._admin is not None:
             for address in _addresses(self._admin.listener):
-                self._logger.info("listening", listener="admin", address=address)
+                self._logger.info("listening", listener=ADMIN, address=address)
         self._notifier.ready()
-        # From here on garbage is collected, but not looked for in what the start has made: that would stop the loop for
-        # 20 ms each time.
+        # The objects of the start stay. Without the freeze, each full collection would stop the loop for 20 ms.
         gc.freeze()
         gc.enable()
         await self._stop.wait()
+        for watcher in watchers:
+            watcher.cancel()
+        await self._shut_down()
+        signals.detach(loop)
+        return self._exit_code
+
+    async def _shut_down(self) -> None:
+        """Stop all listeners side by side, and log the receipt and the totals."""
         self._notifier.stopping()
         servers = self._servers.values()
         clients = sum(server.begin_stop() for server in servers)
-        self._logger.info("draining", signal=signal.Signals(self._signals[0]).name, clients=clients)
-        failures = await self._shut_down()
-        signals.detach(loop)
-        return self._code or int(bool(failures))
-
-    async def _shut_down(self) -> dict[str, BaseException]:
-        """Stop all listeners side by side, log the receipt and the totals; return the listeners that failed."""
-        outcomes = dict(
-            zip(
-                self._servers,
-                await asyncio.gather(*(server.shutdown() for server in self._servers.values()), return_exceptions=True),
-                strict=True,
-            )
-        )
-        failures = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, BaseException)}
-        receipt = asdict(Receipt.total(outcome for outcome in outcomes.values() if isinstance(outcome, Receipt)))
+        self._logger.info("draining", signal=self._stop_signal, clients=clients)
+        outcomes = await asyncio.gather(*(server.shutdown() for server in servers), return_exceptions=True)
+        receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
+        failures = dict(zip(self._servers, outcomes, strict=True))
         if self._admin is not None:
             try:
                 async with asyncio.timeout(_ADMIN_CLOSE):
                     await self._admin.close()
             except Exception as error:  # noqa: BLE001  (it is logged)
-                failures["admin"] = error
-        for name, failure in failures.items():
-            self._logger.error("stop_failed", listener=name, exc_info=failure)
+                failures[ADMIN] = error
+        for name, outcome in failures.items():
+            if isinstance(outcome, BaseException):
+                self._logger.error("stop_failed", listener=name, exc_info=outcome)
+                self._exit_code = self._exit_code or 1
         self._logger.info("stopped", **self._totals())
-        return failures
 
     @property
     def _logger(self) -> FilteringBoundLogger:
         return self._log.logger
 
-    # Signals and accidents
+    # Signals and failures
 
     def _on_signal(self, number: int) -> None:
-        self._signals.append(number)
+        if self._stop_signal is not None or number == signal.SIGQUIT:
+            self._force_stop(number)
+        self._stop_signal = self._stop_signal or signal.Signals(number).name
         self._stop.set()
-        if not self._code and (number == signal.SIGQUIT or len(self._signals) > 1):
-            self._code = 128 + number
-            for server in self._servers.values():
-                server.abort()
+
+    def _force_stop(self, number: int) -> None:
+        """Reset every client. The first signal that forces the stop decides the exit code."""
+        self._exit_code = self._exit_code or 128 + number
+        for server in self._servers.values():
+            server.abort()
+
+    async def _watch(self, name: str) -> None:
+        """Stop the daemon if a task of a server fails."""
+        error = await self._servers[name].wait_failed()
+        self._logger.error("crashed", listener=name, exc_info=error)
+        self._exit_code = 1
+        self._stop.set()
 
     def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         protocol, error = context.get("protocol"), context.get("exception")
-        # What stands between a transport and its session knows the session.
+        # A protocol in front of the session, such as the TLS layer, has it as an attribute.
         session = getattr(protocol, "session", protocol)
         if isinstance(session, EchoSession) and isinstance(error, Exception) and not session.ended.done():
-            session.fail(error)  # it comes out of the client's task, and is logged there
+            session.fail(error)  # raised by the client's task, and logged there
         else:
             self._logger.error("loop_error", message=context["message"], exc_info=error)
 
     # Reloading
 
     def _on_hangup(self) -> None:
-        """Reopen the log, and read the settings again in a thread: files may be slow, and a check makes a handshake."""
         self._reopen_log()
-        if self._stop.is_set():
-            self._logger.info("reload_ignored")
-            return
-        if self._reloading:
-            self._reload_again = True
-            self._logger.info("reload_queued")
-            return
-        self._reloading = True
-        self._notifier.reloading()
-        loop = asyncio.get_running_loop()
-        try:
-            # No executor's thread: those are awaited at the end, and a file may be a pipe without a writer.
-            loaded = threads.call(loop, partial(self._load, self._found), "reload")
-        except ThreadError as error:
-            loaded = loop.create_future()
-            loaded.set_exception(error)
-        loaded.add_done_callback(self._reload)
-
-    def _reload(self, loaded: asyncio.Future[Resources]) -> None:
-        self._reloading = False
-        if self._stop.is_set():
-            loaded.exception()  # or asyncio would log it as one that nothing has retrieved
-            self._logger.info("reload_ignored")
-            return
-        problems: list[str] = []
-        try:
-            self._apply(loaded.result())
-        except SettingsError as error:
-            problems = [str(problem) for problem in error.problems]
-        except ThreadError as error:
-            problems = [str(error)]
-        except Exception as error:
-            self._logger.exception("reload_crashed")
-            problems = [f"an unexpected failure: {error!r}"]
-        self._reloads["failure" if problems else "success"] += 1
-        if problems:
-            self._logger.error("reload_failed", problems=problems)
-        self._notifier.reloaded(problems)
-        if self._reload_again:
-            self._reload_again = False
-            self._on_hangup()
+        self._reloader.request()
 
     def _reopen_log(self) -> None:
-        """Reopen the log file. This is not part of the reload, so that no problem of the settings can prevent it."""
+        """Reopen the log file. This is separate from the reload, so that invalid settings cannot prevent it."""
         try:
             self._log.reopen()
         except OSError as error:
@@ -285,86 +245,50 @@ class _Daemon:
             return
         self._logger.error("log_reopen_failed", file=self._log.settings.file, error=reason)
 
-    def _apply(self, found: Resources) -> None:
-        """Put other settings in force, all of them or none.
+    def _apply(self, resources: Resources) -> None:
+        """Put other settings in force as a whole.
 
         Raises:
-            SettingsError: the log file or a backlog cannot be had; nothing has changed.
-            ThreadError: the log's thread cannot be started; nothing has changed.
+            SettingsError: as take_fallible_steps; nothing has changed.
+            ThreadError: likewise.
 
         """
-        loaded, settings = found.loaded, found.loaded.settings
-        before, tables = self._found.loaded.settings, _tables(loaded, self._inherited)
-        # Steps that can fail come first, and are undone if a later one fails.
-        with contextlib.ExitStack() as undo:
-            for name, server in self._servers.items():
-                if name not in tables:
-                    continue
-                undo.callback(_restore_backlog, server, before.limits.backlog)
-                try:
-                    server.set_backlog(settings.limits.backlog)
-                except OSError as error:
-                    origin = loaded.origins.get(("limits", "backlog"), "")
-                    message = f"cannot be set on {name}: {error.strerror}"
-                    raise SettingsError([Problem(origin, "limits.backlog", message)]) from error
-            try:
-                self._log.change(settings.log)
-            except OSError as error:
-                raise SettingsError([log_problem(loaded, error)]) from error
-            undo.pop_all()
-        self._found = found
-        max_connections = self._cap()
+        before, plan = self._plan, Plan.derive(resources, self._inherited)
+        take_fallible_steps(before, plan, self._servers, self._log)
+        self._plan = plan
+        max_connections = self._max_connections(len(self._servers))
         for name, server in self._servers.items():
-            server.ledger.reconfigure(self._logger.bind(listener=name), settings.log.connections)
-            # A listener that has gone from the settings is served as before, until a restart.
-            if name in tables:
-                self._tables[name] = tables[name]
-                server.reconfigure(self._server_settings(name, max_connections))
-        self._logger.info("reloaded", changed=[".".join(key) for key in changes(before, settings)])
+            server.ledger.reconfigure(self._logger.bind(listener=name), plan.settings.log.connections)
+            # A listener that was removed from the settings keeps its own until a restart.
+            if name in plan.listeners:
+                server.reconfigure(plan.server_settings(name, max_connections, self._buffers))
+        changed = [".".join(key) for key in changes(before.settings, plan.settings)]
+        self._logger.info("reloaded", changed=changed)
         self._warn()
         if waiting := self._restart_needed():
             self._logger.warning("restart_needed", settings=waiting)
 
     def _restart_needed(self) -> list[str]:
-        return sorted({".".join(key) for key in self._waiting_for_restart()})
-
-    def _waiting_for_restart(self) -> Iterator[Key]:
-        """Yield what is not in force, since it takes effect at a start only."""
-        began_with, now = self._first, self._found.loaded.settings
-        for key in changes(began_with, now):
-            if key[0] in {"loop", "listen", "admin"}:
-                yield key
-            elif key[0] == "listeners" and not (key[1] in began_with.listeners and key[1] in now.listeners):
-                yield key[:2]
-            elif key[0] == "listeners" and key[2] in {"address", "socket_mode"}:
-                yield key
+        return self._plan.restart_needed(self._initial)
 
     def _warn(self) -> None:
-        for listener, warning in self._found.warnings(datetime.now(UTC)):
+        for listener, warning in self._plan.resources.warnings(datetime.now(UTC)):
             self._logger.warning(warning.event, listener=listener, **warning.fields)
 
-    # Settings
-
-    def _cap(self) -> int:
-        """Return the most clients a listener may have, which the descriptors bound too."""
-        specs, listeners = self._found.loaded.settings.limits.max_connections, len(self._tables)
-        room = max(1, self._descriptors - self._own_descriptors)
-        if specs * listeners > room:
+    def _max_connections(self, listeners: int) -> int:
+        """Return the maximum number of clients per listener, which the limit of descriptors may lower."""
+        wanted = self._plan.settings.limits.max_connections
+        if wanted * listeners > self._room:
             self._logger.warning(
                 "descriptor_limit",
                 limit=self._descriptors,
-                max_connections=specs,
+                max_connections=wanted,
                 listeners=listeners,
-                room_for_clients=room,
+                room_for_clients=self._room,
             )
-        return min(specs, room)
+        return min(wanted, self._room)
 
-    def _server_settings(self, name: str, max_connections: int) -> ServerSettings:
-        tls = self._found.tls.get(name)
-        end = TlsEnd(tls.context, self._buffers) if tls is not None else None
-        settings, table = self._found.loaded.settings, self._tables[name]
-        limits = settings.limits.model_copy(update={"max_connections": max_connections})
-        return ServerSettings(table, limits, settings.shutdown, settings.faults.get(table.fault), end)
+    # Figures
 
     def _numbers(self) -> str:
         servers = self._servers.values()
@@ -373,49 +297,44 @@ class _Daemon:
         received = count(sum(server.received for server in servers), "byte")
         return f"{clients} now, {connections} so far, {received} received"
 
-    def _subject(self, addresses_in_use: Mapping[str, Sequence[str]]) -> DaemonView:
-        from echod.admin.status import DaemonView  # noqa: PLC0415  (of use to the admin listener only)
+    def _view(self, addresses_in_use: Mapping[str, Sequence[str]]) -> DaemonView:
+        from echod.admin.snapshot import DaemonView  # noqa: PLC0415  (used by the admin listener only)
 
         return DaemonView(
             servers=self._servers,
             addresses=addresses_in_use,
-            found=lambda: self._found,
+            resources=lambda: self._plan.resources,
             draining=self._stop.is_set,
             restart_needed=self._restart_needed,
-            reloads=self._reloads,
+            reloads=self._reloader.results,
             log_lines_dropped=lambda: self._log.lost,
         )
 
     def _totals(self) -> dict[str, object]:
-        """Return what was done since the start, for the last line of the log."""
-        accounts = [server.ledger.counters for server in self._servers.values()]
-        faults = sum((counters.faults for counters in accounts), Counter[str]())
+        """Return the totals since the start, for the last line of the log."""
+        counters = [server.ledger.counters for server in self._servers.values()]
+        faults = sum((one.faults for one in counters), Counter[str]())
         return {
-            "connections": sum(counters.accepted for counters in accounts),
-            "empty": sum(counters.empty for counters in accounts),
-            "accept_pauses": sum(counters.accept_pauses for counters in accounts),
-            "accept_failures": sum(counters.accept_failures for counters in accounts),
-            "received": sum(counters.received for counters in accounts),
-            "sent": sum(counters.sent for counters in accounts),
-            "acked": sum(counters.acked for counters in accounts),
-            "discarded_bytes": sum(counters.discarded for counters in accounts),
+            "connections": sum(one.accepted for one in counters),
+            "empty": sum(one.empty for one in counters),
+            "accept_pauses": sum(one.accept_pauses for one in counters),
+            "accept_failures": sum(one.accept_failures for one in counters),
+            "received": sum(one.received for one in counters),
+            "sent": sum(one.sent for one in counters),
+            "acked": sum(one.acked for one in counters),
+            "discarded_bytes": sum(one.discarded for one in counters),
             **({"faults": dict(faults)} if faults else {}),
         }
 
 
-def _restore_backlog(server: Server, backlog: int) -> None:
-    with contextlib.suppress(OSError):  # the failure that is being undone is reported
-        server.set_backlog(backlog)
-
-
 def _addresses(listener: Listener) -> list[str]:
-    """Return what a listener's sockets are bound to."""
+    """Return the addresses of a listener's sockets."""
     names = (listening.sock.getsockname() for listening in listener.sockets)
     return [str(addresses.from_sockaddr(name) or name) for name in names]
 
 
 def _lowest_free_descriptor() -> int:
-    """Return what tells, but for a hole or two, how many descriptors are in use."""
-    descriptor = os.dup(STDERR)
+    """Return the lowest free descriptor, which approximates the number of descriptors in use."""
+    descriptor = os.open(os.devnull, os.O_RDONLY)
     os.close(descriptor)
     return descriptor

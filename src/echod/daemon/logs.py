@@ -1,4 +1,4 @@
-"""The log: structlog events, each one line, written by a thread so that no reader of the log can stop the echo."""
+"""Render the log: each structlog event is one line, written by a thread."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import json
 import logging
 import os
 import re
-import select
 import stat
 import sys
-import threading
 import time
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
@@ -22,164 +20,35 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from echod import threads
+from echod.daemon.log_writer import CLOSE_TIMEOUT, LogWriter
+from echod.settings.problems import Problem
 from echod.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import TextIO
 
     from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor
 
-    from echod.settings.model import LogSettings
+    from echod.settings.model import Config, LogSettings
 
-STDERR = 2
-_STDOUT = 1
-
-# Lines of at most this many bytes wait to be written; as many again may be in the write that is under way.
-_QUEUE_BYTES = 1024 * 1024
-
-# Seconds waited before lines are taken from the queue: under load, one write and one wake-up then do for many.
-_GATHER = 0.005
-
-_CLOSE_TIMEOUT = 1.0
+_STDOUT, _STDERR = 1, 2
 
 # Values with one of these are quoted in logfmt.
 _LOGFMT_QUOTED = frozenset(' ="')
 
-# What sd-daemon(3) and syslog(3) have for the levels.
+# Priorities of the levels: sd-daemon(3), syslog(3).
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 
 
-class LogWriter:
-    """Writes lines to a descriptor, from a thread of its own.
-
-    `write` never waits. While the descriptor takes nothing, a mebibyte of lines is kept and what comes then is
-    dropped; a line that cannot be written (a closed pipe, a full disk) is dropped too. When lines flow again, one more
-    says how many there were.
-
-    Args:
-        descriptor: to be written to, blocking or not.
-        notice: renders the line that tells of so many dropped ones.
-        at_end: called, from the thread, when nothing more is going to be written.
-
-    Raises:
-        ThreadError: the thread cannot be started.
-
-    """
-
-    def __init__(self, descriptor: int, notice: Callable[[int], bytes], at_end: Callable[[], object] = int) -> None:
-        self._descriptor = descriptor
-        self._notice = notice
-        self._at_end = at_end
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._lines: list[bytes] = []
-        self._size = 0
-        self._dropped = 0
-        self.lost = 0
-        """Lines dropped since the beginning."""
-        self._torn = False
-        self._closing = False
-        self._thread = threads.start(self._run, "log")
-
-    def write(self, line: bytes) -> None:
-        """Queue one line, newline included, or drop it."""
-        with self._lock:
-            if self._size + len(line) > _QUEUE_BYTES:
-                self._dropped += 1
-                self.lost += 1
-                return
-            self._lines.append(line)
-            self._size += len(line)
-            first = len(self._lines) == 1
-        if first:
-            self._wake.set()
-
-    @property
-    def prompt(self) -> bool:
-        """Whether each write ends soon: to a regular file it does, to a pipe, a socket or a terminal it may not."""
-        return stat.S_ISREG(os.fstat(self._descriptor).st_mode)
-
-    def redirect(self, descriptor: int) -> None:
-        """Write to another file from now on, queued lines included. The descriptor is this object's from then on."""
-        os.dup2(descriptor, self._descriptor, inheritable=False)
-        os.close(descriptor)
-
-    def end(self) -> None:
-        """Write what is queued, and nothing after it; not waited for."""
-        self._closing = True
-        self._wake.set()
-
-    @property
-    def ended(self) -> bool:
-        """Whether all is written, after `end`."""
-        return not self._thread.is_alive()
-
-    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """Write what is queued, giving up after `timeout` seconds."""
-        self.end()
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        closing = False
-        while not closing:
-            self._wake.wait()
-            if not self._closing:
-                time.sleep(_GATHER)
-            self._wake.clear()
-            # After the clearing, or close() would wake nobody; before the lines are taken, so that none stays behind.
-            closing = self._closing
-            with self._lock:
-                lines, self._lines, self._size = self._lines, [], 0
-                dropped, self._dropped = self._dropped, 0
-            lost = self._write_lines(lines)
-            dropped += lost
-            if lost:
-                with self._lock:
-                    self.lost += lost
-            if dropped and (lost or self._write_lines([self._notice(dropped)])):
-                with self._lock:
-                    self._dropped += dropped
-        self._at_end()
-
-    def _write_lines(self, lines: list[bytes]) -> int:
-        """Write lines, and return how many of them were not wholly written."""
-        if self._torn:
-            lines = [b"\n", *lines]  # the end of the line that an error cut short
-        data = rest = memoryview(b"".join(lines))
-        try:
-            while rest:
-                rest = rest[self._write_some(rest) :]
-        except OSError:
-            written = len(data) - len(rest)
-            whole = 0
-            while written >= len(lines[whole]):
-                written -= len(lines[whole])
-                whole += 1
-            lost = len(lines) - whole - (self._torn and not whole)
-            self._torn = written > 0 or (self._torn and not whole)
-            return lost
-        self._torn = False
-        return 0
-
-    def _write_some(self, data: memoryview) -> int:
-        try:
-            return os.write(self._descriptor, data)
-        except BlockingIOError:  # somebody who shares the descriptor made it non-blocking
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLOUT)
-            poll.poll()
-            return 0
-
-
 class _Target:
-    """A descriptor that lines go to, and the thread that writes them.
+    """A descriptor for the lines, and the thread that writes them.
 
     Args:
-        descriptor: this object's from now on.
+        descriptor: owned by this object from now on.
 
     Raises:
-        ThreadError: the thread cannot be started; the descriptor is closed then.
+        ThreadError: the thread cannot be started, and the descriptor has been closed.
 
     """
 
@@ -187,14 +56,14 @@ class _Target:
         self._descriptor = descriptor
         self.processors: list[Processor] = []
         try:
-            # Closed by the thread only: during a write that blocks, the number would become the next client's.
+            # Only the thread closes it: during a blocked write, a client's socket could get its number.
             self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor))
         except threads.ThreadError:
             os.close(descriptor)
             raise
 
     def render(self, form: str) -> None:
-        """Render lines in a format of `log.format` from now on."""
+        """Render lines in a format that `log.format` allows."""
         terminal = os.isatty(self._descriptor)
         if form == "auto":
             form = "console" if terminal else "json"
@@ -209,22 +78,22 @@ class _Target:
 def _open(file: str, create: int = os.O_CREAT) -> int:
     """Open a file for appending, without waiting for the reader of a pipe.
 
-    Standard output and standard error are duplicated if they cannot be opened by name: a socket never can, and a pipe
+    Standard output and standard error are duplicated if they cannot be opened by name. A socket never can, and a pipe
     only by its owner.
 
     Raises:
-        OSError: it cannot be opened, or is a pipe without a reader.
+        OSError: the file cannot be opened, or is a pipe without a reader.
 
     """
     if file == "-":
-        return os.dup(STDERR)
+        return os.dup(_STDERR)
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | create, 0o666)
     except OSError:
         with contextlib.suppress(OSError):
-            found = Path(file).stat()
-            for standard in (_STDOUT, STDERR):
-                if os.path.samestat(os.fstat(standard), found):
+            status = Path(file).stat()
+            for standard in (_STDOUT, _STDERR):
+                if os.path.samestat(os.fstat(standard), status):
                     return os.dup(standard)
         raise
     os.set_blocking(descriptor, True)
@@ -239,7 +108,7 @@ class Log:
 
     Raises:
         OSError: the file cannot be opened for appending.
-        ThreadError: the thread that writes cannot be started.
+        ThreadError: the writer thread cannot be started.
 
     """
 
@@ -252,22 +121,22 @@ class Log:
         self._bridge = _Bridge(self)
 
     def reopen(self) -> None:
-        """Open the file again, as it is wanted after a rotation. Standard error stays as it is.
+        """Open the file again after a rotation. Standard error is not reopened.
 
         Raises:
-            OSError: the file cannot be opened for appending; lines still go to the one that is open.
-            ThreadError: likewise, for want of a thread.
+            OSError: the file cannot be opened for appending. Lines still go to the open one.
+            ThreadError: the writer thread cannot be started. Lines still go to the open file.
 
         """
         if self.settings.file != "-":
             self._retarget(self.settings)
 
     def change(self, settings: LogSettings) -> None:
-        """Apply other settings, and open their file if it is another one; `logger` is another one then.
+        """Apply other settings: replace `logger`, and open the file if it is a different one.
 
         Raises:
-            OSError: the file cannot be opened for appending; nothing has changed then.
-            ThreadError: likewise, for want of a thread.
+            OSError: the file cannot be opened for appending. Nothing has changed.
+            ThreadError: the writer thread cannot be started. Nothing has changed.
 
         """
         if settings.file != self.settings.file:
@@ -277,10 +146,12 @@ class Log:
 
     def _retarget(self, settings: LogSettings) -> None:
         descriptor, before = _open(settings.file), self._target.writer
-        if before.prompt:
+        if not before.is_regular_file and before.writes_to(descriptor):
+            os.close(descriptor)  # the same pipe: another thread would wait for its reader too
+        elif before.is_regular_file:
             before.redirect(descriptor)
         else:
-            # Its thread may wait for a reader for ever, so new lines need another one. The old one writes its queue.
+            # Its thread may wait for a reader for ever, so new lines need another thread. The old one writes its queue.
             self._target = _Target(descriptor)
             self._lost_before += before.lost
             before.end()
@@ -289,7 +160,7 @@ class Log:
 
     def _configure(self, settings: LogSettings) -> None:
         self.settings = settings
-        """Those in force."""
+        """The settings in force."""
         self._target.render(settings.format)
         self.logger = structlog.wrap_logger(
             _Lines(self),
@@ -303,32 +174,45 @@ class Log:
 
     @property
     def lost(self) -> int:
-        """How many lines were dropped since the start, but for those of a file that was being closed."""
+        """Number of lines dropped since the start, except those of a file that was being closed."""
         return self._lost_before + self._target.writer.lost
 
     def capture(self) -> None:
-        """Bring Python's warnings, the lines of `logging`, and exceptions that nobody can catch, into the log."""
+        """Log Python's warnings, messages of `logging`, and exceptions that cannot be caught."""
         logging.captureWarnings(capture=True)
         logging.getLogger().addHandler(self._bridge)
         sys.unraisablehook = self._unraisable
 
     def _unraisable(self, args: sys.UnraisableHookArgs) -> None:
-        # A client may ask for a server name that is no ASCII; the ssl module ends its handshake, and cannot raise that.
+        # If a client asks for a server name that is not ASCII, the ssl module ends the handshake and raises this here.
         if not (isinstance(args.exc_value, UnicodeDecodeError) and isinstance(args.object, bytes)):
             self.logger.error("exception_ignored", message=args.err_msg, exc_info=args.exc_value)
 
     def close(self) -> None:
-        """Write what is queued, within a second, and close the file; what is captured later goes to standard error."""
+        """Write the queued lines within a second, and close the file. Later warnings and messages go to standard error."""
         sys.unraisablehook = sys.__unraisablehook__
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
-        for writer in (*self._retired, self._target.writer):
-            writer.close()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for writer in (self._target.writer, *self._retired):  # together, and the receipt goes to the first
+            writer.close(max(0.0, deadline - time.monotonic()))
+
+
+def problem(config: Config, error: OSError) -> Problem:
+    """Return the problem of a log file that cannot be opened."""
+    message = f"{config.settings.log.file!r} cannot be written: {error.strerror}"
+    return Problem(config.origins["log", "file"], "log.file", message)
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Open the log file for a moment, and yield the problem if that fails."""
+    if (error := refusal(config.settings.log.file)) is not None:
+        yield problem(config, error)
 
 
 def is_fifo(file: str) -> bool:
     """Tell whether a log file is a pipe."""
-    with contextlib.suppress(OSError):  # the opening tells of it
+    with contextlib.suppress(OSError):  # reported when the file is opened
         return stat.S_ISFIFO(Path(file).stat().st_mode)
     return False
 
@@ -343,7 +227,8 @@ def refusal(file: str) -> OSError | None:
         try:
             os.close(os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC))
         except OSError as error:
-            return error if error.errno != errno.EOPNOTSUPP else None  # not on every file system, but checked on all
+            # Some file systems do not support O_TMPFILE. They check the permission first.
+            return error if error.errno != errno.EOPNOTSUPP else None
     except OSError as error:
         return error
     return None
@@ -376,7 +261,7 @@ class _Bridge(logging.Handler):
 
 def _renderers(form: str, *, colors: bool) -> list[Processor]:
     if form == "console":
-        # The default formatter may show local variables, and these can hold payload.
+        # The default formatter may show local variables, which can contain payload.
         console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_plain_traceback, sort_keys=False)
         return [_escape, console]
     if form == "json":
@@ -385,7 +270,7 @@ def _renderers(form: str, *, colors: bool) -> list[Processor]:
 
 
 class _Escaped:
-    """A text with control characters, which the console renderer shows by `repr`."""
+    """A text with control characters. The console renderer shows its `repr`."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -395,14 +280,14 @@ class _Escaped:
 
 
 def _escape(_: object, __: str, event: EventDict) -> EventDict:
-    """Escape control characters, as a terminal would act on them, and a line break would forge a line."""
+    """Escape control characters: a terminal would act on them, and a line break would forge a line."""
     name = printable(event.pop("event"))
     values = (_Escaped(item) if isinstance(item, str) and not item.isprintable() else item for item in event.values())
     return {"event": name, **dict(zip(map(printable, event), values, strict=True))}
 
 
 def _plain_traceback(output: TextIO, exc_info: ExcInfo) -> None:
-    """Write a traceback with its line breaks, and with all other control characters escaped."""
+    """Write a traceback, and escape all control characters except its line breaks."""
     text = io.StringIO()
     structlog.dev.plain_traceback(text, exc_info)
     output.write("\n".join(map(printable, text.getvalue().split("\n"))))
@@ -414,7 +299,7 @@ def _logfmt(_: object, __: str, event: EventDict) -> str:
 
 
 def _logfmt_key(key: str) -> str:
-    # A key has no escapes.
+    # logfmt has no escapes in keys.
     return key if key.isidentifier() else re.sub(r"\W", "_", key)
 
 
@@ -430,7 +315,7 @@ def _logfmt_value(value: object) -> str:
 
 
 def _json(event: EventDict, default: Callable[[object], object]) -> str:
-    # As json.dumps(), which would make an encoder for each line.
+    # json.dumps() would create an encoder for each line.
     return _encoder(default).encode(event)
 
 
@@ -445,20 +330,20 @@ def _second(when: int) -> str:
 
 
 def _order(_: object, level: str, event: EventDict) -> EventDict:
-    """Put the time, the level and the event in front, where a reader looks for them."""
+    """Put the time, the level and the event first."""
     second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
     timestamp = f"{_second(second)}.{fraction:06}Z"
     return {"timestamp": timestamp, "level": level, "event": event.pop("event"), **event}
 
 
 def _is_journal(descriptor: int) -> bool:
-    """Tell whether systemd's journal reads what is written there: JOURNAL_STREAM of systemd.exec(5)."""
-    found = os.fstat(descriptor)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    """Tell whether a descriptor is connected to the journal (JOURNAL_STREAM in systemd.exec(5))."""
+    file = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
 
 
 def _prefix(_: object, level: str, line: Any) -> str:
-    """Put the level in front as sd-daemon(3) has it; the journal takes it off and keeps it as PRIORITY."""
+    """Put the level first as in sd-daemon(3). The journal removes it, and stores it as PRIORITY."""
     return f"<{_PRIORITIES[level]}>{line}"
 
 

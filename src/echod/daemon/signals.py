@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HANDLED = (*STOP_SIGNALS, signal.SIGHUP)
 
+_LOOK_EVERY = 1.0
+
 
 class Signals:
     """Record signals, and pass them on once there is a loop to act on them.
@@ -21,7 +23,7 @@ class Signals:
     Create this before any import that takes time: until then, each of these signals ends the process.
 
     The record is the only thing that a handler writes. The loop reads it whenever the wake-up pipe is readable. A full pipe is
-    readable too, so a burst of signals cannot hide one of them.
+    readable too, so a burst of signals cannot hide one of them. The loop also reads it once a second.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,11 @@ class Signals:
     def is_stopping(self) -> bool:
         """Tell whether a signal that stops the process has arrived."""
         return bool(self._stops)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a stop before anything was opened."""
+        return 128 + signal.SIGQUIT if signal.SIGQUIT in self._stops else 0
 
     def _note_stop(self, number: int, _: object) -> None:
         if self._stops and not self._attached:  # a second one, before or after there are clients
@@ -52,10 +59,18 @@ class Signals:
         loop.add_reader(self._reader, self._wake)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._attached = True
-        loop.call_soon(self._act)
+        self._timer: asyncio.Handle = loop.call_soon(self._look, loop)
 
     def _wake(self) -> None:
-        os.read(self._reader, 4096)
+        try:  # noqa: SIM105  (contextlib would have to be imported before there are handlers)
+            os.read(self._reader, 4096)
+        except OSError:  # the record counts, whatever becomes of the byte
+            pass
+        self._act()
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Act on each signal whose byte could not be written to the pipe, for want of memory for one."""
+        self._timer = loop.call_later(_LOOK_EVERY, self._look, loop)
         self._act()
 
     def _act(self) -> None:
@@ -70,6 +85,7 @@ class Signals:
         """Act on no more signals. The log is still to be written; a second stop signal ends the process meanwhile."""
         self._attached = False
         self._stops.clear()
+        self._timer.cancel()
         signal.set_wakeup_fd(self._wakeup_before)
         loop.remove_reader(self._reader)
         os.close(self._reader)

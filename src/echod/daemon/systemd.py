@@ -9,13 +9,14 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from echod.daemon.logs import STDERR
 from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
+
+_STDERR = 2
 
 # Seconds between messages. A third of the watchdog timeout applies instead if it is shorter.
 _SERVING_INTERVAL = 10.0
@@ -28,6 +29,9 @@ _EXTENSION_USEC = 30_000_000
 
 # systemd ignores messages of more than 4096 bytes, and a character takes at most four bytes.
 _LONGEST_VALUE = 900
+
+# The most digits of a number of 64 bits, which the time of the watchdog is.
+_LONGEST_INTERVAL = 20
 
 
 class Manager(NamedTuple):
@@ -53,7 +57,7 @@ def find_manager(warn: Callable[..., object]) -> Manager | None:
         return None
     watchdog = None
     if interval and pid in {"", str(os.getpid())}:
-        if interval.isascii() and interval.isdecimal() and int(interval):
+        if interval.isascii() and interval.isdecimal() and len(interval) <= _LONGEST_INTERVAL and int(interval):
             watchdog = int(interval) / 1e6
         else:
             warn("watchdog_unusable", WATCHDOG_USEC=interval, expected="microseconds, more than 0")
@@ -71,7 +75,7 @@ def count(number: int, noun: str) -> str:
 
 
 class Notifier:
-    """Sends the process's phase, status and watchdog messages to the service manager.
+    """Send the process's phase, status and watchdog messages to the service manager.
 
     One timer sends a message every ten seconds, or every second during a drain. A watchdog shortens this to a third of
     its timeout. If the socket is full, the message is dropped, and its phase is sent with the next one. Without a
@@ -103,7 +107,7 @@ class Notifier:
             self._socket.setblocking(False)  # noqa: FBT003  (its only parameter)
             if manager.watchdog is not None:
                 # The watchdog sends SIGABRT; the journal then shows where the loop was stuck.
-                faulthandler.enable(STDERR)
+                faulthandler.enable(_STDERR)
 
     def ready(self) -> None:
         """Report that all listeners are listening."""

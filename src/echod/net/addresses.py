@@ -1,4 +1,4 @@
-"""Addresses: text to values and back, and what the kernel says of a socket. No socket is opened here."""
+"""Convert addresses from text to values and back. This module opens no socket."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
 
 class AddressError(ValueError):
-    """The text is no address; the message says why and what would be one."""
+    """The text is not an address. The message has the reason and the valid forms."""
 
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """A TCP port of a host. An empty host stands for all addresses of both families; port 0 for a free one."""
+    """A TCP port of a host. An empty host means all addresses of both families, and port 0 a free port."""
 
     host: str
     port: int
@@ -45,7 +45,7 @@ class TcpAddress:
 
 @dataclass(frozen=True, slots=True)
 class UnixAddress:
-    """A unix socket: a path, or behind an @ a name in the abstract namespace of Linux (unix(7))."""
+    """A unix socket: a path, or "@" and a name in the abstract namespace of Linux (unix(7))."""
 
     path: str
 
@@ -55,13 +55,13 @@ class UnixAddress:
 
     @property
     def sockaddr(self) -> str:
-        """What bind(2) and connect(2) take."""
+        """The address for bind(2) and connect(2)."""
         return f"\0{self.path[1:]}" if self.path.startswith("@") else self.path
 
 
 @dataclass(frozen=True, slots=True)
 class InheritedAddress:
-    """The sockets that whoever started the process has opened, and passed on under one name (sd_listen_fds(3))."""
+    """The sockets that the service manager has passed to the process under one name (sd_listen_fds(3))."""
 
     name: str
 
@@ -79,11 +79,10 @@ def join_host_port(host: str, port: int) -> str:
 
 
 def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
-    """Return what `getsockname`, `getpeername` or `accept` gives, for AF_INET, AF_INET6 and AF_UNIX.
+    """Return an address of `getsockname`, `getpeername` or `accept` as a value.
 
-    An IPv4 address that a socket of both families shows as an IPv6 one is given as what it is. A link-local address
-    gets its zone, without which it cannot be connected to. None is a unix socket without a name, as clients have them,
-    and a family of another kind.
+    An IPv4-mapped IPv6 address is returned as an IPv4 address. A link-local address gets its zone, which connect(2)
+    needs. For a unix socket without a name, as clients have it, and for other families, the result is None.
     """
     match sockaddr:
         case (str(host), int(port), _, int(scope)) if scope:
@@ -117,15 +116,15 @@ def network(text: str) -> Network:
         ValueError: the text is not a network, or has bits set beyond its prefix.
 
     """
-    found = ipaddress.ip_network(text)
-    mapped = found.network_address.ipv4_mapped if isinstance(found, ipaddress.IPv6Network) else None
-    if mapped is None or found.prefixlen < _MAPPED_PREFIX:
-        return found
-    return ipaddress.IPv4Network((mapped, found.prefixlen - _MAPPED_PREFIX))
+    parsed = ipaddress.ip_network(text)
+    mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Network) else None
+    if mapped is None or parsed.prefixlen < _MAPPED_PREFIX:
+        return parsed
+    return ipaddress.IPv4Network((mapped, parsed.prefixlen - _MAPPED_PREFIX))
 
 
 def is_within(host: str, networks: Iterable[Network]) -> bool:
-    """Tell whether an IP address belongs to one of some networks. A network with a zone has addresses of that zone only."""
+    """Tell whether an IP address belongs to one of the networks. A network with a zone contains that zone only."""
     address = ipaddress.ip_address(host)
     return any(address in each and _scope(each.network_address) in {None, _scope(address)} for each in networks)
 
@@ -140,7 +139,7 @@ def parse(text: str) -> Address:
     Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
 
     Raises:
-        AddressError: the text is none of the forms, or its port is none.
+        AddressError: the text is not an address.
 
     """
     if text.startswith("unix:"):
@@ -154,14 +153,14 @@ def parse_bindable(text: str) -> Address:
     """Read an address to listen on, as `parse` does.
 
     Raises:
-        AddressError: the text is not an address, or one that no socket can be bound to.
+        AddressError: the text is not an address, or no socket can be bound to it.
 
     """
     address = parse(text)
     if isinstance(address, TcpAddress) and ":" in address.host:
         host = ipaddress.IPv6Address(address.host)
         if host.ipv4_mapped:
-            msg = f"{text!r}: a socket for IPv6 takes no IPv4 clients: write {host.ipv4_mapped}:{address.port}"
+            msg = f"{text!r}: an IPv6 socket accepts no IPv4 clients: write {host.ipv4_mapped}:{address.port}"
             raise AddressError(msg)
         if host.is_link_local and host.scope_id is None:
             msg = f"{text!r}: a link-local address needs its interface: write [{host}%eth0]:{address.port}"
@@ -172,7 +171,7 @@ def parse_bindable(text: str) -> Address:
 def _unix(path: str, text: str) -> UnixAddress:
     size = len(os.fsencode(path))
     if path in {"", "@"} or not path.isprintable():
-        msg = f"{text!r} names no socket: write unix:PATH or unix:@NAME"
+        msg = f"{text!r} does not name a socket: write unix:PATH or unix:@NAME"
         raise AddressError(msg)
     if size > _LONGEST_PATH + path.startswith("@"):
         msg = f"{text!r}: a unix socket's path has at most {_LONGEST_PATH} bytes, not {size}"
@@ -181,9 +180,9 @@ def _unix(path: str, text: str) -> UnixAddress:
 
 
 def _inherited(name: str, text: str) -> InheritedAddress:
-    # As systemd has them: LISTEN_FDNAMES separates names by colons.
+    # The rules of systemd. LISTEN_FDNAMES separates names by colons.
     if not (name.isascii() and name.isprintable()) or not name or ":" in name:
-        msg = f"{text!r} names no inherited socket: write systemd:NAME, as in FileDescriptorName= of the socket's unit"
+        msg = f"{text!r} does not name an inherited socket: write systemd:NAME, as in FileDescriptorName= of the socket's unit"
         raise AddressError(msg)
     return InheritedAddress(name)
 
@@ -196,20 +195,20 @@ def _tcp(text: str) -> TcpAddress:
     if host.startswith("[") and host.endswith("]"):
         host = _ipv6(host[1:-1], text)
     elif ":" in host and _IPV6_CHARACTERS.issuperset(host.partition("%")[0]):
-        msg = f"{text!r}: an IPv6 address goes into brackets, and its port after them: [V6]:PORT"
+        msg = f"{text!r}: an IPv6 address needs brackets: write [V6]:PORT"
         raise AddressError(msg)
     elif host and not is_name(host):
-        msg = f"{text!r}: {host!r} is no host name: write {FORMS}"
+        msg = f"{text!r}: {host!r} is not a host name: write {FORMS}"
         raise AddressError(msg)
     else:
-        host = host.lower()  # an IPv6 zone names an interface, whose case counts
+        host = host.lower()  # not for an IPv6 zone: interface names are case-sensitive
     return TcpAddress(host, _port(port, text))
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a text is a host name: one that getaddrinfo(3), SNI and the idna codec take without a ValueError."""
+    """Tell whether a text is a host name that getaddrinfo(3), SNI and the idna codec accept."""
     host = text
-    if not host.isascii():  # the codec's tables of Unicode take their time to import
+    if not host.isascii():  # the codec's Unicode tables are slow to import
         try:
             host = host.encode("idna").decode("ascii")
         except UnicodeError:
@@ -227,15 +226,15 @@ def _ipv6(host: str, text: str) -> str:
         address = ipaddress.IPv6Address(host)
     except ipaddress.AddressValueError:
         address = None
-    if address is None or not host.isprintable():  # a zone may hold anything
-        msg = f"{text!r}: {host!r} is no IPv6 address"
+    if address is None or not host.isprintable():  # a zone may contain any character
+        msg = f"{text!r}: {host!r} is not an IPv6 address"
         raise AddressError(msg)
     return str(address)
 
 
 def _port(port: str, text: str) -> int:
-    # The length comes first: int() of a few thousand digits is an error of its own.
+    # Check the length first: int() raises an exception for thousands of digits.
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= HIGHEST_PORT):
-        msg = f"{text!r}: {port!r} is no port: write a number from 0 to {HIGHEST_PORT}"
+        msg = f"{text!r}: {port!r} is not a port: use 0 to {HIGHEST_PORT}"
         raise AddressError(msg)
     return int(port)

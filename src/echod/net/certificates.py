@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import ssl
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echod.net import pem, x509
+from echod.net import files, openssl, pem, x509
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ _SOON = timedelta(days=14)
 _NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name
 
 
-class TlsError(ValueError):
+class CertificateError(ValueError):
     """A file cannot be used; `key` says which setting named it."""
 
     def __init__(self, message: str, key: str) -> None:
@@ -34,7 +33,7 @@ class TlsError(ValueError):
         self.key = key
 
 
-class Warned(NamedTuple):
+class CertificateWarning(NamedTuple):
     """A warning about the validity of a certificate, which is used all the same."""
 
     event: Trouble
@@ -44,14 +43,14 @@ class Warned(NamedTuple):
     text: str
 
 
-class Used(NamedTuple):
+class UsedCertificate(NamedTuple):
     """A certificate that a listener depends on."""
 
     role: Role
     file: str
     certificate: x509.Certificate
 
-    def warning(self, now: datetime) -> Warned | None:
+    def warning(self, now: datetime) -> CertificateWarning | None:
         """Return the warning about the certificate at that time, if there is one."""
         not_before, not_after = self.certificate.not_before, self.certificate.not_after
         if not_after < now:
@@ -65,28 +64,28 @@ class Used(NamedTuple):
             return self._warned("certificate_ends_soon", text, days=days, not_after=iso(not_after))
         return None
 
-    def _warned(self, event: Trouble, text: str, **details: object) -> Warned:
+    def _warned(self, event: Trouble, text: str, **details: object) -> CertificateWarning:
         subject = self.certificate.subject
         key = "client_ca" if self.role == "client_ca" else "certificate"
         fields = {"file": self.file, "subject": subject, **details}
-        return Warned(event, key, fields, f"{self.file!r}: the certificate {subject!r} {text}")
+        return CertificateWarning(event, key, fields, f"{self.file!r}: the certificate {subject!r} {text}")
 
 
-class Tls(NamedTuple):
-    """What a listener needs for TLS."""
+class ServerTls(NamedTuple):
+    """The TLS context of a listener, and its certificates."""
 
     context: ssl.SSLContext
-    certificates: tuple[Used, ...]
+    certificates: tuple[UsedCertificate, ...]
     """The server's own, its intermediates, and the authorities of clients."""
 
-    def warnings(self, now: datetime) -> Iterator[Warned]:
+    def warnings(self, now: datetime) -> Iterator[CertificateWarning]:
         """Yield a warning for each certificate that is invalid at that time, or will be soon."""
         for used in self.certificates:
             if (warning := used.warning(now)) is not None:
                 yield warning
 
     @property
-    def first_to_expire(self) -> Used:
+    def first_to_expire(self) -> UsedCertificate:
         """The certificate that expires first."""
         return min(self.certificates, key=lambda used: used.certificate.not_after)
 
@@ -104,7 +103,7 @@ class ServerName(ssl.SSLObject):
 
 def read(file: str) -> bytes:
     """Return the content of a file."""
-    return Path(file).read_bytes()
+    return files.read(file).data
 
 
 def load(
@@ -113,11 +112,11 @@ def load(
     client_ca: str,
     minimum_version: str,
     read: Callable[[str], bytes] = read,
-) -> Tls:
-    """Load the certificates of a listener, and verify that clients would accept its own one but for its dates.
+) -> ServerTls:
+    """Load the certificates of a listener, and verify that clients would accept it, except for its dates.
 
-    OpenSSL's security level chooses the ciphers. Renegotiation is off, as it is work that a client of TLS 1.2 can cause
-    for nothing.
+    OpenSSL's security level determines the ciphers. Renegotiation is off, because a TLS 1.2 client could cause load with
+    it at no cost.
 
     Args:
         certificate: file with the certificate and its intermediates, PEM.
@@ -128,7 +127,7 @@ def load(
         read: reads a file. A cached function reads each file once, so that listeners can share a pipe.
 
     Raises:
-        TlsError: a file cannot be read, or its content cannot be used.
+        CertificateError: a file cannot be read, or its content cannot be used.
 
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -145,13 +144,18 @@ def load(
     _load_chain(context, certificate, chain_data, private_key, key_data)
     # Before verify_mode is set: the client of this handshake has no certificate.
     leaf = leaf._replace(subject=_try(context, trusting, certificate))
-    used = [Used("server", certificate, leaf), *(Used("intermediate", certificate, each) for each in intermediates)]
+    used = [
+        UsedCertificate("server", certificate, leaf),
+        *(UsedCertificate("intermediate", certificate, each) for each in intermediates),
+    ]
     if client_ca:
         with _blamed("client_ca", client_ca):
             data = read(client_ca)
-        used += (Used("client_ca", client_ca, each) for each in _trust(context, "client_ca", client_ca, data))
+        used += (
+            UsedCertificate("client_ca", client_ca, each) for each in _trust(context, "client_ca", client_ca, data)
+        )
         context.verify_mode = ssl.CERT_REQUIRED
-    return Tls(context, tuple(used))
+    return ServerTls(context, tuple(used))
 
 
 def _keep_name(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> None:
@@ -161,12 +165,12 @@ def _keep_name(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: s
 
 @contextlib.contextmanager
 def _blamed(key: str, file: str) -> Iterator[None]:
-    """Turn an OSError into a TlsError for the setting and its file."""
+    """Turn an OSError into a CertificateError for the setting and its file."""
     try:
         yield
     except OSError as error:
         message = f"{file!r} cannot be read: {error.strerror}"
-        raise TlsError(message, key) from error
+        raise CertificateError(message, key) from error
 
 
 def _trust(context: ssl.SSLContext, key: str, file: str, data: bytes) -> list[x509.Certificate]:
@@ -177,12 +181,12 @@ def _trust(context: ssl.SSLContext, key: str, file: str, data: bytes) -> list[x5
             context.load_verify_locations(name)
         except ssl.SSLError as error:
             message = f"{file!r} holds no certificate in PEM form"
-            raise TlsError(message, key) from error
+            raise CertificateError(message, key) from error
     try:
         return x509.read(data)
     except ValueError as error:
         message = f"{file!r} holds a certificate that cannot be decoded: {error}"
-        raise TlsError(message, key) from error
+        raise CertificateError(message, key) from error
 
 
 def _load_chain(
@@ -200,15 +204,17 @@ def _load_chain(
             pem.load_pair(context, chain_data, key_data, ask)
         except ssl.SSLError as error:
             if encrypted:
-                message = f"{private_key!r} is encrypted: a daemon has nobody to ask, so store it without a passphrase"
+                message = (
+                    f"{private_key!r} is encrypted: store it without a passphrase, because a daemon cannot ask for one"
+                )
             elif error.reason == "KEY_VALUES_MISMATCH":
                 message = f"{private_key!r} is not the key of the certificate in {certificate!r}"
             elif error.reason in {"EE_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "CA_KEY_TOO_SMALL"}:
-                message = f"{certificate!r}: {_reason(error)}, for OpenSSL's security level"
-                raise TlsError(message, "certificate") from error
+                message = f"{certificate!r}: {openssl.explain(error)} for OpenSSL's security level"
+                raise CertificateError(message, "certificate") from error
             else:
                 message = f"{private_key!r} holds no private key in PEM form"
-            raise TlsError(message, "private_key") from error
+            raise CertificateError(message, "private_key") from error
 
 
 def _try(context: ssl.SSLContext, trusting: ssl.SSLContext, certificate: str) -> str:
@@ -226,16 +232,12 @@ def _try(context: ssl.SSLContext, trusting: ssl.SSLContext, certificate: str) ->
         found = client.getpeercert()
     except ssl.SSLCertVerificationError as error:
         message = f"{certificate!r}: the certificate would be refused: {error.verify_message}"
-        raise TlsError(message, "certificate") from error
+        raise CertificateError(message, "certificate") from error
     except ssl.SSLError as error:
-        message = f"{certificate!r}: the certificate cannot be used: {_reason(error)}"
-        raise TlsError(message, "certificate") from error
+        message = f"{certificate!r}: the certificate cannot be used: {openssl.explain(error)}"
+        raise CertificateError(message, "certificate") from error
     except ValueError as error:  # a name or a URL in it that is not UTF-8
         message = f"{certificate!r}: the certificate cannot be decoded: {error}"
-        raise TlsError(message, "certificate") from error
+        raise CertificateError(message, "certificate") from error
     assert found
     return x509.subject(found)
-
-
-def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or "").replace("_", " ").lower()

@@ -1,8 +1,8 @@
-"""What the kernel knows about a connection: queues, acknowledgements, round trips.
+"""Ask the kernel about a connection: queues, acknowledgements, round trips.
 
-The kernel's counters are the ground for everything echod says about delivery. A byte that a transport has taken may
-still be lost; one that the peer's kernel has acknowledged has arrived. All of this works on a connected socket, and
-still on one that the peer has reset, until it is closed.
+All statements of echod about delivery are based on the kernel's counters. A byte that a transport has accepted may
+still be lost. A byte that the peer's kernel has acknowledged has arrived. The functions also work on a socket that the
+peer has reset, until it is closed.
 
 Sources: tcp(7), socket(7), and struct tcp_info in linux/tcp.h.
 """
@@ -83,8 +83,8 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
 def _mptcp_acked(sock: socket.socket, of_first_subflow: int) -> int | None:
     """Return the acknowledged bytes of a connection to an MPTCP listener, or None if the kernel does not count them.
 
-    A client without MPTCP has a plain TCP connection to such a listener. One whose path removes the MPTCP options falls
-    back to a single subflow. In both cases TCP_INFO has the connection's figures.
+    A client without MPTCP has a plain TCP connection to such a listener. If the path removes the MPTCP options, the
+    connection falls back to a single subflow. In both cases TCP_INFO has the connection's figures.
     """
     try:
         info = sock.getsockopt(_SOL_MPTCP, _MPTCP_INFO, _MPTCP_DETAILS.size)
@@ -99,31 +99,46 @@ def _mptcp_acked(sock: socket.socket, of_first_subflow: int) -> int | None:
 
 
 def has_tcp_info(sock: socket.socket) -> bool:
-    """Tell whether there is a TCP_INFO of this socket."""
+    """Tell whether the kernel has a TCP_INFO for this socket."""
     return sys.platform == "linux" and sock.family in _TCP_FAMILIES
 
 
 def tcp_members(sock: socket.socket) -> dict[str, int] | None:
-    """Return the connection's TCP_INFO by its members' names, as far as they are of use to a person."""
+    """Return the useful members of the connection's TCP_INFO by name, or None if the kernel has none or refuses it."""
     if not has_tcp_info(sock):
         return None
-    members = _MEMBERS.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MEMBERS.size))
-    return dict(zip(_MEMBER_NAMES, members, strict=True))
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MEMBERS.size)
+    except OSError:
+        return None
+    return dict(zip(_MEMBER_NAMES, _MEMBERS.unpack_from(info), strict=True))
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int] | None:
-    """Return the process, user and group that connected to a unix socket (SO_PEERCRED), or None outside Linux."""
+    """Return the process, user and group that connected to a unix socket (SO_PEERCRED).
+
+    It is None outside Linux, and if the kernel refuses it.
+    """
     if sys.platform != "linux":  # pragma: no cover (Linux only)
         return None
-    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    try:
+        pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    except OSError:
+        return None
     return pid, uid, gid
 
 
 def is_reset(sock: socket.socket) -> bool:
-    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged: ask about that afterwards."""
+    """Tell whether the connection is gone. It is too when both sides' FINs are acknowledged: ask about that afterwards.
+
+    If the kernel refuses to tell, the answer is no.
+    """
     if not has_tcp_info(sock):
         return False
-    (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    try:
+        (state,) = _STATE.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1))
+    except OSError:
+        return False
     return bool(state == _TCP_CLOSE)
 
 
@@ -138,10 +153,16 @@ def unacknowledged(sock: socket.socket) -> int:
 
 
 def readable(sock: socket.socket) -> bool:
-    """Return whether the kernel has something to read: bytes, a connection to accept, or the peer's FIN or RST."""
+    """Return whether the kernel has something to read: bytes, a connection to accept, or the peer's FIN or RST.
+
+    If the kernel refuses to tell, the answer is yes: a caller that is about to close the socket then asks again.
+    """
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    try:
+        return bool(poll.poll(0))
+    except OSError:  # ENOMEM
+        return True
 
 
 def waiting_connections(listening: socket.socket) -> int:
@@ -154,12 +175,12 @@ def waiting_connections(listening: socket.socket) -> int:
 
 
 def reset_on_close(sock: socket.socket) -> None:
-    """Make the next close send RST and drop what is unsent (SO_LINGER with a time of 0)."""
+    """Make the next close send RST and drop unsent data (SO_LINGER with a time of 0)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ON)
 
 
 def raise_descriptor_limit() -> int:
-    """Raise RLIMIT_NOFILE to its hard limit where that is allowed; return the limit in force."""
+    """Raise RLIMIT_NOFILE to its hard limit if allowed, and return the limit in force."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # macOS refuses an unlimited one.
     with contextlib.suppress(ValueError, OSError):

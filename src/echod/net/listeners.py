@@ -1,4 +1,4 @@
-"""From addresses to sockets that listen: all of them, or none; inherited ones among them."""
+"""Open listening sockets: all of them, or none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from echod.net import resolver
-from echod.net.addresses import Address, AddressError, InheritedAddress, TcpAddress, UnixAddress, parse
+from echod.net.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,18 +23,16 @@ _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 # Tries to find a port that is free in both families.
 _PORT_TRIES = 20
 
-# The first descriptor that is passed on, SD_LISTEN_FDS_START of sd_listen_fds(3).
-_FIRST_INHERITED = 3
-
 _PROBE_TIMEOUT = 1.0
 
-# For the lock of a folder, seconds. It is waited for by trying again: whoever may read the folder may lock it for good.
+# Seconds to wait for the lock of a folder. Any process that may read the folder can hold it for ever, so flock(2) must not
+# block.
 _LOCK_TIMEOUT = 2.0
 _LOCK_RETRY = 0.02
 
 
 class ListenError(Exception):
-    """Some addresses could not be opened; `problems` has a line for each."""
+    """Some addresses could not be opened. `problems` has a line for each."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -42,28 +40,28 @@ class ListenError(Exception):
 
 
 class ListeningSocket:
-    """A socket that listens, and what its end has to see to.
+    """A listening socket and, for a unix socket, its file.
 
     Args:
         sock: listening and non-blocking.
-        path: the file of a unix socket, to be removed when it is withdrawn.
-        inherited: whether somebody else holds it too, for whom its queue is kept.
+        path: the file of a unix socket that was bound here.
+        inherited: whether the service manager holds it too. Its queue is left to the next process then.
 
     """
 
     def __init__(self, sock: socket.socket, path: Path | None = None, *, inherited: bool = False) -> None:
         self.sock = sock
         self.inherited = inherited
-        # A unix socket's connections take over no option, and those in an inherited queue may be older than the option.
+        # A unix socket's connections inherit no option, and those in an inherited queue may be older than the option.
         self._set_inline = inherited or sock.family == socket.AF_UNIX
         self._path = path
         self._node = None if path is None else _node(path)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection whose urgent data is read in its place (RFC 6093), and return it with the peer's address.
+        """Accept a connection, and return it with the peer's address. Its urgent data is read in place (RFC 6093).
 
         Raises:
-            OSError: of accept(2).
+            OSError: accept(2) failed.
 
         """
         connection, sockaddr = self.sock.accept()
@@ -73,22 +71,23 @@ class ListeningSocket:
         return connection, sockaddr
 
     def withdraw(self) -> None:
-        """Let nobody else find it, where that can be had without closing it. Idempotent."""
+        """Unlink the socket file so that no new client finds it. Idempotent."""
         if self._path is not None:
             with contextlib.suppress(OSError):
-                # Another process may have put its own in this place since.
+                # Another process may have replaced the file since.
                 if _node(self._path) == self._node:
                     self._path.unlink()
             self._path = None
 
     def close(self) -> None:
-        """Withdraw it and close it; of an inherited one only this process's hold on it."""
+        """Withdraw and close the socket. An inherited one stays open in the service manager."""
         self.withdraw()
-        self.sock.close()
+        with contextlib.suppress(OSError):  # the kernel has closed it, whatever it reports: close(2)
+            self.sock.close()
 
 
 class Listener(NamedTuple):
-    """A listener's name and its sockets, one for each address its host stands for."""
+    """A listener's name and its sockets, one for each IP address of its host."""
 
     name: str
     sockets: list[ListeningSocket]
@@ -111,19 +110,18 @@ def open_listeners(
 ) -> list[Listener]:
     """Bind and listen on every address.
 
-    The sockets are non-blocking. Those of TCP have SO_REUSEADDR, SO_KEEPALIVE, SO_OOBINLINE and TCP_NODELAY; the
-    connections that they accept inherit these.
+    The sockets are non-blocking. TCP sockets have SO_REUSEADDR, SO_KEEPALIVE, SO_OOBINLINE and TCP_NODELAY, which their
+    connections inherit.
 
     Args:
         specs: names and addresses.
-        backlog: of each socket; the kernel cuts it down to net.core.somaxconn. Whoever opened an inherited one has
-            chosen its own.
-        inherited: the inherited sockets, by their names.
-        stopped: called while a name is resolved; True ends the wait.
+        backlog: of each socket; the kernel caps it at net.core.somaxconn. Inherited sockets keep their own.
+        inherited: the inherited sockets by name.
+        stopped: called while a name is resolved. True ends the wait.
 
     Raises:
-        InterruptedError: `stopped` returned True; all sockets are closed again.
-        ListenError: one or more could not be opened; those that could are closed again.
+        InterruptedError: `stopped` returned True. All sockets are closed again.
+        ListenError: at least one address could not be opened. The other sockets are closed again.
 
     """
     problems: list[str] = []
@@ -152,48 +150,6 @@ def open_listeners(
         return listeners
 
 
-def inherit() -> dict[str, list[socket.socket]]:
-    """Take over the sockets that whoever started this process passed on, by name: sd_listen_fds_with_names(3).
-
-    The variables LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are removed, since they are meant for this process alone.
-
-    Raises:
-        ListenError: what was passed on is no listening stream socket, or the variables contradict each other.
-
-    """
-    pid, count, names = (os.environ.pop(f"LISTEN_{name}", None) for name in ("PID", "FDS", "FDNAMES"))
-    if pid != str(os.getpid()) or count is None:
-        return {}
-    if not (count.isascii() and count.isdecimal() and len(count) <= 5):
-        raise ListenError([f"LISTEN_FDS should be a number, not {count!r}"])
-    labels = names.split(":") if names is not None else ["unknown"] * int(count)
-    if len(labels) != int(count):
-        raise ListenError([f"LISTEN_FDNAMES has {len(labels)} names for {count} sockets: {names}"])
-    sockets: dict[str, list[socket.socket]] = {}
-    problems: list[str] = []
-    for descriptor, label in enumerate(labels, _FIRST_INHERITED):
-        try:
-            parse(f"systemd:{label}")
-        except AddressError:
-            problems.append(f"inherited descriptor {descriptor}: {label!r} is no name")
-            continue
-        try:
-            os.set_inheritable(descriptor, False)  # noqa: FBT003  (its parameter is positional)
-            sock = socket.socket(fileno=descriptor)
-        except OSError as error:
-            problems.append(f"inherited descriptor {descriptor}, {label!r}: {_explain(error)}")
-            continue
-        sockets.setdefault(label, []).append(sock)
-        kind = sock.type
-        if kind != socket.SOCK_STREAM:
-            problems.append(f"inherited descriptor {descriptor}, {label!r}, is a {kind.name} socket, not SOCK_STREAM")
-        elif not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            problems.append(f"inherited descriptor {descriptor}, {label!r}, does not listen")
-    if problems:
-        raise ListenError(problems)
-    return sockets
-
-
 def _explain(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"the name cannot be resolved ({error.strerror})"
@@ -203,7 +159,7 @@ def _explain(error: OSError) -> str:
 def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.socket]]) -> Iterator[ListeningSocket]:
     if address.name not in inherited:
         names = ", ".join(inherited) or "none"
-        msg = f"no socket of that name was inherited; there are: {names}"
+        msg = f"no socket of that name was inherited; inherited names: {names}"
         raise OSError(msg)
     for sock in inherited[address.name]:
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
@@ -213,9 +169,9 @@ def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.so
 
 
 def _open(address: TcpAddress, backlog: int, stopped: Callable[[], bool]) -> list[ListeningSocket]:
-    found = resolver.resolve(address.host, address.port, flags=socket.AI_PASSIVE, stopped=stopped)
-    # Some resolvers name an address twice, and IPv4 goes first whatever their order: one order on every host.
-    infos = sorted(dict.fromkeys(found), key=lambda info: info[0] == socket.AF_INET6)
+    resolved = resolver.resolve(address.host, address.port, flags=socket.AI_PASSIVE, stopped=stopped)
+    # Some resolvers return an address twice. IPv4 goes first, so that the order is the same on every host.
+    infos = sorted(dict.fromkeys(resolved), key=lambda info: info[0] == socket.AF_INET6)
     tries = 1 if address.port else _PORT_TRIES
     while True:
         try:
@@ -235,7 +191,7 @@ def _open_once(infos: resolver.Found, port: int, backlog: int) -> list[socket.so
             try:
                 sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog)
             except OSError as error:
-                # A host without IPv6 still has names with IPv6 addresses, localhost to begin with.
+                # On a host without IPv6, names such as localhost still have IPv6 addresses.
                 if not sockets or family != socket.AF_INET6 or error.errno not in _NO_IPV6:
                     raise
                 continue
@@ -255,7 +211,7 @@ def _bind(family: int, sockaddr: tuple[str | int, ...] | str, backlog: int) -> s
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             _set_tcp_options(sock)
         if family == socket.AF_INET6:
-            # Each family has a socket of its own, so that a port is taken, or found free, in both.
+            # Each family has its own socket, so that a port is either free or taken in both.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
         sock.listen(backlog)
@@ -274,7 +230,8 @@ def _open_unix(address: UnixAddress, backlog: int, mode: int) -> ListeningSocket
     path = Path(address.path)
     with _locked(path.parent):
         _remove_stale(path)
-        # The file is to have its mode from the first moment on. Nothing else makes files now: the umask is the process's.
+        # bind(2) applies the umask, so the file has its mode at once. The umask is the process's: no other thread may
+        # create files now.
         mask = os.umask(~mode & 0o777)
         try:
             sock = _bind(socket.AF_UNIX, address.sockaddr, backlog)
@@ -285,12 +242,12 @@ def _open_unix(address: UnixAddress, backlog: int, mode: int) -> ListeningSocket
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, so that of two processes that start together, none takes the other's socket for stale.
+    """Lock a folder, so that two processes that start together do not remove each other's sockets as stale.
 
-    A socket that is bound, and does not listen yet, refuses connections as one does whose process has died.
+    A socket that is bound but does not listen yet refuses connections, as the socket of a dead process does.
 
     Raises:
-        OSError: somebody has held it for long: not one of ours.
+        OSError: another program holds the lock.
 
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -312,31 +269,31 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a unix socket that nobody listens on any more, if there is one.
+    """Remove a unix socket if no process listens on it any more.
 
     Raises:
-        OSError: somebody does, or the path is no socket: it is not touched then.
+        OSError: a process listens on it, or the path is not a socket. The file stays.
 
     """
     try:
-        found = path.lstat()
+        mode = path.lstat().st_mode
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(found.st_mode):
-        msg = "the file exists and is no socket"
+    if not stat.S_ISSOCK(mode):
+        msg = "the file exists and is not a socket: remove it, or choose another path"
         raise OSError(msg)
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_PROBE_TIMEOUT)  # the connect of a full backlog would wait
+        probe.settimeout(_PROBE_TIMEOUT)  # a full backlog would block connect(2)
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
             path.unlink()
             return
         except OSError:
-            pass  # alive, or not for us to tell: a full backlog, another type of socket, no permission
+            pass  # alive, or unknown: a full backlog, another type of socket, no permission
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _node(path: Path) -> tuple[int, int]:
-    found = path.lstat()
-    return found.st_dev, found.st_ino
+    node = path.lstat()
+    return node.st_dev, node.st_ino

@@ -45,7 +45,7 @@ def resolve(
         InterruptedError: `stopped` returned True.
 
     """
-    name = (host.encode() if host.isascii() else host) or None  # text is encoded by IDNA, whose codec is large
+    name = (host.encode() if host.isascii() else host) or None  # getaddrinfo() would encode text by IDNA, a slow import
 
     def look_up(how: int) -> Found:
         return socket.getaddrinfo(name, port, family, socket.SOCK_STREAM, flags=how)

@@ -1,4 +1,4 @@
-"""A client's connection: where it goes, from where, with what before its first byte, over TLS or not."""
+"""Connect to an echo server: name resolution, Happy Eyeballs, the PROXY header and the TLS handshake."""
 
 from __future__ import annotations
 
@@ -18,69 +18,66 @@ from echod.net.addresses import TcpAddress, UnixAddress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echod.probe.tls import Secure, Tls
+    from echod.probe.deadline import Deadline
+    from echod.probe.tls import ClientTls, TlsChannel
 
-
+# Seconds between attempts on a unix socket with a full backlog.
 _RETRY = 0.01
 
-# RFC 8305, section 5, "Connection Attempt Delay", seconds: the next address is tried after it.
+# Seconds before the next address is tried: the "Connection Attempt Delay" of RFC 8305, section 5.
 _ATTEMPT_DELAY = 0.25
 
 
-class TlsError(OSError):
-    """TLS has failed; the message says how."""
-
-
 class Channel(Protocol):
-    """What a connected socket and TLS over one have in common: errors are OSErrors, BlockingIOError is "not now"."""
+    """The methods that a socket and a `TlsChannel` share. A call that would block raises BlockingIOError."""
 
     def recv(self, size: int, /) -> bytes:
-        """Return some bytes, none at EOF."""
+        """Return some bytes, or none at EOF."""
 
     def send(self, data: bytes | memoryview, /) -> int:
-        """Take some of the bytes, and tell how many."""
+        """Accept some of the bytes and return their number."""
 
     def shutdown(self, how: int, /) -> None:
-        """With SHUT_WR: let the peer read EOF, and go on receiving."""
+        """Send EOF if `how` is SHUT_WR. Data can still be received."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
 
 
 class Endpoint(NamedTuple):
-    """What connect(2) takes."""
+    """An address as connect(2) takes it."""
 
     family: int
     sockaddr: Any
 
 
 class Connected(NamedTuple):
-    """A connection that may carry messages."""
+    """An established connection."""
 
     socket: socket.socket
     channel: Channel
-    tls: Secure | None
+    tls: TlsChannel | None
     seconds: float
-    """Of connecting and of the TLS handshake."""
+    """Duration of the connection attempt and of the TLS handshake."""
 
 
 class Route(NamedTuple):
-    """All that there is to say about how to connect."""
+    """The way to the server: where to, where from, and with which preamble and TLS."""
 
     target: TcpAddress | UnixAddress
     source: str | None = None
     """The local IP address."""
     header: Callable[[TcpAddress], bytes] | None = None
-    """From the peer's address to a PROXY header."""
+    """Returns the PROXY header for a connection to the given address."""
     family: int = socket.AF_UNSPEC
-    tls: Tls | None = None
+    tls: ClientTls | None = None
 
     def endpoints(self, timeout: float, stopped: Callable[[], bool] = lambda: False) -> list[Endpoint]:
-        """Return the addresses of the target, best first and of both families in turn.
+        """Return the addresses of the target, best first, with the families alternating.
 
         Args:
-            timeout: seconds.
-            stopped: called while a name is resolved; True ends the wait.
+            timeout: seconds to resolve the name.
+            stopped: called while a name is resolved. If it returns True, the wait ends.
 
         Raises:
             OSError: the name cannot be resolved in time.
@@ -89,30 +86,30 @@ class Route(NamedTuple):
         """
         if isinstance(self.target, UnixAddress):
             return [Endpoint(socket.AF_UNIX, self.target.sockaddr)]
-        # Without a host: the loopback addresses of both families, whatever this machine's files say of localhost.
+        # An empty host gives the loopback addresses of both families, regardless of localhost in /etc/hosts.
         found = resolver.resolve(
             self.target.host, self.target.port, family=self.family, timeout=timeout, stopped=stopped
         )
         return _interleave(dict.fromkeys(Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found))
 
-    def connect(self, endpoints: Sequence[Endpoint], deadline: float) -> Connected:
+    def connect(self, endpoints: Sequence[Endpoint], deadline: Deadline) -> Connected:
         """Connect to the endpoint that answers first, and do the TLS handshake.
 
         Args:
-            endpoints: at least one; a later one is tried when the one before has failed, or has not answered for 250 ms.
-            deadline: of all of it, on the clock of `time.perf_counter`.
+            endpoints: at least one. The next one is tried when one fails or does not answer within 250 ms.
+            deadline: for the connection and the handshake together.
 
         Raises:
-            OSError: no endpoint could be connected to (it is the error of the last that failed), or TLS failed.
+            OSError: TLS failed, or no endpoint accepted the connection. The error is that of the last endpoint.
 
         """
-        began = time.perf_counter()
+        began = deadline.clock()
         if isinstance(self.target, UnixAddress):
             sock = _connect_unix(self.target, deadline)
         else:
-            sock = _race(self._begin, endpoints, deadline)
+            sock = race(self._begin, endpoints, deadline, select.poll())  # select(2) fails for descriptors above 1,023
         try:
-            limit_time(sock, deadline)
+            deadline.limit(sock)
             if self.header is not None:
                 host, port = sock.getpeername()[:2]
                 sock.sendall(self.header(TcpAddress(host.partition("%")[0], port)))
@@ -120,16 +117,16 @@ class Route(NamedTuple):
         except BaseException:
             sock.close()
             raise
-        return Connected(sock, secure or sock, secure, time.perf_counter() - began)
+        return Connected(sock, secure or sock, secure, deadline.clock() - began)
 
     def _begin(self, endpoint: Endpoint) -> socket.socket:
-        """Return a TCP socket that has begun to connect."""
+        """Start to connect, and return the TCP socket."""
         with contextlib.ExitStack() as opened:
             sock = opened.enter_context(socket.socket(endpoint.family, socket.SOCK_STREAM))
             sock.settimeout(0)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.source is not None:
-                numeric = socket.AI_NUMERICHOST  # no name server is asked, whatever zone the address has
+                numeric = socket.AI_NUMERICHOST  # no name server is asked, even for an address with a zone
                 sock.bind(socket.getaddrinfo(self.source, 0, endpoint.family, flags=numeric)[0][4])
             with contextlib.suppress(BlockingIOError):  # EINPROGRESS
                 sock.connect(endpoint.sockaddr)
@@ -138,27 +135,38 @@ class Route(NamedTuple):
 
 
 def _interleave(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
-    """Take one endpoint of each family in turn, beginning with the family of the first (RFC 8305, section 4)."""
+    """Alternate between the families, starting with that of the first endpoint (RFC 8305, section 4)."""
     families: dict[int, list[Endpoint]] = {}
     for endpoint in endpoints:
         families.setdefault(endpoint.family, []).append(endpoint)
     rounds = itertools.zip_longest(*families.values())
-    return [endpoint for one in rounds for endpoint in one if endpoint is not None]
+    return [endpoint for group in rounds for endpoint in group if endpoint is not None]
 
 
-def _race(begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoint], deadline: float) -> socket.socket:
-    """Connect to several endpoints with overlapping attempts, and keep the first connection (RFC 8305, section 5)."""
+def race(
+    begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoint], deadline: Deadline, poll: select.poll
+) -> socket.socket:
+    """Connect to several endpoints with overlapping attempts, and keep the first connection (RFC 8305, section 5).
+
+    Args:
+        begin: starts an attempt and returns its socket.
+        endpoints: at least one.
+        deadline: for all attempts together.
+        poll: waits for the sockets.
+
+    Raises:
+        OSError: all attempts failed. The error is that of the last one to fail.
+
+    """
     waiting = collections.deque(endpoints)
     begun: dict[int, socket.socket] = {}
     failures: list[OSError] = []
-    poll = select.poll()  # select(2) fails for descriptors above 1,023
     port = endpoints[0].sockaddr[1]
     due = 0.0
     try:
         while waiting or begun:
-            now = time.perf_counter()
-            if now >= deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "timed out")
+            left = deadline.left()
+            now = deadline.clock()
             if waiting and now >= due:
                 try:
                     sock = begin(waiting.popleft())
@@ -168,8 +176,8 @@ def _race(begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoi
                 begun[sock.fileno()] = sock
                 poll.register(sock, select.POLLOUT)
                 due = now + _ATTEMPT_DELAY
-            wake = min(due, deadline) if waiting else deadline
-            for descriptor, _ in poll.poll((wake - now) * 1000):
+            wait = min(due - now, left) if waiting else left
+            for descriptor, _ in poll.poll(wait * 1000):
                 poll.unregister(descriptor)
                 sock = begun.pop(descriptor)
                 try:
@@ -187,10 +195,10 @@ def _race(begin: Callable[[Endpoint], socket.socket], endpoints: Sequence[Endpoi
 
 
 def _confirm(sock: socket.socket, port: int) -> None:
-    """Raise the error of a finished connection attempt, if it has failed.
+    """Raise the error of a finished connection attempt if it failed.
 
-    A socket whose local port is the target's connects to itself (simultaneous open, RFC 9293, section 3.5). The kernel
-    may choose that port if no server listens on it and it is in the range of ephemeral ports.
+    A socket connects to itself if its local port is that of the target (simultaneous open, RFC 9293, section 3.5).
+    The kernel may choose that port if no server listens on it and it is in the range of ephemeral ports.
     """
     if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(number, os.strerror(number))
@@ -201,70 +209,15 @@ def _confirm(sock: socket.socket, port: int) -> None:
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
-def _connect_unix(target: UnixAddress, deadline: float) -> socket.socket:
+def _connect_unix(target: UnixAddress, deadline: Deadline) -> socket.socket:
     with contextlib.ExitStack() as opened:
         sock = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         while True:
-            limit_time(sock, deadline)
+            deadline.limit(sock)
             try:
                 sock.connect(target.sockaddr)
-            except BlockingIOError:  # a full backlog, for which connect(2) does not wait as it does for TCP
+            except BlockingIOError:  # the backlog is full: unlike for TCP, connect(2) does not wait
                 time.sleep(_RETRY)
             else:
                 opened.pop_all()
                 return sock
-
-
-def limit_time(sock: socket.socket, deadline: float) -> None:
-    """Let the socket's next call time out at the deadline, on the clock of `time.perf_counter`.
-
-    Raises:
-        TimeoutError: that has passed.
-
-    """
-    if (left := deadline - time.perf_counter()) <= 0:
-        raise TimeoutError(errno.ETIMEDOUT, "timed out")
-    sock.settimeout(left)
-
-
-def wait_readable(sock: socket.socket, deadline: float) -> None:
-    """Wait until a socket can be read, or the deadline passes.
-
-    Raises:
-        TimeoutError: it has passed.
-
-    """
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    if not poll.poll(max(0.0, deadline - time.perf_counter()) * 1000):
-        raise TimeoutError(errno.ETIMEDOUT, "timed out")
-
-
-def kind(error: OSError) -> str:
-    """Return a word for an error, by which errors are counted."""
-    match error:
-        case TlsError():
-            return "tls"
-        case TimeoutError():
-            return "timeout"
-        case ConnectionRefusedError():
-            return "refused"
-        case ConnectionResetError() | BrokenPipeError():
-            return "reset"
-        case socket.gaierror():
-            return "name"
-        case _:
-            return errno.errorcode.get(error.errno or 0, "other").lower()
-
-
-def reason(error: OSError) -> str:
-    """Return an error's text for people."""
-    match error:
-        case TlsError():
-            return str(error)
-        case TimeoutError():
-            return "timed out"
-        case socket.gaierror():
-            return f"the name cannot be resolved ({error.strerror})"
-        case _:
-            return error.strerror or str(error)

@@ -1,6 +1,6 @@
-"""Live progress on a terminal, drawn by a process of its own.
+"""Live progress on a terminal, drawn by a separate process.
 
-Drawing takes milliseconds, in which a measurement would neither send nor receive: they would be found in its latencies.
+Drawing takes milliseconds, which would show in the latencies if the measuring process did it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from echod.probe.command import Order
+    from echod.probe.model import ProbeOptions
 
-# So many latencies are enough for the figures shown.
+# Latencies that are enough for the figures shown.
 _SAMPLE = 256
 
 
 class Display:
-    """Shows the state of a measurement while it runs, where standard error is a terminal."""
+    """Shows the state of a running measurement if standard error is a terminal."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, options: ProbeOptions) -> None:
+        self._options = options
         self._pipe: int | None = None
         self._child = 0
 
@@ -41,7 +41,7 @@ class Display:
             reading, self._pipe = os.pipe()
             try:
                 self._child = os.fork()
-            except OSError:  # a limit of processes: the measurement does without
+            except OSError:  # a limit of processes: measure without progress
                 os.close(reading)
                 os.close(self._pipe)
                 self._pipe = None
@@ -49,7 +49,7 @@ class Display:
             if self._child == 0:
                 os.close(self._pipe)
                 try:
-                    _draw(self._order, reading)
+                    _draw(self._options, reading)
                 finally:
                     os._exit(0)
             os.close(reading)
@@ -67,43 +67,43 @@ class Display:
         """Show the state.
 
         Args:
-            seconds: since the beginning.
-            messages: answered so far.
-            received: bytes so far.
-            errors: so far.
-            sample: some recent latencies, nanoseconds.
+            seconds: time since the start.
+            messages: messages answered so far.
+            received: bytes received so far.
+            errors: errors so far.
+            sample: some recent latencies in nanoseconds.
 
         """
         if self._pipe is None:
             return
         some = sorted(sample[:_SAMPLE])
         state = (seconds, messages, received, errors, some[len(some) // 2] if some else 0, some[-1] if some else 0)
-        # Below PIPE_BUF, so all of it or nothing; a terminal that is slow misses some states.
+        # A write below PIPE_BUF is atomic. A slow terminal misses some states.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, json.dumps(state).encode() + b"\n")
 
 
-def _draw(order: Order, reading: int) -> None:
-    """Draw each state that comes out of the pipe, until its end."""
+def _draw(options: ProbeOptions, reading: int) -> None:
+    """Draw each state that is read from the pipe, until EOF."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the end of the pipe comes soon enough
+        signal.signal(number, signal.SIG_IGN)  # the parent closes the pipe soon
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
-    # It is drawn when there is news, and by no thread in between.
+    # Drawn for each state, without a thread that draws in between.
     bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-    total = order.count or order.duration
-    task = bar.add_task(str(order.target), total=total, text="connecting")
+    total = options.messages or options.duration
+    task = bar.add_task(str(options.target), total=total, text="connecting")
     before, then = 0, 0.0
     with Live(bar, console=bar.console, auto_refresh=False, transient=True) as live, open(reading, "rb") as states:
         live.refresh()
         for line in states:
             seconds, messages, received, errors, median, largest = json.loads(line)
-            counted = received if order.stream else messages
+            counted = received if options.stream else messages
             speed = (counted - before) / max(seconds - then, 0.001)
             before, then = counted, seconds
-            parts = [f"{seconds:.1f} s", f"{bytes_text(speed)}/s" if order.stream else f"{speed:,.0f}/s"]
+            parts = [f"{seconds:.1f} s", f"{bytes_text(speed)}/s" if options.stream else f"{speed:,.0f}/s"]
             if largest:
                 parts.append(f"p50 {seconds_text(median / 1e9)}, max {seconds_text(largest / 1e9)}")
             if errors:
                 parts.append(f"[red]{errors} errors[/red]")
-            bar.update(task, completed=messages if order.count else seconds, text="  ".join(parts))
+            bar.update(task, completed=messages if options.messages else seconds, text="  ".join(parts))
             live.refresh()

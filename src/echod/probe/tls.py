@@ -1,4 +1,4 @@
-"""TLS as a client has it. Imported only where TLS is asked for."""
+"""TLS for a client, over memory BIOs. Imported only with --tls, as it loads OpenSSL."""
 
 from __future__ import annotations
 
@@ -7,36 +7,30 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echod.net import pem
-from echod.probe.connect import TlsError, limit_time
+from echod.net import files, openssl, pem
+from echod.probe.errors import TlsError, TlsFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from echod.probe.deadline import Deadline
+
 _CIPHERTEXT = 65536
-# What one call takes at most: the ciphertext that the socket does not take at once is kept in memory.
+# Bytes that one `send` accepts at most, since ciphertext that the socket refuses is kept in memory.
 _PLAINTEXT = 65536
 
 
-class TlsFileError(ValueError):
-    """A file is not what it should be; `option` tells which one it is of."""
-
-    def __init__(self, option: str, message: str) -> None:
-        super().__init__(message)
-        self.option = option
-
-
-class Tls:
-    """What a client asks of the peer, and shows of itself.
+class ClientTls:
+    """The TLS context of a client.
 
     Args:
-        ca: certificates of the authorities to trust, PEM; None: those that the system trusts.
-        certificate: the client's own, PEM.
-        private_key: the certificate's; None: it is in the same file.
-        server_name: the host name or IP address that the peer's certificate has to hold. A host name is sent to the
-            peer (SNI), without the trailing dot, which is part of DNS only (RFC 6066, section 3).
-        insecure: whether any certificate does.
+        ca: certificates of the trusted authorities (PEM), or None for those that the system trusts.
+        certificate: the client's certificate (PEM).
+        private_key: its private key (PEM), or None if the certificate's file contains it.
+        server_name: the host name or IP address that the server's certificate must contain. A host name is sent as
+            SNI, without the trailing dot, which belongs to DNS only (RFC 6066, section 3).
+        insecure: accept any certificate.
 
     Raises:
         TlsFileError: a file cannot be used.
@@ -52,14 +46,14 @@ class Tls:
         server_name: str | None = None,
         insecure: bool = False,
     ) -> None:
-        # The zone of an IPv6 address is local to this machine.
+        # The zone of an IPv6 address is local to this host.
         self._server_name = None if server_name is None else server_name.removesuffix(".").partition("%")[0]
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if insecure:
             self._context.check_hostname = False
             self._context.verify_mode = ssl.CERT_NONE
         elif ca is not None:
-            # An intermediate authority is enough.
+            # Trust an intermediate authority even without its root.
             self._context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             with _blame("--ca", ca):
                 self._context.load_verify_locations(ca)
@@ -67,24 +61,24 @@ class Tls:
             self._context.load_default_certs()
         if certificate is not None:
             with _blame("--cert", certificate):
-                data = certificate.read_bytes()  # once: it may be a pipe
+                data = files.read(str(certificate)).data  # only once: it may be a pipe
             with _blame("--key", private_key or certificate):
-                key = data if private_key is None else private_key.read_bytes()
+                key = data if private_key is None else files.read(str(private_key)).data
                 pem.load_pair(self._context, data, key, _no_password)
 
-    def handshake(self, sock: socket.socket, deadline: float) -> Secure:
-        """Do the handshake on a blocking socket, until a deadline on the clock of `time.perf_counter`.
+    def handshake(self, sock: socket.socket, deadline: Deadline) -> TlsChannel:
+        """Do the handshake on a blocking socket.
 
         Raises:
-            TlsError: it failed.
-            OSError: so did the connection, or the deadline has passed.
+            TlsError: the handshake failed.
+            OSError: the connection failed, or the deadline has passed.
 
         """
-        return Secure(sock, self._context, self._server_name, deadline)
+        return TlsChannel(sock, self._context, self._server_name, deadline)
 
 
 def _no_password() -> str:
-    msg = "it is encrypted, and nobody is there to type its password"
+    msg = "the key is encrypted; give a key without a password"
     raise ValueError(msg)
 
 
@@ -93,8 +87,8 @@ def _blame(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError as error:
-        # For PEM that is none, OpenSSL gives no reason.
-        why = _text(error) if error.reason else "holds no PEM of the kind that is needed"
+        # OpenSSL gives no reason if the file has no PEM of the expected kind.
+        why = openssl.explain(error) if error.reason else "the file has no PEM data of the kind that is needed"
         raise TlsFileError(option, f"{str(path)!r}: {why}") from error
     except OSError as error:
         raise TlsFileError(option, f"{str(path)!r} cannot be read: {error.strerror}") from error
@@ -102,22 +96,16 @@ def _blame(option: str, path: Path) -> Iterator[None]:
         raise TlsFileError(option, f"{str(path)!r}: {error}") from error
 
 
-def _text(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
-        return "the connection ended without close_notify"
-    return (error.reason or str(error)).lower().replace("_", " ")
+class TlsChannel:
+    """TLS over a connected socket.
 
-
-class Secure:
-    """TLS over a connected socket, with the engine apart from it.
-
-    An `ssl.SSLSocket` cannot half-close: its `unwrap` fails on data that comes after our close_notify, and that is the
-    echo. Here close_notify is put out while the engine has nothing to read.
+    `ssl.SSLSocket` cannot half-close: its `unwrap` fails on data that arrives after our close_notify, and the echo does.
+    Memory BIOs allow sending close_notify while the SSL object has nothing to read.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: float) -> None:
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: Deadline
+    ) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -127,32 +115,32 @@ class Secure:
             try:
                 self._object.do_handshake()
             except ssl.SSLWantReadError:
-                limit_time(sock, deadline)  # again each time: the server may send byte by byte
+                deadline.limit(sock)  # for each call, as the server may send byte by byte
                 self.flush()
                 self._fill()
             except ssl.SSLError as error:
                 with contextlib.suppress(OSError):
-                    self.flush()  # the alert: so the peer knows why
-                raise TlsError(_text(error)) from error
+                    self.flush()  # the alert tells the peer why
+                raise TlsError(openssl.explain(error)) from error
             else:
                 self.flush()
                 return
 
     @property
     def version(self) -> str | None:
-        """The protocol's, as "TLSv1.3"."""
+        """The protocol version, such as "TLSv1.3"."""
         return self._object.version()
 
     @property
     def unsent(self) -> bool:
-        """Whether there is ciphertext that the socket has not taken."""
+        """Whether ciphertext is waiting to be sent."""
         return bool(self._unsent or self._outgoing.pending)
 
     def flush(self) -> None:
-        """Send what there is.
+        """Send the waiting ciphertext.
 
         Raises:
-            OSError: BlockingIOError too, when not all of it could be sent.
+            OSError: the socket failed. BlockingIOError means that some ciphertext is still waiting.
 
         """
         while self.unsent:
@@ -160,55 +148,55 @@ class Secure:
             self._unsent = self._unsent[self._sock.send(self._unsent) :]
 
     def recv(self, size: int, /) -> bytes:
-        """Return some bytes, none after the peer's close_notify.
+        """Return some bytes, or none after the peer's close_notify.
 
         Raises:
-            TlsError: the peer broke the protocol, also by closing without close_notify.
-            OSError: of the socket.
+            TlsError: the peer broke the protocol, for example by closing without close_notify.
+            OSError: the socket failed.
 
         """
         while True:
             try:
                 return self._object.read(size)
             except ssl.SSLWantReadError:
-                # The answer to a KeyUpdate. Whether it can be sent or not: a peer may wait for us to receive.
+                # Send the answer to a KeyUpdate. Receive even if it cannot be sent, as the peer may wait for that.
                 with contextlib.suppress(BlockingIOError):
                     self.flush()
                 self._fill()
             except ssl.SSLZeroReturnError:
                 return b""
             except ssl.SSLError as error:
-                raise TlsError(_text(error)) from error
+                raise TlsError(openssl.explain(error)) from error
 
     def send(self, data: bytes | memoryview, /) -> int:
-        """Take some of the bytes. What the socket does not take of them at once is for `flush` to send.
+        """Accept some of the bytes and return their number. `flush` sends those that the socket refuses now.
 
         Raises:
-            OSError: of the socket; BlockingIOError: there is still something to be flushed, and nothing was taken.
+            OSError: the socket failed. BlockingIOError means that older ciphertext is still waiting.
 
         """
         self.flush()
         try:
             taken = self._object.write(data[:_PLAINTEXT])
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
         return taken
 
     def shutdown(self, _: int, /) -> None:
-        """Send close_notify; what the peer still sends can be received."""
+        """Send close_notify. Data can still be received."""
         try:
             self._object.unwrap()
-        except ssl.SSLWantReadError:  # for the peer's
+        except ssl.SSLWantReadError:  # the peer's close_notify has not arrived
             pass
         except ssl.SSLError as error:
-            raise TlsError(_text(error)) from error
+            raise TlsError(openssl.explain(error)) from error
         with contextlib.suppress(BlockingIOError):
             self.flush()
 
     def close(self) -> None:
-        """Send close_notify where that is still possible, and let go of the socket."""
+        """Send close_notify if that is still possible, and close the socket."""
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_WR)
         self._sock.close()

@@ -81,18 +81,25 @@ class Drain:
                 self.close_quiet(now, shutdown.quiet_period)
                 next_check = now + tick
             await self._wait_until(min(next_check, cut))
+        await self._catch_up()
         if not self._aborted:
             for client in self._clients:
                 client.session.attempt(client.session.close, "cut")
         end = cut + shutdown.linger_timeout
         while self._clients and not self._aborted and self._clock.time() < end:
             await self._wait_until(min(end, self._clock.time() + tick))
+        await self._catch_up()
         for client in self._clients:
             if self._aborted:
                 client.session.attempt(client.session.abort, "aborted")
             else:
                 client.session.attempt(client.session.stop_lingering)
         return self._emptied
+
+    async def _catch_up(self) -> None:
+        """Give the loop one turn after a pause of this process: clients may have sent data, or read, in the meantime."""
+        if self._clients and not self._aborted and self._clock.late:
+            await self._wait_until(self._clock.time())
 
     def close_quiet(self, now: float, quiet_period: float) -> None:
         """Close each client that has been silent for `quiet_period` and has all its echo."""

@@ -220,6 +220,8 @@ class ListenerTask:
             self._stopped.set_exception(error)
 
     def _accept_batch(self, listening: ListeningSocket) -> None:
+        gone: OSError | None = None
+        admitted = False
         for accepted in range(self._batch):
             if not self._has_room():
                 # Pause only if this wake-up accepted nothing; otherwise the backlog may already be empty.
@@ -235,15 +237,20 @@ class ListenerTask:
                 return
             except OSError as error:
                 if self._is_gone(error):
+                    gone = error
                     continue
                 if accepted and self._unwatched is None:
                     self._end_pause()
                 else:
                     self._pause_after(error)
                 return
+            admitted = True
             self._retry_after = _FIRST_PAUSE
             self._admit(connection, sockaddr)
-        if self._interval:
+        if gone is not None and not admitted:
+            # EPERM from a system call filter concerns every connection, and leaves it in the queue.
+            self._pause_after(gone)
+        elif self._interval:
             self._stop_for(self._interval)
 
     def _take(self, listening: ListeningSocket) -> tuple[socket.socket, Any]:

@@ -347,7 +347,7 @@ class Settings(_Section):
                 yield Conflict(("listeners", name, "fault"), message)
 
 
-class Loaded(NamedTuple):
+class Config(NamedTuple):
     """Settings and their origins."""
 
     settings: Settings

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
-from echod.settings.model import Loaded, Settings, section
+from echod.net import files
+from echod.settings.model import Config, Settings, section
 from echod.settings.problems import Problem, validate
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ _MODEL = cast("type[BaseSettings]", Settings)
 
 def load(
     options: Mapping[Key, tuple[str, object]], config: str | None, before: Mapping[Key, str] | None = None
-) -> Loaded:
+) -> Config:
     """Read and validate the settings. The command line overrides the environment, and both override the file.
 
     Args:
@@ -49,7 +48,7 @@ def load(
     command_line = _CommandLine(options)
     origins = file.origins | environment.origins | command_line.origins
     settings = validate(_merge(command_line, environment, file), origins, problems)
-    return Loaded(settings, origins, environment.unknown)
+    return Config(settings, origins, environment.unknown)
 
 
 def _merge(*sources: PydanticBaseSettingsSource) -> dict[str, Any]:
@@ -141,9 +140,7 @@ def _read_file(file: str, problems: list[Problem], *, had_values: bool) -> dict[
     data = b""
     try:
         # Not read by pydantic-settings, which takes a pipe for an empty file.
-        with Path(file).open("rb") as opened:
-            data = opened.read()
-            regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        data, regular = files.read(file)
         if data or regular or not had_values:
             return tomllib.loads(data.decode())
         message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"

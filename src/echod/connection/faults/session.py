@@ -90,13 +90,6 @@ class FaultSession(EchoSession):
         if too_long:
             self.close("line_too_long")
 
-    def pause_writing(self) -> None:
-        """Pause reading from a client that does not read its echo, and stop sending held echo."""
-        super().pause_writing()
-        if self._pump_timer is not None:
-            self._pump_timer.cancel()
-            self._pump_timer = None
-
     def resume_writing(self) -> None:
         """Continue to send held echo. Without any, send FIN if it is due: the low-water mark is 0, so all is written."""
         if self._shaper.held:
@@ -202,7 +195,7 @@ class FaultSession(EchoSession):
         self._start_action_if_due()
 
     def _start_action_if_due(self) -> None:
-        if self._injector.is_due() and self.reason is None and not self._connected.is_closing():
+        if self._injector.is_due() and not self._connected.is_closing():
             self._start_action()
 
     def _start_action(self) -> None:

@@ -1,6 +1,6 @@
-"""Wait for events with a timeout in nanoseconds.
+"""The clock of a measurement, and a wait of nanoseconds.
 
-Python's poll and epoll round a timeout up to milliseconds, and its select(2) fails for descriptors above 1,023.
+Python's poll and epoll round timeouts up to milliseconds. select(2) fails for descriptors above 1,023.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import select
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,15 +29,17 @@ class _TimeSpec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-class Pause:
-    """Waits until a selector has events, or until a time has passed.
+class Timer:
+    """Tells the time, and waits until a selector has events or some time has passed.
 
     Args:
-        selector: of epoll on Linux. The timeout of kqueue is in nanoseconds itself.
+        selector: an epoll selector on Linux. Elsewhere its own timeout is precise enough (kqueue).
 
     """
 
     def __init__(self, selector: DefaultSelector) -> None:
+        self.now = time.perf_counter_ns
+        """Returns the time in nanoseconds."""
         self._selector = selector
         if sys.platform != "linux":  # pragma: no cover (Linux only)
             return
@@ -46,7 +49,7 @@ class Pause:
         self._time = _TimeSpec()
 
     def wait(self, nanoseconds: int) -> None:
-        """Wait. A signal may end it early."""
+        """Wait. A signal may end the wait early."""
         if sys.platform != "linux":  # pragma: no cover (Linux only)
             self._selector.select(nanoseconds / _NANO)
             return

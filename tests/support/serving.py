@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from echod.loops import loop_factory
 from echod.server.settings import ServerSettings
 from echod.settings.model import FaultSettings, LimitsSettings, ListenerSettings, ShutdownSettings
-from echod.settings.resources import loop_factory
 from harness import PATIENCE
 
 if TYPE_CHECKING:

@@ -1,0 +1,83 @@
+"""Derive the listeners, and the settings of their servers, from the settings of the daemon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from echod.connection.tls import TlsEnd
+from echod.net import addresses
+from echod.net.listeners import ListenerSpec
+from echod.server.settings import ServerSettings
+from echod.settings.model import ListenerSettings, changes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from echod.connection.tls import TlsBuffers
+    from echod.settings.model import Config, Settings
+    from echod.settings.resources import Resources
+    from echod.settings.types import Key
+
+ADMIN = "admin"
+"""The name of the admin listener."""
+
+
+class Plan(NamedTuple):
+    """The listeners and their settings. The start and each reload derive them in the same way."""
+
+    resources: Resources
+    listeners: Mapping[str, ListenerSettings]
+    """By name, without the admin listener."""
+
+    @classmethod
+    def derive(cls, resources: Resources, inherited: Collection[str]) -> Self:
+        """Return the plan for settings and the names of the inherited sockets."""
+        return cls(resources, _listeners(resources.config, inherited))
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the plan was derived from."""
+        return self.resources.config.settings
+
+    def specs(self) -> list[ListenerSpec]:
+        """Return the listeners to open, the admin listener last."""
+        specs = [ListenerSpec(name, one.parsed_address, one.permissions) for name, one in self.listeners.items()]
+        if self.settings.admin.address:
+            specs.append(ListenerSpec(ADMIN, addresses.parse(self.settings.admin.address)))
+        return specs
+
+    def server_settings(self, name: str, max_connections: int, buffers: TlsBuffers) -> ServerSettings:
+        """Return the settings of one listener's server.
+
+        Args:
+            name: of the listener.
+            max_connections: the cap, which may be lower than that of the settings.
+            buffers: those of the loop.
+
+        """
+        tls = self.resources.tls.get(name)
+        end = None if tls is None else TlsEnd(tls.context, buffers)
+        settings, listener = self.settings, self.listeners[name]
+        limits = settings.limits.model_copy(update={"max_connections": max_connections})
+        return ServerSettings(listener, limits, settings.shutdown, settings.faults.get(listener.fault), end)
+
+    def restart_needed(self, initial: Plan) -> list[str]:
+        """Return the settings that differ from those of the start, and take effect only at a start."""
+        return sorted({".".join(key) for key in _fixed_changes(initial.settings, self.settings)})
+
+
+def _listeners(config: Config, inherited: Collection[str]) -> Mapping[str, ListenerSettings]:
+    """Return every listener by name. Inherited sockets are the listeners if the settings contain no address."""
+    if inherited and ("listen",) not in config.origins and not config.settings.listeners:
+        return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
+    return config.settings.all_listeners()
+
+
+def _fixed_changes(initial: Settings, settings: Settings) -> Iterator[Key]:
+    for key in changes(initial, settings):
+        if key[0] in {"loop", "listen", "admin"}:
+            yield key
+        elif key[0] == "listeners" and not (key[1] in initial.listeners and key[1] in settings.listeners):
+            yield key[:2]
+        elif key[0] == "listeners" and key[2] in {"address", "socket_mode"}:
+            yield key
