@@ -69,7 +69,7 @@ def test_stalled_client(in_loop: InLoop) -> None:
 
 @pytest.mark.parametrize("phase", [Phase.PROXY_HEADER, Phase.HANDSHAKE])
 def test_slow_preamble(in_loop: InLoop, phase: Phase) -> None:
-    """A client whose preamble is incomplete after `handshake_timeout` is closed, even without an `idle_timeout`."""
+    """A client with an incomplete preamble is closed after `handshake_timeout`, even without an `idle_timeout`."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()

@@ -65,8 +65,8 @@ class Drain:
     async def run(self, shutdown: ShutdownSettings) -> bool:
         """Drain; return whether the backlog was emptied.
 
-        Return when every client has left, or has been closed for good. The last steps of the clients' tasks may follow,
-        and what the kernel sends after a close. This takes at most `drain_timeout` + `linger_timeout`, plus the pauses
+        Return when every client has left or has been closed for good. The last steps of the clients' tasks may follow,
+        and the kernel may still send data after a close. This takes at most `drain_timeout` + `linger_timeout`, plus the pauses
         of the process.
         """
         cut = self._clock.time() + shutdown.drain_timeout

@@ -126,7 +126,7 @@ class ListenerTask:
                 for listening in self._sockets:
                     self._loop.add_reader(listening.sock, self._accept, listening)
                     if self.is_paused:
-                        self._accept(listening)  # an empty backlog is no event, and ends the pause
+                        self._accept(listening)  # an empty backlog ends the pause, without an event
             except OSError as error:  # from epoll_ctl(2)
                 self._pause_after(error)
             try:

@@ -177,7 +177,7 @@ class Server:
         if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
             self._failed.set_result(error)
 
-    # What the listener task calls
+    # Called by the listener task
 
     def _has_room(self) -> bool:
         return self.clients < self.settings.limits.max_connections

@@ -21,7 +21,7 @@ _SHORTEST_SWEEP = 0.01
 
 
 class Sweep:
-    """Close idle clients and those whose handshake takes too long; reset stalled ones.
+    """Close idle clients and those with an overdue handshake; reset stalled ones.
 
     Args:
         clients: the connected clients: a live view.
