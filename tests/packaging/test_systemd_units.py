@@ -189,7 +189,7 @@ def stuck(container: Container) -> None:
     messages = "\n".join(entry["MESSAGE"] for entry in container.journal())
     assert "Watchdog timeout" in messages
     assert "Fatal Python error: Aborted" in messages
-    assert re.search(r'File "/opt/echod/.*/echod/daemon.py", line \d+ in serve', messages)
+    assert re.search(r'File "/opt/echod/.*/echod/daemon/daemon.py", line \d+ in serve', messages)
 
 
 def stopped_under_load(container: Container) -> None:
