@@ -79,6 +79,7 @@ def test_served_observed_and_shut_down(run_scene: Run) -> None:
                 assert (entry.received, entry.acked, entry.reason) == (5, 5, "eof")
             _, idle = await connect(server)
             await until(lambda: server.clients)
+            assert server.begin_stop() == 1
             receipt = await server.shutdown()
             assert (receipt.clients, receipt.quiet, server.clients) == (1, 1, 0)
             assert (await entries.get()).reason == "quiet"

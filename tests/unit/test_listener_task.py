@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from typing import Any
@@ -38,7 +39,7 @@ class Flaky(ListeningSocket):
 class Owner:
     """An owner of a listener task that records each call."""
 
-    def __init__(self, *sockets: Flaky, room: int = 100, **options: Any) -> None:
+    def __init__(self, *sockets: ListeningSocket, room: int = 100, **options: Any) -> None:
         self.admitted: list[socket.socket] = []
         self.causes: list[str] = []
         self.pauses: list[float] = []
@@ -168,6 +169,40 @@ def test_connections_that_are_gone(loop_name: str, gone: int) -> None:
             assert len(owner.admitted) == (gone == 1)
         await owner.close()
         assert listening.sock.fileno() == -1
+
+    run_in_loop(loop_name, scene)
+
+
+def test_inherited_socket_at_the_end(loop_name: str) -> None:
+    """The backlog of an inherited socket is left to its other owner, and its size does not change."""
+
+    async def scene() -> None:
+        backlogs: list[int] = []
+
+        class Listening(socket.socket):
+            def listen(self, backlog: int = 0, /) -> None:
+                backlogs.append(backlog)
+                super().listen(backlog)
+
+        def bound() -> Listening:
+            sock = Listening()
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(5)
+            sock.setblocking(False)
+            return sock
+
+        inherited, own = ListeningSocket(bound(), inherited=True), ListeningSocket(bound())
+        owner = Owner(inherited, own)
+        owner.task.cancel()
+        owner.listener.set_backlog(7)
+        assert backlogs == [5, 5, 7]
+        with contextlib.ExitStack() as clients:
+            for listening in (inherited, own):
+                clients.enter_context(socket.create_connection(listening.sock.getsockname(), PATIENCE))
+            await until(lambda: owner.listener.waiting == 2)
+            assert owner.listener.accept_rest()
+            assert (len(owner.admitted), inherited.sock.fileno()) == (1, -1)
+        await owner.close()
 
     run_in_loop(loop_name, scene)
 

@@ -109,6 +109,19 @@ class Ledger:
         self.log = log
         self._connections = connections
 
+    def accept(self) -> None:
+        """Record a connection that became a client."""
+        self.counters.accepted += 1
+
+    def pause(self, cause: str, clients: int) -> None:
+        """Record a pause of accepting, or another cause of the same pause."""
+        self.counters.accept_pauses += 1
+        self.log.warning("accept_paused", cause=cause, clients=clients)
+
+    def resume(self, seconds: float, clients: int) -> None:
+        """Record the end of a pause."""
+        self.log.info("accept_resumed", seconds=seconds, clients=clients)
+
     def turn_away(self, peer: object, failure: Exception) -> None:
         """Record a connection that could not become a client."""
         self.counters.accept_failures += 1

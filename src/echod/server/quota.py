@@ -13,23 +13,26 @@ if TYPE_CHECKING:
 
 
 class Quota:
-    """Count the clients of each address, up to a limit.
+    """Count the clients of each address, up to a limit. 0 means no limit.
 
     IPv6 clients count per /64 network, because a single host may use any address in it. Link-local addresses count one
     by one, with their zone: all hosts of an interface share one /64 network. Clients of a unix socket are not counted.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        """0: no limit."""
+        self._limit = limit
         self._clients = Counter[object]()
+
+    def reconfigure(self, limit: int) -> None:
+        """Apply another limit from now on."""
+        self._limit = limit
 
     def acquire(self, client: TcpAddress | UnixAddress | None) -> bool:
         """Count a client; return False if its address has reached the limit."""
         key = _network(client)
         if key is None:
             return True
-        if self.limit and self._clients[key] >= self.limit:
+        if self._limit and self._clients[key] >= self._limit:
             return False
         self._clients[key] += 1
         return True

@@ -70,7 +70,7 @@ class Server:
         Connected clients get the new limits and timeouts only. A lower limit closes no client.
         """
         self.settings = settings
-        self._quota.limit = settings.limits.max_connections_per_client
+        self._quota.reconfigure(settings.limits.max_connections_per_client)
         self._sweep.reconfigure(settings.limits)
         for client in self._clients.values():
             client.session.attempt(client.session.reconfigure, settings.limits, settings.shutdown)
@@ -183,11 +183,10 @@ class Server:
         return self.clients < self.settings.limits.max_connections
 
     def _log_pause(self, cause: str) -> None:
-        self.ledger.counters.accept_pauses += 1
-        self.ledger.log.warning("accept_paused", cause=cause, clients=self.clients)
+        self.ledger.pause(cause, self.clients)
 
     def _log_resumed(self, seconds: float) -> None:
-        self.ledger.log.info("accept_resumed", seconds=seconds, clients=self.clients)
+        self.ledger.resume(seconds, self.clients)
 
     def _admit(self, sock: socket.socket, sockaddr: Any) -> None:
         try:
@@ -199,7 +198,7 @@ class Server:
             sock.close()
             self.ledger.turn_away(sockaddr, error)
             return
-        self.ledger.counters.accepted += 1
+        self.ledger.accept()
         self._clients[task] = client
         task.add_done_callback(self._remove)
 
