@@ -59,10 +59,10 @@ def reset_all(ends: list[socket.socket], generator: LoadGenerator) -> None:
         assert select.select([connection], [], [], PATIENCE)[0]
 
 
-@pytest.mark.parametrize("options", [("--count", "3"), ("--rate", "1", "--count", "3")])
+@pytest.mark.parametrize("options", [(), ("--rate", "1"), ("--rate", "10000000")])
 def test_reset_before_the_first_message(options: tuple[str, ...]) -> None:
-    """The first send fails."""
-    with idle_connections(*options) as (generator, ends):
+    """The first send fails, and no connection is left for the other messages."""
+    with idle_connections("--count", "3", *options) as (generator, ends):
         reset_all(ends, generator)
         results = generator.run()
     assert results.errors == {"reset": 1}
