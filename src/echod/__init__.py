@@ -1,14 +1,14 @@
-"""echod: a TCP echo daemon that returns every byte and says exactly what it did (RFC 862).
+"""echod: a TCP echo daemon that returns every byte and accounts for each of them (RFC 862).
 
-For other programs: `Server`, with `Entry` and `Receipt` that tell what it did, and the errors `SettingsError` and
-`ListenError` of its opening. They are imported at their first use, so that `import echod` costs nothing.
+Other programs use `Server`. `Entry` describes a closed connection, and `Receipt` a stop. Opening a server raises
+`SettingsError` or `ListenError`. Each name is imported at its first use, so `import echod` costs nothing.
 """
 
 __version__ = "0.1.0"
 
 __all__ = ["Entry", "ListenError", "Receipt", "Server", "SettingsError", "TcpAddress", "UnixAddress"]
 
-TYPE_CHECKING = False  # that of typing would have to be imported
+TYPE_CHECKING = False  # importing the constant from typing would cost time
 
 if TYPE_CHECKING:
     from echod.embed import Server

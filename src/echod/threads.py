@@ -58,7 +58,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(outcome: Callable[[], None]) -> None:
-        if not future.done():  # nobody waits any more if it is
+        if not future.done():  # otherwise the caller has given up the result
             outcome()
 
     def run() -> None:
@@ -74,7 +74,7 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
 
 
 def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
-    """Call a function in a thread of its own, and return its result, unless the wait for it is ended first.
+    """Call a function in a thread of its own, and return its result unless the wait ends first.
 
     Args:
         work: the function; it may never return.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-TYPE_CHECKING = False  # that of typing would have to be imported
+TYPE_CHECKING = False  # importing the constant from typing would cost time
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,7 +32,7 @@ class Signals:
         self._attached = False
         self._before = {number: signal.signal(number, self._note_stop) for number in STOP_SIGNALS}
         self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note_hangup)
-        # The parent may have blocked them. Such a mask is inherited, and a blocked signal is never delivered.
+        # The parent may have blocked these signals. A child inherits the mask, and blocked signals are not delivered.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def is_stopping(self) -> bool:
@@ -41,11 +41,11 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of a stop before anything was opened."""
+        """Exit code of a stop before any listener was opened."""
         return 128 + signal.SIGQUIT if signal.SIGQUIT in self._stops else 0
 
     def _note_stop(self, number: int, _: object) -> None:
-        if self._stops and not self._attached:  # a second one, before or after there are clients
+        if self._stops and not self._attached:  # a second signal, before the loop is attached or after it is detached
             os._exit(128 + number)
         self._stops.append(signal.Signals(number))
 
@@ -62,19 +62,19 @@ class Signals:
         self._timer: asyncio.Handle = loop.call_soon(self._look, loop)
 
     def _wake(self) -> None:
-        try:  # noqa: SIM105  (contextlib would have to be imported before there are handlers)
+        try:  # noqa: SIM105  (importing contextlib would delay the handlers)
             os.read(self._reader, 4096)
-        except OSError:  # the record counts, whatever becomes of the byte
+        except OSError:  # the byte only wakes the loop; the record has the signal
             pass
         self._act()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Act on each signal whose byte could not be written to the pipe, for want of memory for one."""
+        """Act on signals once a second. The kernel may have had no memory to write a byte to the pipe."""
         self._timer = loop.call_later(_LOOK_EVERY, self._look, loop)
         self._act()
 
     def _act(self) -> None:
-        # A handler may run between any two lines here.
+        # A handler may run between any two of these lines.
         while self._stops:
             self._stop(self._stops.pop(0))
         if self._hung_up:
@@ -82,7 +82,7 @@ class Signals:
             self._reload()
 
     def detach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Act on no more signals. The log is still to be written; a second stop signal ends the process meanwhile."""
+        """Stop acting on signals. While the log is written, a second stop signal ends the process."""
         self._attached = False
         self._stops.clear()
         self._timer.cancel()
@@ -92,7 +92,7 @@ class Signals:
         os.close(self._writer)
 
     def ignore(self) -> None:
-        """Ignore signals from now on, as the interpreter restores the defaults when it ends."""
+        """Ignore signals from now on. Otherwise the interpreter restores the defaults while it exits."""
         for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)
 
@@ -100,7 +100,7 @@ class Signals:
         """Restore the default actions, and raise again each signal that has been recorded."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        # A shell starts a command in the background with SIGINT ignored; `probe` and `check` end by it all the same.
+        # A shell ignores SIGINT for background commands. `probe` and `check` must still end on it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for stop in self._stops:
