@@ -1,4 +1,4 @@
-"""Pauses of the process: no client is closed for the time in which the process itself did not run."""
+"""Test pauses of the process. The time in which the process did not run does not count against a client."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMITS = LimitsSettings(idle_timeout=10, write_timeout=10, handshake_timeout=10)
 
 
 class Source:
-    """The time, as a test sets it."""
+    """A time source that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -43,7 +43,7 @@ class Source:
 
 
 def test_time_passes_up_to_the_announced_look() -> None:
-    """Time counts as usual for a look that is in time or a little late; of a pause, only that much counts."""
+    """Count all time up to a quarter of a second after the announced look, and nothing beyond that."""
     source = Source()
     clock = Clock(source)
     source.now += 7
@@ -61,7 +61,7 @@ def test_time_passes_up_to_the_announced_look() -> None:
 
 
 class Ends:
-    """A client of a server, and the other end of its connection."""
+    """A server's client, and the peer socket of its connection."""
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -99,7 +99,7 @@ def run(loop_name: str, scene: Callable[[], Awaitable[None]]) -> None:
 @pytest.mark.parametrize("sent", [V1, b""])
 @pytest.mark.parametrize("phase", [Phase.PROXY_HEADER, Phase.HANDSHAKE])
 def test_unread_input_in_a_stage(loop_name: str, phase: Phase, sent: bytes) -> None:
-    """A client is not closed in a stage while the kernel has bytes of it, or its FIN, that were not read yet."""
+    """Do not close a client in a handshake while the kernel holds unread bytes or a FIN."""
 
     async def scene() -> None:
         with ends() as both:
@@ -119,7 +119,7 @@ def test_unread_input_in_a_stage(loop_name: str, phase: Phase, sent: bytes) -> N
 
 
 def test_an_unread_fin_is_no_silence(loop_name: str) -> None:
-    """A client that has closed its direction is neither idle nor quiet: its FIN is the next thing to be read."""
+    """Treat a client with an unread FIN as neither idle nor quiet."""
 
     async def scene() -> None:
         with ends() as both:
@@ -134,7 +134,7 @@ def test_an_unread_fin_is_no_silence(loop_name: str) -> None:
 
 
 def test_pause_in_a_linger(loop_name: str) -> None:
-    """What the client sent in a pause of the process is read before the linger ends, and so is its FIN."""
+    """Read the bytes and the FIN that a client sent during a pause before the linger ends."""
 
     async def scene() -> None:
         with ends() as both:
@@ -160,7 +160,7 @@ def test_pause_in_a_linger(loop_name: str) -> None:
 
 
 def test_pause_in_a_linger_of_a_silent_client(loop_name: str) -> None:
-    """A client that sent nothing in the pause either is closed."""
+    """Close a client that sent nothing during the pause."""
 
     async def scene() -> None:
         with ends() as both:
@@ -181,8 +181,8 @@ def test_pause_in_a_linger_of_a_silent_client(loop_name: str) -> None:
     run(loop_name, scene)
 
 
-class Paused(Drain):
-    """A drain with the test's clock. Its first wait is a pause of one hour."""
+class PausedDrain(Drain):
+    """A drain on the test's time source. Its first wait is a pause of one hour."""
 
     waits = 0
 
@@ -197,21 +197,21 @@ class Paused(Drain):
 
 
 def test_pause_in_a_drain(loop_name: str) -> None:
-    """After an hour's pause, a client still has most of `drain_timeout`, and then most of `linger_timeout`."""
+    """Leave a client most of `drain_timeout` and `linger_timeout` after a pause of one hour."""
 
     async def scene() -> None:
         with ends() as both:
-            drain = Paused([both.client], Source())
+            drain = PausedDrain([both.client], Source())
             await drain.run(ShutdownSettings(quiet_period=PATIENCE, drain_timeout=10, linger_timeout=5))
             assert both.session.reason == "cut"
-            # 9.5 seconds of the drain and 5 of the linger, a quarter of a second at a time.
+            # The drain takes 9.5 seconds and the linger 5, in steps of a quarter of a second.
             assert drain.waits == pytest.approx((9.5 + 5) / 0.25, abs=2)
 
     run(loop_name, scene)
 
 
-class Spoken(Drain):
-    """A drain whose first wait is a pause of an hour, in which the client sends something."""
+class SendsWhilePaused(Drain):
+    """A drain with a pause of one hour as its first wait. The client sends data during that pause."""
 
     def __init__(self, clients: list[Client], source: Source, peer: socket.socket) -> None:
         super().__init__(clients, lambda: True, source)
@@ -228,12 +228,12 @@ class Spoken(Drain):
 
 
 def test_client_speaks_in_a_pause_that_outlasts_the_drain(loop_name: str) -> None:
-    """What a client sends while the process is paused is echoed, though `drain_timeout` is over afterwards."""
+    """Echo the bytes that a client sent during a pause, even if the pause outlasts `drain_timeout`."""
 
     async def scene() -> None:
         with ends() as both:
             await both.connect()
-            drain = Spoken([both.client], Source(), both.peer)
+            drain = SendsWhilePaused([both.client], Source(), both.peer)
             await drain.run(ShutdownSettings(quiet_period=PATIENCE, drain_timeout=0.1, linger_timeout=0.1))
             assert both.peer.recv(100) == b"last words"
             assert both.peer.recv(1) == b""
@@ -247,13 +247,13 @@ def test_client_speaks_in_a_pause_that_outlasts_the_drain(loop_name: str) -> Non
 
 
 def pause(daemon: Daemon, client: socket.socket, seconds: float) -> None:
-    """Let some time pass in which the daemon is paused, and let it go on."""
+    """Keep the daemon paused for some seconds, check that the client gets nothing, and resume the daemon."""
     assert select.select([client], [], [], seconds)[0] == []
     daemon.send_signal(signal.SIGCONT)
 
 
 def test_paused_before_the_proxy_header(start: Start) -> None:
-    """The whole header and data arrive while the daemon is paused for longer than `handshake_timeout`: they are served."""
+    """Serve clients with headers that arrived during a pause longer than `handshake_timeout`."""
     options = ("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol", "require")
     daemon = start(*options, "--limits.handshake-timeout", "0.5", *UNHURRIED, listen=None)
     with daemon.connect() as client, daemon.connect() as header_only:
@@ -270,14 +270,14 @@ def test_paused_before_the_proxy_header(start: Start) -> None:
 
 
 def received(sock: socket.socket) -> bytes:
-    """Return what has come, which is not the end of the connection."""
+    """Receive some bytes, and assert that they are not EOF."""
     data = sock.recv(65536)
     assert data
     return data
 
 
 def test_paused_in_the_tls_handshake(start: Start, certificates: Certificates) -> None:
-    """A client's first flight arrives while the daemon is paused for longer than `handshake_timeout`: it is served."""
+    """Serve a client with a ClientHello that arrived during a pause longer than `handshake_timeout`."""
     daemon = start(*certificates.options(), "--limits.handshake-timeout", "3", *UNHURRIED, listen=None)
     with daemon.connect() as sock:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

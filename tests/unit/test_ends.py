@@ -1,4 +1,4 @@
-"""The reason of an end is true: `eof` means all echo was acknowledged, and `io_error` that a call failed on this host."""
+"""Test reasons of ends. `eof` means that all echo was acknowledged, `io_error` that a call failed on this host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("last", ["FIN", "RST"])
 def test_close_after_close_notify(start: Start, certificates: Certificates, version: str, last: str) -> None:
-    """A client that has its echo, sends close_notify and is gone has ended well, though its kernel answers with RST."""
+    """Record `eof` for a client that gets its echo, sends close_notify and closes. RST may follow."""
     daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
     context = certificates.context(version=version)
     for number in range(1, 21):
@@ -51,7 +51,7 @@ def test_close_after_close_notify(start: Start, certificates: Certificates, vers
 
 
 def test_close_without_a_byte(start: Start, certificates: Certificates) -> None:
-    """A client that closes after its handshake, with our session tickets unread, has ended well too."""
+    """Record `eof` for a client that closes after its handshake without reading our session tickets."""
     daemon = start(*certificates.options(), "--log.connections", "all", listen=None)
     client = certificates.join(daemon)
     with contextlib.closing(client):
@@ -60,7 +60,7 @@ def test_close_without_a_byte(start: Start, certificates: Certificates) -> None:
 
 
 def test_probe_ends_well(start: Start, certificates: Certificates) -> None:
-    """So does each health check by the probe."""
+    """Record `eof` for each health check by the probe."""
     daemon = start(*certificates.options(), listen=None)
     host, port = daemon.address
     for number in range(1, 4):
@@ -70,7 +70,7 @@ def test_probe_ends_well(start: Start, certificates: Certificates) -> None:
 
 
 def test_close_before_the_echo(start: Start, certificates: Certificates) -> None:
-    """A client that closes before its echo arrives has not got it: that is a reset."""
+    """Record `reset` for a client that closes before its echo arrives."""
     daemon = start(*certificates.options(), listen=None)
     client = certificates.join(daemon)
     client.send(b"hello")
@@ -85,7 +85,7 @@ def test_close_before_the_echo(start: Start, certificates: Certificates) -> None
 
 
 def test_close_while_echo_is_held_back(start: Start, certificates: Certificates) -> None:
-    """Nor has one whose echo a fault holds back until it has gone."""
+    """Record `reset` for a client that closes while a fault holds back its echo."""
     daemon = start(
         *certificates.options(),
         *("--listeners.tls.fault", "late", "--faults.late.trigger", "late", "--faults.late.delay", "1"),
@@ -103,7 +103,7 @@ def test_close_while_echo_is_held_back(start: Start, certificates: Certificates)
 
 
 def test_end_with_echo_held_back(in_loop: InLoop) -> None:
-    """A client that closes has not got the echo that a fault still holds back."""
+    """Record `undelivered` if the connection is lost after EOF while a fault still holds back echo."""
 
     async def scene(pair: Pair) -> None:
         pair.session = FaultSession(
@@ -129,7 +129,7 @@ def test_end_with_echo_held_back(in_loop: InLoop) -> None:
 
 
 def test_reset_after_all_echo(in_loop: InLoop) -> None:
-    """A client in clear that has closed, has all of its echo, and resets while it lingers has ended well too."""
+    """Record `eof` for a client without TLS that acknowledged all echo and resets during the linger."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -157,7 +157,7 @@ def closing_unread(daemon: Daemon) -> socket.socket:
 
 @pytest.mark.parametrize("choice", ["nonempty", "failed"])
 def test_client_does_not_read(start: Start, choice: str) -> None:
-    """A client that closes its direction, and does not take its echo before `linger_timeout`, is `undelivered`."""
+    """Record `undelivered` for a client that closes its direction and does not read its echo within `linger_timeout`."""
     daemon = start("--shutdown.linger-timeout", "0.3", "--log.connections", choice, *UNHURRIED)
     with closing_unread(daemon):
         line = daemon.wait_for("client_closed")
@@ -166,7 +166,7 @@ def test_client_does_not_read(start: Start, choice: str) -> None:
 
 
 def test_client_does_not_read_in_a_stop(start: Start) -> None:
-    """So is one at which the drain's end comes first; the receipt counts it as aborted, not as completed."""
+    """Record `undelivered` also if the drain ends first. The receipt counts the client as aborted, not completed."""
     daemon = start("--shutdown.drain-timeout", "0.1", "--shutdown.linger-timeout", "0.5")
     with closing_unread(daemon):
         daemon.settle()
@@ -178,7 +178,7 @@ def test_client_does_not_read_in_a_stop(start: Start) -> None:
 
 
 def test_client_reads_in_the_end(start: Start) -> None:
-    """One that takes all of it, however late, is `eof`, and no failure."""
+    """Record `eof` for a client that reads all of its echo late, but within `linger_timeout`."""
     daemon = start("--shutdown.linger-timeout", str(PATIENCE), *UNHURRIED)
     with closing_unread(daemon) as client:
         daemon.settle()
@@ -188,7 +188,7 @@ def test_client_reads_in_the_end(start: Start) -> None:
 
 
 def test_client_resets_instead_of_taking_the_object(start: Start) -> None:
-    """In mode info, `info` means that the client has the object. One that resets before is `reset`."""
+    """Record `reset` instead of `info` if the client resets before it has the JSON object."""
     daemon = start(
         *("--listeners.look.address", "127.0.0.1:0", "--listeners.look.mode", "info", "--log.connections", "failed"),
         listen=None,
@@ -207,7 +207,7 @@ def test_client_resets_instead_of_taking_the_object(start: Start) -> None:
 
 @contextlib.contextmanager
 def injected(daemon: Daemon, *injections: str) -> Iterator[None]:
-    """Have system calls of the loop's thread fail."""
+    """Make system calls of the loop's thread fail, by means of strace."""
     if (strace := shutil.which("strace")) is None:
         pytest.skip("strace is not installed")
     options = [text for injection in injections for text in ("-e", f"inject={injection}")]
@@ -226,7 +226,7 @@ def injected(daemon: Daemon, *injections: str) -> Iterator[None]:
 
 
 def test_write_fails(start: Start) -> None:
-    """Reset a client whose echo cannot be sent, as FIN would make a part look complete. The detail names the call."""
+    """Reset the client if its echo cannot be sent. FIN would make a part look complete. The detail names the call."""
     daemon = start(*UNHURRIED)
     with daemon.connect() as client, daemon.connect() as other:
         client.sendall(b"hello")
@@ -247,8 +247,8 @@ def test_write_fails(start: Start) -> None:
 
 @pytest.mark.parametrize("reason", ["cut", "line_too_long"])
 @pytest.mark.parametrize("family", ["tcp", "unix"])
-def test_write_fails_behind_the_end(in_loop: InLoop, reason: str, family: str) -> None:
-    """A close that was to lose nothing has not done so then; a client that did wrong keeps its reason."""
+def test_write_fails_after_close(in_loop: InLoop, reason: str, family: str) -> None:
+    """Replace `cut` by `io_error` if the last write fails, but keep the reason of a client's own error."""
 
     async def scene(pair: Pair) -> None:
         if family == "unix":
@@ -288,7 +288,7 @@ def test_write_fails_behind_the_end(in_loop: InLoop, reason: str, family: str) -
     ],
 )
 def test_errors_of_the_host_and_of_the_network(in_loop: InLoop, error: OSError, reason: str, detail: str) -> None:
-    """An error of the network is `reset`; an error of this host is `io_error`."""
+    """Record an error of the network as `reset`, and an error of this host as `io_error`."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -304,8 +304,8 @@ def test_errors_of_the_host_and_of_the_network(in_loop: InLoop, error: OSError, 
     in_loop(scene)
 
 
-class Unwilling(socket.socket):
-    """A socket whose shutdown fails."""
+class NoShutdown(socket.socket):
+    """A socket that fails to shut down."""
 
     error = OSError(errno.ENOBUFS, "No buffer space available")
 
@@ -315,10 +315,10 @@ class Unwilling(socket.socket):
 
 @pytest.mark.parametrize("action", ["finish", "half_close"])
 def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
-    """FIN that cannot be sent is replaced by RST."""
+    """Send RST if FIN cannot be sent."""
 
     async def scene(pair: Pair) -> None:
-        pair.sock = Unwilling(fileno=pair.sock.detach())
+        pair.sock = NoShutdown(fileno=pair.sock.detach())
         pair.sock.setblocking(False)
         if action == "finish":
             pair.renew()
@@ -340,7 +340,7 @@ def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
 
 
 def test_stop_without_counters(start: Start) -> None:
-    """The kernel refuses its counters: the stop ends, with each client's end in the log."""
+    """Finish the stop and log each client's end even if the kernel refuses its counters."""
     daemon = start("--shutdown.quiet-period", "0.1", "--log.connections", "all")
     with daemon.connect() as client:
         client.sendall(b"hello")

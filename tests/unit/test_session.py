@@ -199,7 +199,7 @@ def test_fin_after_an_abort(in_loop: InLoop) -> None:
 
 
 def test_large_reads_that_do_not_pause_reading(in_loop: InLoop) -> None:
-    """Do not pause reading after a large read if the kernel took all of it, or if reading is already paused."""
+    """Do not pause reading after a large read if the kernel took all of it or reading is already paused."""
 
     async def scene(pair: Pair) -> None:
         pair.session.reconfigure(LimitsSettings(write_buffer=1000), SHUTDOWN)
@@ -256,6 +256,6 @@ def test_info_of_a_session_that_has_ended() -> None:
 
 
 def test_peer_of_another_family() -> None:
-    """A peer that is neither an IP address nor a unix socket's is shown as the kernel gives it."""
+    """Show a peer address of another family as the kernel reports it."""
     with socket.socket() as sock:
         assert Client(sock, (3, 5000), 0, 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
