@@ -1,4 +1,4 @@
-"""Accepting while the kernel or this program fails, and correct counters in every case."""
+"""Test accepting while system calls or this program fail. The counters stay correct."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Serving:
-    """A server in the loop under test, its log, and an epoll_ctl(2) that can be made to fail."""
+    """A server in the loop under test, its log, and a switch that makes epoll_ctl(2) fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch, **sections: Any) -> None:
         patient = {"quiet_period": PATIENCE, "drain_timeout": PATIENCE, "linger_timeout": PATIENCE}
@@ -47,7 +47,7 @@ class Serving:
         )
         self.failures: list[OSError] = []
         loop: Any = asyncio.get_running_loop()
-        # In asyncio, transports and add_reader() both use the selector. In uvloop only add_reader() can fail: for the
+        # In asyncio, transports and add_reader() both use the selector. In uvloop only add_reader() can fail. For the
         # socket of a transport, libuv aborts the process instead.
         owner, name = (loop._selector, "register") if hasattr(loop, "_selector") else (type(loop), "add_reader")
         register = getattr(owner, name)
@@ -63,7 +63,7 @@ class Serving:
         self.failures.extend(OSError(errno.ENOSPC, "no space") for _ in range(times))
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """Return the logged events of that name."""
+        """Return the logged events with that name."""
         return [call.kwargs for call in self.log.calls if call.kwargs["event"] == event]
 
 
@@ -86,7 +86,7 @@ def echo(client: socket.socket) -> bytes:
 
 
 def test_listening_sockets_cannot_be_watched_at_the_start(serve: Callable[..., None]) -> None:
-    """If epoll_ctl(2) fails for the listening socket, the server tries again after a logged and counted pause."""
+    """Pause and try again if epoll_ctl(2) fails for the listening socket. The pause is logged and counted."""
 
     async def scene(serving: Serving) -> None:
         serving.fail(2)
@@ -103,7 +103,7 @@ def test_listening_sockets_cannot_be_watched_at_the_start(serve: Callable[..., N
 
 
 def test_listening_sockets_cannot_be_watched_after_the_cap(serve: Callable[..., None]) -> None:
-    """If epoll_ctl(2) fails after a pause at max_connections, the server logs that cause too and tries again."""
+    """Log a second cause and try again if epoll_ctl(2) fails after a pause at max_connections."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -123,10 +123,8 @@ def test_listening_sockets_cannot_be_watched_after_the_cap(serve: Callable[..., 
     serve(scene, limits={"max_connections": 1})
 
 
-def test_descriptors_run_out_in_the_middle_of_a_wake_up(
-    serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If accept(2) fails after another client was accepted, the next wake-up shows whether a client waits. None does."""
+def test_descriptors_run_out_during_a_wake_up(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not pause if accept(2) fails after another client was accepted and no further client waits."""
     accept = ListeningSocket.accept
     calls = []
 
@@ -157,7 +155,7 @@ def watches_clients() -> bool:
 
 
 def test_client_cannot_be_watched(serve: Callable[..., None]) -> None:
-    """If epoll_ctl(2) fails for a client on asyncio, the client is served after a logged and counted pause."""
+    """Serve a client after a pause if epoll_ctl(2) fails for it on asyncio. The pause is logged and counted."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -178,7 +176,7 @@ def test_client_cannot_be_watched(serve: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("refusal", ["client_limit", "proxy_header"])
 def test_refused_client_is_not_watched(serve: Callable[..., None], refusal: str) -> None:
-    """The next client, which gets the descriptor of a refused one, is served."""
+    """Serve a client that gets the descriptor of a refused client."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -202,7 +200,7 @@ def test_refused_client_is_not_watched(serve: Callable[..., None], refusal: str)
 
 
 def test_client_that_cannot_be_watched_meets_a_stop(serve: Callable[..., None]) -> None:
-    """In a stop, a client that the loop cannot watch yet is served as soon as the kernel has memory for it."""
+    """Serve an unwatched client during a stop as soon as the kernel has memory to watch it."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -227,7 +225,7 @@ def test_client_that_cannot_be_watched_meets_a_stop(serve: Callable[..., None]) 
 
 
 def test_client_that_can_never_be_watched(serve: Callable[..., None]) -> None:
-    """At the deadline of a stop, a client that the loop cannot watch is reset and counted as abandoned backlog."""
+    """Reset an unwatched client at the deadline of a stop, and count it as abandoned backlog."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -251,7 +249,7 @@ def test_client_that_can_never_be_watched(serve: Callable[..., None]) -> None:
 def test_connection_that_cannot_become_a_client(
     serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """It is closed, logged and counted apart. The totals count clients only, and the next connection is served."""
+    """Close and log the connection, and count it as `accept_failures` only. The next connection is served."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -280,7 +278,7 @@ def test_connection_that_cannot_become_a_client(
 
 
 def test_number_of_a_faulty_connection(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connections of a listener are numbered from 1, so that a fault with a seed is repeatable."""
+    """Number the connections of a listener from 1, so that a fault with a seed is repeatable."""
     numbers = []
 
     def note(sock: socket.socket, settings: Any, number: int, describe: Any) -> EchoSession:
@@ -301,7 +299,7 @@ def test_number_of_a_faulty_connection(serve: Callable[..., None], monkeypatch: 
 
 
 def test_backlog_of_unknown_length() -> None:
-    """If getsockopt(TCP_INFO) fails for lack of memory, poll(2) still shows whether a connection waits."""
+    """Ask poll(2) whether a connection waits if getsockopt(TCP_INFO) fails for lack of memory."""
 
     def fail(*_: object) -> bytes:
         raise OSError(errno.ENOBUFS, "no buffers")
@@ -322,7 +320,7 @@ def test_backlog_of_unknown_length() -> None:
 
 
 def test_receipt_covers_the_whole_stop(serve: Callable[..., None]) -> None:
-    """Clients that leave between the beginning of a stop and its first step are in the receipt."""
+    """Include clients in the receipt that leave between the signal and the first step of the stop."""
 
     async def scene(serving: Serving) -> None:
         serving.server.start()
@@ -342,7 +340,7 @@ def test_receipt_covers_the_whole_stop(serve: Callable[..., None]) -> None:
 
 
 def test_receipt_of_a_paused_daemon(start: Start) -> None:
-    """If clients close while SIGTERM is pending for a paused daemon, receipt and events after `draining` still agree."""
+    """Keep receipt and events consistent if clients close while SIGTERM is pending for a paused daemon."""
     listeners = ("--listeners.a.address", "127.0.0.1:0", "--listeners.b.address", "127.0.0.1:0")
     daemon = start(*listeners, "--log.connections", "all", *UNHURRIED, listen=None)
     daemon.wait_for("listening", count=2)
@@ -363,7 +361,7 @@ def test_receipt_of_a_paused_daemon(start: Start) -> None:
 
 
 def test_every_accept_is_forbidden(serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """EPERM for each connection leaves all of them in the queue: accepting pauses, and goes on when it is allowed."""
+    """Pause accepting while each accept(2) fails with EPERM. The connections stay in the backlog and are served later."""
     tries: list[int] = []
 
     async def scene(serving: Serving) -> None:
@@ -391,7 +389,7 @@ def test_every_accept_is_forbidden(serve: Callable[..., None], monkeypatch: pyte
 
 
 def test_listening_socket_fails_to_close(serve: Callable[..., None]) -> None:
-    """The clients are drained all the same."""
+    """Drain the clients even if a listening socket fails to close."""
 
     class Failing(socket.socket):
         def close(self) -> None:

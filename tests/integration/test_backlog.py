@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Unsteady(socket.socket):
-    """A listening socket that fails to accept connections: they are gone, or there are no descriptors."""
+    """A listening socket that fails to accept. The connection is gone, or no descriptor is left."""
 
     gone = 0
     full = 0

@@ -1,4 +1,4 @@
-"""Listeners that are reached through a proxy: the PROXY header in front of everything, and who may send it."""
+"""Test listeners behind a proxy: the PROXY header, its trusted senders, limits per client, HAProxy and nginx."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = ("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol
 
 
 def test_header(start: Start) -> None:
-    """However the header is split, the echo begins behind it, and the ledger names the real client."""
+    """Echo only the bytes after the header, however it is split. The ledger names the real client."""
     daemon = start(*OPTIONS, listen=None)
     splits = ("whole", "bytes", "payload with it")
     for number, (header, split) in enumerate(itertools.product((V1, V2), splits), 1):
@@ -54,7 +54,7 @@ def test_header(start: Start) -> None:
 
 @pytest.mark.parametrize("header", [encode_v1(None, None), encode_v2(None, None)])
 def test_connections_of_the_proxy_itself(start: Start, header: bytes) -> None:
-    """With UNKNOWN and LOCAL, the connection's own end is the client."""
+    """Take the connection's peer as the client if the header is UNKNOWN or LOCAL."""
     daemon = start(*OPTIONS, listen=None)
     with daemon.connect() as client:
         client.sendall(header + b"x")
@@ -63,7 +63,7 @@ def test_connections_of_the_proxy_itself(start: Start, header: bytes) -> None:
 
 
 def test_many(start: Start) -> None:
-    """Streams behind headers come back whole."""
+    """Echo 50 streams completely, each after a header."""
     daemon = start(*OPTIONS, listen=None)
     with Crowd() as crowd:
         for seed in range(50):
@@ -76,11 +76,11 @@ def test_many(start: Start) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_tls_behind_the_header(start: Start, certificates: Certificates, together: bool) -> None:
-    """The header stands before the handshake, in a segment of its own or in the ClientHello's."""
+    """Accept a header before the handshake, in its own segment or together with the ClientHello."""
     daemon = start(*certificates.options("p"), "--listeners.p.proxy-protocol", "require", listen=None)
 
     class Preceded(socket.socket):
-        """Sends the header in front of the first bytes."""
+        """A socket that sends the header before its first bytes."""
 
         pending = V2
 
@@ -89,7 +89,7 @@ def test_tls_behind_the_header(start: Start, certificates: Certificates, togethe
                 super().sendall(self.pending + data, flags)
             elif self.pending:
                 super().sendall(self.pending)
-                with daemon.connect() as other:  # when this one has been served, the header above has been read
+                with daemon.connect() as other:  # once it is closed, the daemon has read the header above
                     other.sendall(b"no header")
                     daemon.wait_for("client_closed", reason="proxy_header")
                 super().sendall(data, flags)
@@ -108,7 +108,7 @@ def test_tls_behind_the_header(start: Start, certificates: Certificates, togethe
 
 
 def test_bad_headers(start: Start) -> None:
-    """One line with what is wrong, and an end that is no reset."""
+    """Log one line that describes the error, and close with FIN instead of RST."""
     daemon = start(*OPTIONS, listen=None)
     cases = [
         (b"hello", "no PROXY header"),
@@ -129,7 +129,7 @@ def test_bad_headers(start: Start) -> None:
 
 
 def test_look_at_the_port(start: Start) -> None:
-    """A client that connects and closes without a byte has sent no bad header."""
+    """Do not report a bad header if the client closes without sending a byte."""
     daemon = start(*OPTIONS, "--log.connections", "all", listen=None)
     with daemon.connect() as client:
         client.shutdown(socket.SHUT_WR)
@@ -138,7 +138,7 @@ def test_look_at_the_port(start: Start) -> None:
 
 
 def test_silence_instead_of_a_header(start: Start) -> None:
-    """It is bounded by `handshake_timeout`, and so is a header that comes a byte at a time."""
+    """Close after `handshake_timeout` if no header arrives, or if it arrives one byte at a time."""
     daemon = start(*OPTIONS, "--limits.handshake-timeout", "1", listen=None)
     began = time.monotonic()
     with daemon.connect() as silent, daemon.connect() as slow:
@@ -151,8 +151,8 @@ def test_silence_instead_of_a_header(start: Start) -> None:
     daemon.wait_for("client_closed", count=2)
 
 
-def test_who_may_send_it(start: Start) -> None:
-    """A sender that is not trusted is closed before a byte is read."""
+def test_trusted_senders(start: Start) -> None:
+    """Close an untrusted sender before reading a byte."""
     daemon = start(*OPTIONS, "--listeners.p.proxy-trusted", "10.0.0.0/8,127.0.0.2", listen=None)
     with daemon.connect() as client:
         assert client.recv(1) == b""
@@ -164,7 +164,7 @@ def test_who_may_send_it(start: Start) -> None:
 
 
 def test_unix_listener(start: Start, tmp_path: Path) -> None:
-    """Behind a unix socket the header is taken from whoever may connect; and it may name a unix socket."""
+    """Accept the header from every client of a unix socket. The header may name a unix socket itself."""
     path = tmp_path / "echod.sock"
     daemon = start("--listeners.p.address", f"unix:{path}", "--listeners.p.proxy-protocol", "require", listen=None)
     for source, destination in ((HERE, THERE), (UnixAddress("/run/front"), UnixAddress("/run/back"))):
@@ -180,7 +180,7 @@ def test_unix_listener(start: Start, tmp_path: Path) -> None:
 
 
 def served(client: socket.socket) -> bool:
-    """Tell whether a client is echoed, or else closed."""
+    """Tell whether the client gets its echo. A refused client is closed."""
     try:
         client.sendall(b"x")
         return client.recv(1) == b"x"
@@ -189,7 +189,7 @@ def served(client: socket.socket) -> bool:
 
 
 def test_clients_of_one_address(start: Start) -> None:
-    """Of one address so many are served; others are closed at once, and counted; those who leave make room."""
+    """Serve N clients of an address, and close and log any further ones. A client that ends makes room."""
     daemon = start("--limits.max-connections-per-client", "2")
     first, second, third = (daemon.connect() for _ in range(3))
     assert served(first)
@@ -207,7 +207,7 @@ def test_clients_of_one_address(start: Start) -> None:
 
 
 def test_clients_of_one_address_behind_a_proxy(start: Start) -> None:
-    """It is the real client's address that counts, and of IPv6 the network; however they end, they make room."""
+    """Count clients by the address in the header, or by its network for IPv6. Each client that ends makes room."""
     daemon = start(*OPTIONS, "--limits.max-connections-per-client", "1", listen=None)
 
     def join(host: str) -> socket.socket:
@@ -235,7 +235,7 @@ def test_clients_of_one_address_behind_a_proxy(start: Start) -> None:
 
 @pytest.fixture
 def background() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Collect processes that are ended in the end."""
+    """Collect processes, and terminate them after the test."""
     processes: list[subprocess.Popen[bytes]] = []
     yield processes
     for process in processes:
@@ -249,7 +249,7 @@ def free_port() -> int:
 
 
 def through(daemon: Daemon, port: int) -> None:
-    """Be clients of a proxy in front of the daemon, one of which half-closes a stream; wait for the proxy first."""
+    """Wait for the proxy, then send five streams through it and check the echo and the clients in the ledger."""
 
     def up() -> bool:
         try:
@@ -275,7 +275,7 @@ def through(daemon: Daemon, port: int) -> None:
     ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c,unique-id", "send-proxy-v2-ssl-cn"],
 )
 def test_haproxy(start: Start, tmp_path: Path, background: list[subprocess.Popen[bytes]], options: str) -> None:
-    """HAProxy is understood in each of its forms; its health checks, the header alone, are no failure and no line."""
+    """Accept each header format of HAProxy. Its health checks send only a header, and are not logged."""
     if not shutil.which("haproxy"):
         pytest.skip("haproxy is not installed")
     daemon = start(*OPTIONS, listen=None)
@@ -307,7 +307,7 @@ listen front
 
 
 def test_nginx(start: Start, tmp_path: Path, background: list[subprocess.Popen[bytes]]) -> None:
-    """Nginx sends version 1."""
+    """Accept the version 1 header of nginx."""
     module = "/usr/lib/nginx/modules/ngx_stream_module.so"
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")

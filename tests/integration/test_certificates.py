@@ -1,4 +1,4 @@
-"""Certificates: when they are valid, what is in them, and where they are read from."""
+"""Test certificates: their validity, their fields, and the files and pipes that provide them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXPIRED = (NOW - 9 * DAY, NOW - 2 * DAY)
 EARLY = (NOW + 2 * DAY, NOW + 365 * DAY)
 SOON = (NOW - DAY, NOW + 9 * DAY + DAY / 2)
 
-# A host name and a URL that are not text, as DER: a SAN with one DNS name, and an AIA with one OCSP responder.
+# Extensions with text that is not ASCII, as DER: a SAN with one DNS name, and an AIA with one OCSP responder.
 ODD_NAME = made.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, bytes.fromhex("3005 8203 61ff62"))
 ODD_URL = made.UnrecognizedExtension(
     ExtensionOID.AUTHORITY_INFORMATION_ACCESS, bytes.fromhex("3011 300f 0608 2b06010505073001 8603 61ff62")
@@ -49,7 +49,7 @@ ODD_URL = made.UnrecognizedExtension(
 
 
 def named(*attributes: made.NameAttribute[str] | str) -> made.Name:
-    """Return a name; text is a common name."""
+    """Build a distinguished name. A plain string becomes a common name."""
     return made.Name(
         each if isinstance(each, made.NameAttribute) else made.NameAttribute(NameOID.COMMON_NAME, each)
         for each in attributes
@@ -60,11 +60,11 @@ class Issued:
     """A certificate and its key.
 
     Args:
-        name: its subject.
-        by: the issuer; None: it is self-signed.
-        valid: from when to when.
-        ca: whether it is an authority.
-        extensions: more of them.
+        name: the subject.
+        by: the issuer; None makes the certificate self-signed.
+        valid: the first and the last time of validity.
+        ca: whether the certificate is an authority.
+        extensions: additional extensions.
 
     """
 
@@ -93,7 +93,7 @@ class Issued:
 
 
 class Authorities(NamedTuple):
-    """A root, and an intermediate that it has signed."""
+    """A root certificate, and an intermediate signed by it."""
 
     root: Issued
     intermediate: Issued
@@ -106,7 +106,7 @@ def authorities() -> Authorities:
 
 
 def localhost(by: Issued, **options: Any) -> Issued:
-    """Return a server's certificate."""
+    """Issue a server certificate for localhost."""
     return Issued(named("server"), by, extensions=[made.SubjectAlternativeName([made.DNSName("localhost")])], **options)
 
 
@@ -116,7 +116,7 @@ def write(path: Path, *parts: bytes) -> str:
 
 
 def options(certificate: str, private_key: str = "", client_ca: str = "", name: str = "tls") -> tuple[str, ...]:
-    """Return the options of a listener; without a key, it is in the certificate's file."""
+    """Return the options of a TLS listener. Without a key file, the certificate file contains the key."""
     listener = f"--listeners.{name}"
     return (
         *(f"{listener}.address", "127.0.0.1:0", f"{listener}.tls.certificate", certificate),
@@ -125,7 +125,7 @@ def options(certificate: str, private_key: str = "", client_ca: str = "", name: 
 
 
 def client_context(root: Issued, folder: Path, shown: Sequence[Issued] = ()) -> ssl.SSLContext:
-    """Return the context of a client that trusts the root, and shows a certificate with its intermediates."""
+    """Return the context of a client that trusts the root and presents a certificate with its intermediates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=root.pem.decode())
     if shown:
@@ -155,7 +155,7 @@ def test_validity_is_a_warning(
     text: str,
     date: str,
 ) -> None:
-    """`check` warns and exits with 0, a start and a reload log the warning, and the certificate is shown."""
+    """Warn in `check`, at the start and at a reload, but accept the certificate. `check` exits with 0."""
     server = localhost(authorities.root, valid=valid)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
     when = valid[date == "not_after"].isoformat().replace("+00:00", "Z")
@@ -185,7 +185,7 @@ def test_validity_is_a_warning(
 
 
 def test_all_certificates_are_watched(start: Start, command: Command, tmp_path: Path, authorities: Authorities) -> None:
-    """Warnings name expired intermediates and certificates in `client_ca`, also one of a single client."""
+    """Warn of expired intermediates and of expired certificates in `client_ca`, also of a single client's."""
     root = authorities.root
     old = Issued(named("old intermediate"), root, ca=True, valid=EXPIRED)
     server = localhost(old)
@@ -217,8 +217,8 @@ def test_all_certificates_are_watched(start: Start, command: Command, tmp_path: 
     assert -3 * 86400 < listener["certificate_seconds_left"] < -2 * 86400
 
 
-def test_what_a_server_in_a_program_warns_of(loop_name: str, tmp_path: Path, authorities: Authorities) -> None:
-    """A server inside another program starts with an expired certificate, and warns through its logger."""
+def test_warnings_of_a_server_in_a_program(loop_name: str, tmp_path: Path, authorities: Authorities) -> None:
+    """Start a server inside another program with an expired certificate, and warn through its logger."""
     server = localhost(authorities.root, valid=EXPIRED)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
 
@@ -242,7 +242,7 @@ def test_what_a_server_in_a_program_warns_of(loop_name: str, tmp_path: Path, aut
 
 
 def test_the_bounds_of_validity() -> None:
-    """A certificate is valid from its first to its last second. In its last 14 days there is a warning."""
+    """Treat both limits of validity as inclusive, and warn in the last 14 days."""
     first, last = datetime(2030, 1, 1, tzinfo=UTC), datetime(2031, 1, 1, tzinfo=UTC)
     used = UsedCertificate("server", "f", x509.Certificate("CN=s", first, last))
     second = timedelta(seconds=1)
@@ -254,12 +254,12 @@ def test_the_bounds_of_validity() -> None:
     assert found == ["certificate_not_yet_valid", None, None, soon, soon, "certificate_expired"]
 
 
-# Clients' authorities
+# Authorities of client certificates
 
 
 @pytest.mark.parametrize("name", ["python", "openssl"])
 def test_intermediate_as_authority(start: Start, tmp_path: Path, authorities: Authorities, name: str) -> None:
-    """With only an intermediate in `client_ca`, its clients are served, and clients of its root are refused."""
+    """Serve clients of an intermediate if `client_ca` holds only that, and refuse clients of its root."""
     if name == "openssl" and not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
     root, intermediate = authorities
@@ -312,7 +312,7 @@ def test_probe_trusts_an_intermediate(start: Start, tmp_path: Path, authorities:
         assert result.returncode == code, result.stderr
 
 
-# Odd certificates
+# Certificates that cannot be decoded or used
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
@@ -320,7 +320,7 @@ def test_probe_trusts_an_intermediate(start: Start, tmp_path: Path, authorities:
 def test_odd_certificate_of_a_client(
     start: Start, tmp_path: Path, authorities: Authorities, extension: made.ExtensionType, version: str
 ) -> None:
-    """A client whose certificate cannot be decoded is closed with a close_notify, and the ledger has the reason."""
+    """Close with close_notify if a client's certificate cannot be decoded. The ledger has the reason."""
     root = authorities.root
     server = localhost(root)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
@@ -341,7 +341,7 @@ def test_odd_certificate_of_a_client(
 def test_odd_certificate_of_our_own(
     command: Command, tmp_path: Path, authorities: Authorities, extension: made.ExtensionType
 ) -> None:
-    """A listener's certificate that cannot be decoded is an error in the settings, which names its file."""
+    """Report a listener's certificate that cannot be decoded as an error in the settings, with its file."""
     server = Issued(named("server"), authorities.root, extensions=[extension])
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
     result = command("check", *options(file))
@@ -351,7 +351,7 @@ def test_odd_certificate_of_our_own(
 
 
 def test_certificate_for_clients_only(command: Command, tmp_path: Path, authorities: Authorities) -> None:
-    """A certificate whose purpose makes every client refuse it is an error in the settings, whatever its dates are."""
+    """Report a certificate for clients only as an error in the settings, whatever its dates are."""
     purpose = made.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
     server = Issued(named("server"), authorities.root, valid=EXPIRED, extensions=[purpose])
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
@@ -361,7 +361,7 @@ def test_certificate_for_clients_only(command: Command, tmp_path: Path, authorit
 
 
 def test_reload_of_an_odd_certificate(start: Start, tmp_path: Path, authorities: Authorities) -> None:
-    """The reload fails and names the file; the old certificate stays in use."""
+    """Fail the reload and name the file. The old certificate stays in use."""
     server = localhost(authorities.root)
     odd = Issued(named("server"), authorities.root, extensions=[ODD_NAME])
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
@@ -392,7 +392,7 @@ def test_reload_of_an_odd_certificate(start: Start, tmp_path: Path, authorities:
 def test_client_without_a_subject(
     start: Start, tmp_path: Path, authorities: Authorities, names: list[made.GeneralName], expected: str
 ) -> None:
-    """A client with an empty subject is logged by an alternative name, preferably its URI."""
+    """Log a client with an empty subject by an alternative name, preferably its URI."""
     root = authorities.root
     server = localhost(root)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
@@ -407,7 +407,7 @@ def test_client_without_a_subject(
 
 @pytest.mark.parametrize("size", [0, 200_000], ids=["small", "large"])
 def test_files_from_pipes(start: Start, tmp_path: Path, authorities: Authorities, size: int) -> None:
-    """Each file is read once, although two listeners name it in three settings. A reload finds the pipe empty and fails."""
+    """Read each pipe once, although two listeners name it in three settings. A reload finds it empty and fails."""
     root, intermediate = authorities
     server = localhost(root)
     readers = []
@@ -428,7 +428,7 @@ def test_files_from_pipes(start: Start, tmp_path: Path, authorities: Authorities
         os.close(reader)
     client = Issued(named("client"), intermediate)
     assert through_python(daemon, root, client, tmp_path) == b"hello\n"
-    daemon.send_signal(signal.SIGHUP)  # a second reading finds nothing
+    daemon.send_signal(signal.SIGHUP)  # the pipes are empty now
     problems = daemon.wait_for("reload_failed")["problems"]
     assert len(problems) == 2
     assert all(problem.endswith(" holds no certificate in PEM form") for problem in problems)
@@ -456,7 +456,7 @@ def test_certificate_of_probe_from_a_pipe(start: Start, tmp_path: Path, authorit
 def test_no_descriptor_for_a_certificate(
     tmp_path: Path, authorities: Authorities, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no descriptor is left for loading a file, the error names the file."""
+    """Name the file in the error if no descriptor is left to load it."""
     server = localhost(authorities.root)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
 
@@ -469,7 +469,7 @@ def test_no_descriptor_for_a_certificate(
 
 
 def test_openssl_without_tls_1_3(tmp_path: Path, authorities: Authorities) -> None:
-    """With OpenSSL limited to TLS 1.2, whose handshake has more steps, the settings are valid."""
+    """Accept the settings if OpenSSL is limited to TLS 1.2, which has more handshake steps."""
     server = localhost(authorities.root)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
     text = b"openssl_conf=a\n[a]\nssl_conf=b\n[b]\nsystem_default=c\n[c]\nMaxProtocol=TLSv1.2\n"
@@ -483,14 +483,14 @@ def test_openssl_without_tls_1_3(tmp_path: Path, authorities: Authorities) -> No
 
 
 def test_subject() -> None:
-    """Special characters are escaped as RFC 4514 has it."""
+    """Escape special characters as RFC 4514 requires."""
     names = ((("commonName", " a,b#"),), (("organizationName", "#c"), ("emailAddress", "d ")), (("countryName", "é "),))
     assert x509.subject({"subject": names}) == "C=é\\ ,O=\\#c+emailAddress=d\\ ,CN=\\ a\\,b#"
     assert x509.subject({}) == ""
 
 
 def test_fields() -> None:
-    """Every type of string, attribute and time is read as another decoder does."""
+    """Decode each type of string, attribute and time that `cryptography` encodes."""
     strings = [
         made.NameAttribute(NameOID.COUNTRY_NAME, "XX"),
         made.NameAttribute(NameOID.COMMON_NAME, "é,€", _type=_ASN1Type.UTF8String),
@@ -516,7 +516,7 @@ def pair(*attributes: made.NameAttribute[str]) -> made.RelativeDistinguishedName
 
 
 def test_other_forms_of_pem(authorities: Authorities, tmp_path: Path) -> None:
-    """Certificates with OpenSSL's own labels count, in the order of the file."""
+    """Read certificates with OpenSSL's own PEM labels too, in the order of the file."""
     root, intermediate = authorities
     trusted = subprocess.run(
         ["openssl", "x509", "-trustout", "-addtrust", "clientAuth"], input=root.pem, capture_output=True, check=True
@@ -531,8 +531,8 @@ def test_other_forms_of_pem(authorities: Authorities, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", range(0, 200, 7))
-def test_no_der(authorities: Authorities, place: int) -> None:
-    """Data that is cut short, or has an invalid time, raises ValueError."""
+def test_invalid_der(authorities: Authorities, place: int) -> None:
+    """Raise ValueError for truncated data and for an invalid time."""
     der = authorities.root.certificate.public_bytes(serialization.Encoding.DER)
     with pytest.raises(ValueError, match=r"values to unpack|cut short"):
         x509.read(ssl.DER_cert_to_PEM_cert(der[:place]).encode())
@@ -540,10 +540,8 @@ def test_no_der(authorities: Authorities, place: int) -> None:
         x509.read(ssl.DER_cert_to_PEM_cert(der.replace(b"Z\x17", b"X\x17")).encode())
 
 
-def test_certificate_that_openssl_takes_and_we_cannot_read(
-    command: Command, tmp_path: Path, authorities: Authorities
-) -> None:
-    """An invalid time, or a file with only a revocation list, is an error in the settings."""
+def test_certificate_that_only_openssl_can_read(command: Command, tmp_path: Path, authorities: Authorities) -> None:
+    """Report an invalid time, or a file with only a revocation list, as an error in the settings."""
     root = authorities.root
     server = localhost(root)
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)

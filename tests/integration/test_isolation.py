@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
 
 
-# TLS that has failed
+# TLS records that cannot be decrypted
 
 
 @pytest.mark.parametrize("shape", [{"delay": "60"}, {"rate": "1"}, {"delay": "60", "slice": "1"}])
@@ -56,7 +56,7 @@ BAD_RECORD = b"\x17\x03\x03\x00\x20" + bytes(32)
 def test_bad_record_while_echo_is_held_back(
     start: Start, certificates: Certificates, shape: dict[str, str], mode: str
 ) -> None:
-    """A bad record ends its connection at once, and a stop serves the clients of other listeners as usual."""
+    """Close a connection at once after a bad TLS record. A later stop drains other listeners as usual."""
     daemon = start(
         *(text for name, value in shape.items() for text in (f"--faults.shape.{name}", value)),
         *(*certificates.options(), "--listeners.tls.fault", "shape", "--listeners.tls.mode", mode),
@@ -85,8 +85,8 @@ def test_bad_record_while_echo_is_held_back(
     assert "error" not in {event["level"] for event in daemon.events}
 
 
-def test_bad_record_behind_half_a_line(start: Start, certificates: Certificates) -> None:
-    """The unfinished line cannot be encrypted any more, and is dropped without a traceback."""
+def test_bad_record_after_half_a_line(start: Start, certificates: Certificates) -> None:
+    """Drop the unfinished line without a traceback, as it can no longer be encrypted."""
     daemon = start(*certificates.options(), "--listeners.tls.mode", "line", listen=None)
     with certificates.join(daemon) as client:
         client.send(b"whole\nhalf")
@@ -99,12 +99,12 @@ def test_bad_record_behind_half_a_line(start: Start, certificates: Certificates)
     assert daemon.loud() == []
 
 
-# Writes after the first that fails
+# Writes after a failed write
 
 
 @pytest.mark.parametrize("kind", ["line", "fault stream", "fault line"])
 def test_writes_after_a_reset_are_not_logged(in_loop: InLoop, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """After the first failed write no other reaches the transport: asyncio logs each one from the fifth on."""
+    """Write nothing to the transport after a failed write. asyncio logs each one from the fifth on."""
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -132,8 +132,8 @@ def test_writes_after_a_reset_are_not_logged(in_loop: InLoop, kind: str, caplog:
 # Counters that fail
 
 
-class Unkind:
-    """The kernel, some of whose answers are errors."""
+class FailingKernel:
+    """Make functions of `echod.net.kernel` raise an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str, error: Exception) -> None:
         for name in names:
@@ -156,14 +156,14 @@ def a_bug() -> ArithmeticError:
     ("failing", "acked"), [(["tcp_info"], 3), (["tcp_info", "unacknowledged"], 0), (["unacknowledged"], 3)]
 )
 def test_end_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, failing: list[str], acked: int) -> None:
-    """If the kernel's counters fail at the end, the end is reported all the same, with the figures that are known."""
+    """Report the end even if the kernel's counters fail. The figures are estimates."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
         pair.client.sendall(b"abc")
         assert await asyncio.to_thread(pair.client.recv, 3) == b"abc"
         with monkeypatch.context() as patch:
-            Unkind(patch, *failing, error=no_buffers())
+            FailingKernel(patch, *failing, error=no_buffers())
             pair.session.abort("aborted")
             await pair.session.ended
         delivery = pair.session.delivery
@@ -176,8 +176,8 @@ def test_end_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("end", ["half-close", "half-close with echo on its way", "cut"])
-def test_client_is_not_hurt_for_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    """A client gets all of its echo and FIN if the kernel does not tell how much is unacknowledged, in any step."""
+def test_client_is_served_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Send all echo and FIN even if the kernel refuses the number of unacknowledged bytes."""
     size = 100_000 if "way" in end else 3
 
     async def scene(pair: Pair) -> None:
@@ -185,7 +185,7 @@ def test_client_is_not_hurt_for_counters(in_loop: InLoop, monkeypatch: pytest.Mo
         pair.client.sendall(bytes(size))
         if size == 3:
             assert await asyncio.to_thread(pair.client.recv, 3) == bytes(3)
-        Unkind(monkeypatch, "unacknowledged", error=no_buffers())
+        FailingKernel(monkeypatch, "unacknowledged", error=no_buffers())
         pair.session.reconfigure(LIMITS, ShutdownSettings(linger_timeout=0.1))
         if end == "cut":
             pair.session.close("cut")
@@ -203,13 +203,13 @@ def test_client_is_not_hurt_for_counters(in_loop: InLoop, monkeypatch: pytest.Mo
     in_loop(scene)
 
 
-def test_client_is_not_hurt_for_counters_in_a_drain(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client of which nothing is known is served until `drain_timeout`, and then closed with FIN."""
+def test_client_is_drained_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve a client with an unknown backlog of echo until `drain_timeout`, then send FIN."""
 
     async def scene(pair: Pair) -> None:
         client = pair.life()
         await pair.connect()
-        Unkind(monkeypatch, "unacknowledged", error=no_buffers())
+        FailingKernel(monkeypatch, "unacknowledged", error=no_buffers())
         shutdown = ShutdownSettings(quiet_period=0, drain_timeout=0.1, linger_timeout=0)
         await Drain([client], lambda: True).run(shutdown)
         assert await asyncio.to_thread(pair.client.recv, 1) == b""
@@ -220,7 +220,7 @@ def test_client_is_not_hurt_for_counters_in_a_drain(in_loop: InLoop, monkeypatch
 
 
 def test_acknowledgement_between_two_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that are acknowledged while the counters are read count once, so `sent` is not above `received`."""
+    """Count bytes once if they are acknowledged while the counters are read. `sent` never exceeds `received`."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -237,14 +237,14 @@ def test_acknowledgement_between_two_counters(in_loop: InLoop, monkeypatch: pyte
 
 
 class Refusing(socket.socket):
-    """A socket of which the kernel tells nothing."""
+    """A socket that fails each getsockopt(2)."""
 
     def getsockopt(self, *_: int) -> Any:
         raise no_buffers()
 
 
 def test_socket_without_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client whose names and state the kernel does not tell is served without them."""
+    """Return defaults if the kernel refuses credentials, addresses or the state of a socket."""
     ours, theirs = socket.socketpair()
     with theirs, Refusing(fileno=ours.detach()) as sock, Refusing() as tcp:
         assert kernel.peer_credentials(sock) is None
@@ -266,7 +266,7 @@ def test_socket_without_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     [(OSError(errno.ENOSPC, "No space left on device"), "system call: ENOSPC"), (MemoryError(), "out of memory")],
 )
 def test_system_call_of_a_step_fails(in_loop: InLoop, error: Exception, detail: str) -> None:
-    """A step that fails in a system call, or lacks memory, resets the client as `io_error`, without a traceback."""
+    """Reset the client as `io_error`, without a traceback, after a failed system call or a lack of memory."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
@@ -284,12 +284,12 @@ def test_system_call_of_a_step_fails(in_loop: InLoop, error: Exception, detail: 
 
 
 def test_end_with_a_defect(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any other exception while the end is reported is the one that `ended` holds."""
+    """Set any other exception that occurs while the end is reported as the exception of `ended`."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
         with monkeypatch.context() as patch:
-            Unkind(patch, "tcp_info", error=KeyError("a bug"))
+            FailingKernel(patch, "tcp_info", error=KeyError("a bug"))
             pair.session.abort("aborted")
             with pytest.raises(KeyError):
                 await pair.session.ended
@@ -300,11 +300,11 @@ def test_end_with_a_defect(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_linger_option_fails(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client whose RST cannot be prepared is closed all the same."""
+    """Close a client even if SO_LINGER cannot be set for RST."""
 
     async def scene(pair: Pair) -> None:
         await pair.connect()
-        Unkind(monkeypatch, "reset_on_close", error=no_buffers())
+        FailingKernel(monkeypatch, "reset_on_close", error=no_buffers())
         pair.session.abort("stalled")
         await pair.session.ended
         assert pair.session.reason == "stalled"
@@ -313,12 +313,12 @@ def test_linger_option_fails(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -
     in_loop(scene)
 
 
-# Steps that no transport calls
+# Steps that are not called by a transport
 
 
 @pytest.mark.parametrize("step", ["connection_made", "resume_writing", "eof", "poll", "eof while it lingers"])
 def test_failure_in_a_step_of_its_own(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """An exception outside a transport's call resets the client, and comes out where its end is awaited."""
+    """Reset the client after an exception outside a transport's call. `ended` raises the exception."""
 
     async def scene(pair: Pair) -> None:
         if step == "connection_made":
@@ -354,14 +354,14 @@ def test_failure_in_a_step_of_its_own(in_loop: InLoop, monkeypatch: pytest.Monke
 
 
 def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does one in the timer that sends held echo."""
+    """Reset the client also after an exception in the timer that sends held echo."""
 
     async def scene(pair: Pair) -> None:
         future = asyncio.get_running_loop().create_future()
         profile = FaultProfile("slow", FaultSettings(slice=ByteSize(1)))
         pair.session = FaultSession(pair.sock, LIMITS, SHUTDOWN, future, profile, "stream", 1)
         await pair.connect()
-        Unkind(monkeypatch, "has_tcp_info", error=a_bug())
+        FailingKernel(monkeypatch, "has_tcp_info", error=a_bug())
         pair.client.sendall(b"x")
         with pytest.raises(ArithmeticError, match="a bug"):
             await pair.session.ended
@@ -375,7 +375,7 @@ def test_failure_in_a_pump(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Broken(EchoSession):
-    """A session whose every step fails, except those that end it for that."""
+    """A session that fails in each step, except in its own reset as `failed`."""
 
     def _fail(self, *_: object) -> Any:
         msg = "broken"
@@ -393,7 +393,7 @@ class Broken(EchoSession):
 
 
 def broken(pair: Pair) -> Client:
-    """Return a client of that pair whose session fails."""
+    """Give the pair a broken session, and return its client."""
     pair.session = Broken(pair.sock, LIMITS, SHUTDOWN, asyncio.get_running_loop().create_future())
     return pair.life()
 
@@ -407,7 +407,7 @@ def broken(pair: Pair) -> Client:
     ],
 )
 def test_drain_isolates_clients(in_loop: InLoop, settings: ShutdownSettings | None, reason: str) -> None:
-    """A client that fails in a drain is reset for it; the others are brought to their ends."""
+    """Reset a client that fails in a drain, and drain the other clients."""
 
     async def scene(pair: Pair) -> None:
         other = Pair(None)
@@ -436,7 +436,7 @@ def test_drain_isolates_clients(in_loop: InLoop, settings: ShutdownSettings | No
 def serve(
     loop_name: str, scene: Callable[[Server, list[Entry]], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> list[MutableMapping[str, Any]]:
-    """Run a scene with a server whose first client fails at each step; return the logged events."""
+    """Run a scene with a server, and return the logged events. The first client's session is broken."""
     made = itertools.count()
 
     def new_session(sock: socket.socket, *_: object) -> EchoSession:
@@ -469,7 +469,7 @@ def serve(
 
 
 async def connected(server: Server) -> list[socket.socket]:
-    """Return two clients, both accepted."""
+    """Connect two clients, and wait until both are accepted."""
     address = server.addresses[0]
     clients = [socket.create_connection((address.host, address.port)) for _ in range(2)]  # type: ignore[union-attr]
     await until(lambda: server.ledger.counters.accepted == 2)
@@ -480,7 +480,7 @@ async def connected(server: Server) -> list[socket.socket]:
 def test_server_isolates_clients(
     loop_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loop_over: str
 ) -> None:
-    """A client that fails in the sweep, or in a reload, is logged and reset; the others have their turn."""
+    """Log and reset a client that fails in the sweep or in a reload. The other clients are handled."""
 
     async def scene(server: Server, entries: list[Entry]) -> None:
         clients = await connected(server)
@@ -505,11 +505,11 @@ def test_server_isolates_clients(
     assert [type(event["exc_info"]) for event in failed] == [ArithmeticError]
 
 
-# A stop has an end
+# Stops that meet a failure
 
 
-class Deaf(asyncio.Transport):
-    """A transport that never reports an end."""
+class HangingTransport(asyncio.Transport):
+    """A transport that never calls `connection_lost`."""
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
 
@@ -519,15 +519,15 @@ class Deaf(asyncio.Transport):
     def abort(self) -> None: ...
 
 
-@pytest.mark.parametrize("deaf", [True, False])
-def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
-    """A client whose transport hangs, or never comes, ends when its task is cancelled."""
+@pytest.mark.parametrize("hangs", [True, False])
+def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    """End a client when its task is cancelled, even if its transport hangs or was never made."""
     monkeypatch.setattr(client_module, "LAST_STEPS", 0.01)
 
     async def scene(pair: Pair) -> None:
         async def join(_: object, factory: Callable[[], asyncio.Protocol], __: object) -> None:
-            if deaf:
-                factory().connection_made(Deaf())
+            if hangs:
+                factory().connection_made(HangingTransport())
             else:
                 await asyncio.Event().wait()
 
@@ -537,12 +537,12 @@ def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.Monk
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             task.cancel()
-            if deaf:
+            if hangs:
                 with pytest.raises(RuntimeError, match="did not report the end"):
                     await task
             else:
                 await task
-        assert pair.session.reason == ("failed" if deaf else "aborted")
+        assert pair.session.reason == ("failed" if hangs else "aborted")
         assert pair.session.delivery is not None
         pair.sock.close()
 
@@ -550,7 +550,7 @@ def test_end_that_no_transport_reports(in_loop: InLoop, monkeypatch: pytest.Monk
 
 
 def test_stop_with_a_client_that_never_ends(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop ends, and its receipt counts each client, though one is never joined to its socket."""
+    """Finish the stop and count a client in the receipt even if its transport is never made."""
 
     async def main() -> None:
         server = echod.Server.listen(
@@ -573,7 +573,7 @@ def test_stop_with_a_client_that_never_ends(loop_name: str, monkeypatch: pytest.
 
 
 def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception while a client is joined to its socket is the client's end, and comes out of its task."""
+    """Reset the client if its transport cannot be made. Its task raises the exception."""
 
     async def scene(pair: Pair) -> None:
         async def refuse(*_: object) -> None:
@@ -590,7 +590,7 @@ def test_failure_before_the_connection_is_joined(in_loop: InLoop, monkeypatch: p
 
 
 def patched(patch: str) -> tuple[str, ...]:
-    """Return the interpreter's arguments that run the command with a part of it replaced."""
+    """Return the interpreter's arguments that run the command after a patch."""
     return (
         "-c",
         f"import asyncio, sys\nfrom echod import cli\nfrom echod.daemon import daemon\nfrom echod.server import drain\n{patch}\nsys.exit(cli.main())",
@@ -618,7 +618,7 @@ daemon._ADMIN_CLOSE = 0.01
 
 
 def test_stop_isolates_listeners(start: Start) -> None:
-    """One listener's stop fails: the others drain as usual, and the exit code tells."""
+    """Drain the other listeners as usual if the stop of one fails. The exit code is 1."""
     listeners = ("--listeners.one.address", "127.0.0.1:0", "--listeners.two.address", "127.0.0.1:0")
     daemon = start(*listeners, *UNHURRIED, listen=None, module=patched(ONE_DRAIN_FAILS))
     host, _, port = daemon.wait_for("listening", listener="two")["address"].rpartition(":")
@@ -633,7 +633,7 @@ def test_stop_isolates_listeners(start: Start) -> None:
 
 
 def test_stop_outlasts_the_admin_listener(start: Start) -> None:
-    """The admin listener does not close: the stop ends all the same."""
+    """Finish the stop even if the admin listener does not close."""
     daemon = start("--admin.address", "127.0.0.1:0", module=patched(ADMIN_HANGS))
     assert daemon.stop() == 1
     assert "TimeoutError" in daemon.wait_for("stop_failed", listener="admin")["exception"]
@@ -641,7 +641,7 @@ def test_stop_outlasts_the_admin_listener(start: Start) -> None:
 
 
 def test_failure_after_the_end(start: Start) -> None:
-    """An exception that the loop reports for a client whose end is in the ledger already is logged by itself."""
+    """Log an exception as `loop_error` if the loop reports it after the client's end."""
     patch = """
 from echod.connection import echo
 lost = echo.EchoSession.connection_lost
@@ -659,10 +659,10 @@ echo.EchoSession.connection_lost = fail
 
 
 def test_cancelled_twice(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's task that is cancelled again while it waits for its transport ends at once, without noise."""
+    """End a client's task at once if it is cancelled again during the wait for its transport. Report no error."""
 
     async def join(_: object, factory: Callable[[], asyncio.Protocol], __: object) -> None:
-        factory().connection_made(Deaf())
+        factory().connection_made(HangingTransport())
 
     async def main() -> None:
         errors: list[dict[str, Any]] = []

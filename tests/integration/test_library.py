@@ -383,7 +383,7 @@ def test_taken_address() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import echod` loads no other module; each public name loads its own, and there are no other names."""
+    """Load no other module with `import echod`. Each public name loads its own, and other names are errors."""
     code = """
 import sys
 before = set(sys.modules)

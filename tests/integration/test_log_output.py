@@ -38,7 +38,7 @@ class Output:
         self.lines = stack.enter_context(os.fdopen(reading, "rb"))
 
     def run(self, *arguments: str, stream: str = "stdout") -> subprocess.Popen[bytes]:
-        """Run a command, and close our writing end, so that the lines end with the command."""
+        """Run a command, and close our writing end, so that EOF follows when the command exits."""
         streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: self.writing}
         process = subprocess.Popen([sys.executable, "-m", "echod", *arguments], env=clean_environment(), **streams)
         os.close(self.writing)
@@ -60,8 +60,8 @@ def output(request: pytest.FixtureRequest) -> Iterator[Output]:
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "link"])
 def test_standard_streams(loop_name: str, output: Output, name: str, tmp_path: Path) -> None:
-    """The log goes there from the start to the stop, and also after a reload."""
-    if name == "link":  # as container images do for programs that log to a file
+    """Write the log to a standard stream from the start to the stop, and also after a reload."""
+    if name == "link":  # container images do this for programs that log to a file
         name = str(tmp_path / "link")
         Path(name).symlink_to("/dev/stdout")
     arguments = ("--log.file", name, "--listen", "127.0.0.1:0", "--loop", loop_name)
@@ -78,21 +78,23 @@ def test_standard_streams(loop_name: str, output: Output, name: str, tmp_path: P
 
 
 def test_check_of_standard_streams(output: Output) -> None:
-    """`check` accepts standard output."""
+    """Accept standard output as the log file in `check`."""
     with output.run("check", "--log.file", "/dev/stdout") as process:
         assert process.wait(PATIENCE) == 0
     assert output.lines.readline() == b"configuration OK\n"
 
 
 def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:
-    """The start opens the FIFO once, so its reader sees no end of file before the first line."""
+    """Open the FIFO once at the start, so that its reader sees no EOF before the first line."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     command = [sys.executable, "-m", "echod", "--log.file", str(fifo), "--listen", "127.0.0.1:0", "--loop", loop_name]
     with subprocess.Popen(command, env=clean_environment()) as process:
         try:
-            assert select.select([reader], [], [], PATIENCE)[0]  # by a line, or by the end of the first writer
+            assert select.select([reader], [], [], PATIENCE)[
+                0
+            ]  # readable because of a line, or of EOF from the first writer
             assert b'"started"' in os.read(reader, 65536)
             process.send_signal(signal.SIGTERM)
             assert process.wait(PATIENCE) == 0
@@ -104,7 +106,7 @@ def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_pipe_of_another_user() -> None:
-    """Standard output works even if the user cannot open it, as in a container without root."""
+    """Log to standard output even if the user cannot open it, as in a container without root."""
     program = """
 import ctypes, os
 from echod.daemon.logs import Log
@@ -146,7 +148,7 @@ def folder() -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["old", "new"])
 @pytest.mark.usefixtures("folder", "unprivileged")
 def test_file_without_permission(folder: Path, name: str) -> None:
-    """`check` reports a missing permission of the file or its folder with the same reason as `serve`."""
+    """Report a missing permission of the file or its folder in `check`, with the same reason as `serve`."""
     file = str(folder / name)
     error = refusal(file)
     assert error is not None
@@ -156,7 +158,7 @@ def test_file_without_permission(folder: Path, name: str) -> None:
 
 
 def test_folder_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without O_TMPFILE is accepted if the folder is writable."""
+    """Accept a writable folder on a file system without O_TMPFILE."""
     opened, begin = [], os.open
 
     def open_(path: Any, flags: int, *arguments: Any) -> int:

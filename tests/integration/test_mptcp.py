@@ -1,4 +1,4 @@
-"""Inherited sockets of Multipath TCP (RFC 8684), and figures that are never negative whatever the kernel says."""
+"""Test inherited Multipath TCP sockets (RFC 8684). Their figures are never negative, whatever the kernel reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MPTCP = 262
 
 @pytest.fixture
 def listening() -> Iterator[socket.socket]:
-    """Return a listening MPTCP socket of the daemon's parent."""
+    """Yield a listening MPTCP socket for the daemon to inherit."""
     try:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP)
     except OSError as error:
@@ -38,7 +38,7 @@ def listening() -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("protocol", [MPTCP, socket.IPPROTO_TCP])
 def test_figures(loop_name: str, listening: socket.socket, protocol: int) -> None:
-    """Sent and acknowledged bytes are the connection's, whether the client has MPTCP or not, and add up."""
+    """Report the bytes of the whole connection, with MPTCP or TCP clients. The totals are the sums."""
     size = 300_000
     with hand_over([listening], "web", loop_name=loop_name) as daemon:
         for end in ("half-close", "reset", "reset after our FIN"):
@@ -67,12 +67,12 @@ def test_figures(loop_name: str, listening: socket.socket, protocol: int) -> Non
 
 
 def mptcp_info(acked: int, *, fallback: bool = False) -> bytes:
-    """Return a struct mptcp_info."""
+    """Build a struct mptcp_info with a count of acknowledged bytes."""
     return struct.pack("=8xI60xQ16x", 2 | fallback, acked)
 
 
 class Kernel(socket.socket):
-    """A socket whose options are a test's."""
+    """A socket with fixed answers to getsockopt(2)."""
 
     def __init__(self, protocol: int, tcp_acked: int, mptcp: bytes | int) -> None:
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
@@ -104,13 +104,13 @@ class Kernel(socket.socket):
     ids=["TCP", "MPTCP", "fallback of a connection", "client without MPTCP"],
 )
 def test_acknowledged_bytes(protocol: int, mptcp: bytes | int, acked: int) -> None:
-    """The count is TCP_INFO's if there is one subflow, and MPTCP_INFO's otherwise."""
+    """Use the count of TCP_INFO for a plain or fallback connection, and that of MPTCP_INFO otherwise."""
     with Kernel(protocol, 5, mptcp) as sock:
         assert kernel.tcp_info(sock) == kernel.TcpInfo(1.5, 3, acked)
 
 
 def test_kernel_that_does_not_count() -> None:
-    """Before Linux 6.5, struct mptcp_info is too short: then there are no figures, rather than wrong ones."""
+    """Report no figures if struct mptcp_info is too short for them, as before Linux 6.5."""
     with Kernel(MPTCP, 5, mptcp_info(7)[:72]) as sock:
         assert kernel.tcp_info(sock) is None
 
@@ -122,7 +122,7 @@ def test_other_failures() -> None:
 
 @pytest.mark.parametrize("acked", [0, 3])
 def test_figures_are_never_negative(loop_name: str, monkeypatch: pytest.MonkeyPatch, acked: int) -> None:
-    """Whatever the kernel says of a connection whose FIN was sent, `sent` and `acked` are 0 or more."""
+    """Keep `sent` and `acked` at 0 or more after our FIN, whatever the kernel reports."""
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:

@@ -30,14 +30,14 @@ ONCE = "is empty now: a pipe can be read only once; use a regular file if the se
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Yield the ends of a pipe, the writing end first. The test closes the writing end."""
+    """Yield the writing end and the reading end of a pipe. The test closes the writing end."""
     reading, writing = os.pipe()
     yield writing, reading
     os.close(reading)
 
 
 def is_limited(daemon: Daemon) -> bool:
-    """Tell whether ONE_EACH is in force: a second client of an address is closed at once."""
+    """Tell whether ONE_EACH is in force, so that a second client of an address is closed at once."""
     with daemon.connect() as first, daemon.connect() as second:
         for client in (first, second):
             client.sendall(b"x")
@@ -50,7 +50,7 @@ def is_limited(daemon: Daemon) -> bool:
 
 @pytest.mark.parametrize("way", ["option", "variable", "standard input"])
 def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> None:
-    """Settings from a pipe stay in force, and a reload fails with the reason."""
+    """Keep settings from a pipe in force. A reload fails and logs the reason."""
     writing, reading = pipe
     os.write(writing, ONE_EACH.encode())
     os.close(writing)
@@ -72,7 +72,7 @@ def test_settings_from_a_pipe(start: Start, pipe: tuple[int, int], way: str) -> 
 
 
 def test_terminal_as_settings(start: Start) -> None:
-    """Settings typed at the start stay in force if a reload reads the end of input only."""
+    """Keep settings typed at the start in force if a reload reads only EOF."""
     master, slave = os.openpty()
     end = b"\x04"
     os.write(master, ONE_EACH.encode() + end)
@@ -87,7 +87,7 @@ def test_terminal_as_settings(start: Start) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "null", "file"])
 def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kind: str) -> None:
-    """A source that was empty at the start may be empty again, and a regular file may become empty."""
+    """Accept an empty source if it was empty at the start or is a regular file."""
     writing, reading = pipe
     os.close(writing)
     file = tmp_path / "echo.toml"
@@ -104,13 +104,13 @@ def test_empty_settings(start: Start, pipe: tuple[int, int], tmp_path: Path, kin
 HASTY = "import sys; from echod.daemon import reload; reload.LOOKS = 1; from echod.cli import main; sys.exit(main())"
 
 
-def test_reload_that_is_given_up(loop_name: str, tmp_path: Path) -> None:
-    """Settings that cannot be read to the end do not block the reloads after them."""
+def test_reload_that_times_out(loop_name: str, tmp_path: Path) -> None:
+    """Give up reading settings that do not end. A later reload works."""
     config = tmp_path / "echo.toml"
     config.write_text("")
     with Daemon("--loop", loop_name, "--config", str(config), module=("-c", HASTY)) as daemon:
         config.unlink()
-        os.mkfifo(config)  # its opening waits for a writer
+        os.mkfifo(config)  # open(2) waits for a writer
         daemon.send_signal(signal.SIGHUP)
         (problem,) = daemon.wait_for("reload_failed")["problems"]
         assert problem.startswith("not read within 1 seconds: ")
@@ -128,7 +128,7 @@ LARGE = "it is larger than 16 MiB"
 
 
 def test_endless_settings(start: Start, tmp_path: Path) -> None:
-    """A device without an end fails a reload instead of using up the memory."""
+    """Fail the reload for a device without an end, instead of using up the memory."""
     config = tmp_path / "echo.toml"
     config.write_text(ONE_EACH)
     daemon = start("--config", str(config))
@@ -144,7 +144,7 @@ def test_endless_settings(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["certificate", "private_key", "client_ca"])
 def test_endless_certificates(start: Start, tmp_path: Path, certificates: Certificates, key: str) -> None:
-    """So does each file of a listener with TLS."""
+    """Fail the reload also if a TLS file is a device without an end."""
     config = tmp_path / "echo.toml"
     files = {
         "certificate": str(certificates.certificate),
@@ -167,7 +167,7 @@ def test_endless_certificates(start: Start, tmp_path: Path, certificates: Certif
 
 
 class Logged:
-    """A daemon that logs to a file, and its file of settings."""
+    """A daemon that logs to a file, and its settings file."""
 
     def __init__(self, start: Start, folder: Path) -> None:
         self.log = folder / "log"
@@ -202,7 +202,7 @@ class Logged:
     ],
 )
 def test_log_is_reopened_even_if_the_reload_fails(start: Start, tmp_path: Path, change: str | None) -> None:
-    """After a rotation every line is in the new file, even if the settings are refused."""
+    """Write every line after a rotation to the new file, even if the settings are refused."""
     logged = Logged(start, tmp_path)
     if change is None:
         logged.config.unlink()
@@ -222,7 +222,7 @@ def test_log_is_reopened_even_if_the_reload_fails(start: Start, tmp_path: Path, 
 
 
 def test_rotation_of_a_full_log(start: Start, tmp_path: Path) -> None:
-    """A line that the end of the space cut short stays in the old file: the new one begins with a whole line."""
+    """Start the new file with a whole line if a full disk truncated the old one's last line."""
     largest = 2000
     log, config = tmp_path / "log", tmp_path / "echo.toml"
     config.write_text("")
@@ -244,7 +244,7 @@ def test_rotation_of_a_full_log(start: Start, tmp_path: Path) -> None:
 
 
 def test_log_is_reopened_while_settings_are_read(start: Start, tmp_path: Path) -> None:
-    """A rotation does not wait for settings that are slow to read."""
+    """Reopen the log without waiting for settings that are slow to read."""
     logged = Logged(start, tmp_path)
     logged.config.unlink()
     os.mkfifo(logged.config)
@@ -257,7 +257,7 @@ def test_log_is_reopened_while_settings_are_read(start: Start, tmp_path: Path) -
 
 
 def test_log_is_reopened_during_a_stop(start: Start, tmp_path: Path) -> None:
-    """A rotation in the middle of a long drain takes effect too."""
+    """Reopen the log during a drain too."""
     logged = Logged(start, tmp_path)
     logged.config.write_text(logged.table + "shutdown = {quiet_period = 60, drain_timeout = 60}\n")
     logged.daemon.send_signal(signal.SIGHUP)
@@ -274,7 +274,7 @@ def test_log_is_reopened_during_a_stop(start: Start, tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
-    """Lines still go to the open file, and one of them has the reason."""
+    """Keep writing to the open file if the log cannot be reopened, and log the reason there."""
     logged = Logged(start, tmp_path)
     logged.log.rename(logged.rotated)
     logged.log.mkdir()
@@ -289,7 +289,7 @@ def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
 
 
 def read_until(reader: int, text: bytes) -> None:
-    """Read a pipe until it has delivered a text."""
+    """Read from a pipe until the text arrives."""
     data = b""
     while text not in data:
         assert select.select([reader], [], [], PATIENCE)[0]
@@ -297,7 +297,7 @@ def read_until(reader: int, text: bytes) -> None:
 
 
 def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
-    """A new FIFO gets all further lines, those of listeners included, even if the reload fails."""
+    """Write all further lines, those of listeners included, to a new FIFO, even if the reload fails."""
     fifo, config = tmp_path / "fifo", tmp_path / "echo.toml"
     config.write_text("")
     daemon = start("--config", str(config))
@@ -318,7 +318,7 @@ def test_fifo_is_reopened(start: Start, tmp_path: Path) -> None:
 
 
 def full_fifo(path: Path) -> int:
-    """Make a FIFO that takes no more bytes, and return its reading end."""
+    """Make a FIFO, fill it, and return its reading end."""
     os.mkfifo(path)
     reading = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     with contextlib.suppress(BlockingIOError):
@@ -362,7 +362,7 @@ def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
         daemon.settle()
         daemon.send_signal(signal.SIGHUP)
         daemon.settle()
-    assert count(daemon, "task") > len(readers)  # as each pipe has a thread that waits for its reader
+    assert count(daemon, "task") > len(readers)  # each pipe has a thread that waits for its reader
     began = time.monotonic()
     daemon.send_signal()
     assert daemon.process.wait(PATIENCE) == 0
@@ -372,12 +372,12 @@ def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
 
 
 def count(daemon: Daemon, kind: str) -> int:
-    """Return the number of threads ("task") or descriptors ("fd") of the process."""
+    """Count the threads ("task") or descriptors ("fd") of the daemon."""
     return len(list(Path(f"/proc/{daemon.pid}/{kind}").iterdir()))
 
 
 def listens(address: str) -> bool:
-    """Tell whether a connection is accepted."""
+    """Tell whether a connection succeeds."""
     host, _, port = address.partition(":")
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), PATIENCE):
         return True
@@ -402,7 +402,7 @@ sys.exit(main())
 
 
 def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
-    """If listen(2) fails for one of two listeners, the other gets its backlog back, and no setting changes."""
+    """Restore the backlog of one listener if listen(2) fails for the other. No setting changes."""
     config, log = tmp_path / "echo.toml", tmp_path / "log"
     listeners = "".join(f'[listeners.{name}]\naddress = "127.0.0.1:0"\n' for name in ("a", "b"))
     config.write_text(f"limits.backlog = 11\n{listeners}")
@@ -428,11 +428,11 @@ def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
-    """If the log file cannot be opened, the last step of a reload, the backlogs are restored."""
+    """Restore the backlogs if the last step of a reload, opening the log file, fails."""
     config, link = tmp_path / "echo.toml", tmp_path / "fifo"
     config.write_text("limits.backlog = 11\n")
     with Daemon("--loop", loop_name, "--config", str(config), module=("-c", FAILING_LISTEN)) as daemon:
-        os.mkfifo(link)  # only the opening finds that it has no reader
+        os.mkfifo(link)  # only open(2) shows that it has no reader
         config.write_text(f'log.file = "{link}"\nlimits.backlog = 12\n')
         daemon.send_signal(signal.SIGHUP)
         problem = f"{config}: log.file: '{link}' cannot be written: No such device or address"

@@ -22,12 +22,12 @@ MAIN = "import sys; from echod.cli import main; sys.exit(main())"
 
 
 def block() -> None:
-    """Block every signal, as a parent that forgets to restore its mask does."""
+    """Block every signal, like a parent that forgets to restore its mask."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def test_a_blocked_mask_is_cleared(start: Start) -> None:
-    """A daemon reloads and stops even if its parent process has blocked all signals."""
+    """Reload and stop even if the parent process has blocked all signals."""
     daemon = start(prepare=block)
     daemon.send_signal(signal.SIGHUP)
     daemon.wait_for("reloaded")
@@ -39,7 +39,7 @@ def test_a_blocked_mask_is_cleared(start: Start) -> None:
     ("command", "module", "code"), [("check", "echod.settings", -signal.SIGINT), ("probe", "echod.probe", 130)]
 )
 def test_a_blocked_mask_is_cleared_for_other_commands(command: str, module: str, code: int) -> None:
-    """Ctrl-C ends `check` and `probe` even if the parent has blocked SIGINT."""
+    """End `check` and `probe` on Ctrl-C even if the parent has blocked SIGINT."""
     script = f"""
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
@@ -84,14 +84,14 @@ with asyncio.Runner(loop_factory=loop_factory(sys.argv[1])) as runner:
 
 
 def test_a_burst_does_not_hide_the_stop(loop_name: str) -> None:
-    """SIGTERM after 100,000 SIGHUPs in one iteration of the loop is passed on."""
+    """Pass on SIGTERM after 100,000 SIGHUPs in one iteration of the loop."""
     command = [sys.executable, "-c", BURST, loop_name]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
     assert (result.stdout, result.stderr) == (f"{signal.SIGTERM:d}\n", "")
 
 
 def test_quit(start: Start) -> None:
-    """SIGQUIT resets every client at once, in spite of a delay, and the receipt is written."""
+    """Reset every client at once on SIGQUIT, even clients with delayed echo, and write the receipt."""
     daemon = start("--shutdown.delay", "60", *UNHURRIED)
     with daemon.connect() as client:
         client.sendall(b"x")
@@ -107,7 +107,7 @@ def test_quit(start: Start) -> None:
 
 
 def test_exit_code_of_the_first_forcing_signal(start: Start) -> None:
-    """After SIGQUIT, another signal changes neither the stop nor the exit code."""
+    """Ignore further signals after SIGQUIT. Neither the stop nor the exit code changes."""
     daemon = start()
     daemon.freeze()
     daemon.send_signal(signal.SIGQUIT)
@@ -119,7 +119,7 @@ def test_exit_code_of_the_first_forcing_signal(start: Start) -> None:
 
 
 def test_handlers_stand_until_the_end(start: Start) -> None:
-    """The signals that are handled are neither blocked nor left to their default."""
+    """Keep the handlers installed, and the signals unblocked, until the process ends."""
     daemon = start()
 
     def masks() -> dict[str, int]:
@@ -135,7 +135,7 @@ def test_handlers_stand_until_the_end(start: Start) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 131)])
 def test_stop_while_the_settings_are_read(start: Start, tmp_path: Path, number: int, code: int) -> None:
-    """Settings that cannot be read to the end do not hold up a stop."""
+    """Stop without waiting for settings that have no end of file."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     daemon = start("--config", str(fifo), read_log=False)
@@ -147,6 +147,6 @@ def test_stop_while_the_settings_are_read(start: Start, tmp_path: Path, number: 
 
 
 def handled_by_default(process: int, number: int) -> bool:
-    """Tell whether a process has no handler for a signal."""
+    """Tell whether a process has the default action for a signal."""
     (caught,) = re.findall(r"^SigCgt:\s(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     return not int(caught, 16) >> (number - 1) & 1

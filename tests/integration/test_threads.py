@@ -1,4 +1,4 @@
-"""Threads and processes that the system refuses: each use of one degrades, and the next attempt works."""
+"""Test threads and processes that the system refuses. Each feature degrades, and its next attempt works."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def descriptors(process: object) -> set[str]:
 
 
 def test_reload(loop_name: str, tmp_path: Path) -> None:
-    """A reload without a thread fails, systemd hears the end of it, and the next reload works."""
+    """Fail the reload without a thread and report its end to systemd. The next reload works."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(PATIENCE)
         manager.bind(str(tmp_path / "notify"))
@@ -54,7 +54,7 @@ def test_reload(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_start(loop_name: str) -> None:
-    """Without a thread for the log, the start ends with one line and the exit code of a failure."""
+    """End the start with one line and a failure's exit code if the log gets no thread."""
     command = [sys.executable, *refusing(log="-"), "--loop", loop_name, "--listen", "127.0.0.1:0"]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(), check=False
@@ -64,7 +64,7 @@ def test_start(loop_name: str) -> None:
 
 
 def test_another_log(loop_name: str, tmp_path: Path) -> None:
-    """A reload that needs a thread for another log changes nothing without one, and leaves no descriptor open."""
+    """Change nothing and leak no descriptor if a reload gets no thread for another log."""
     config, log = tmp_path / "echo.toml", tmp_path / "log"
     config.write_text("")
     with Daemon("--loop", loop_name, "--config", str(config), module=refusing(log="+-")) as daemon:
@@ -83,7 +83,7 @@ def test_another_log(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_rotation(loop_name: str, tmp_path: Path) -> None:
-    """A log file is reopened without a new thread, so a limit of processes cannot prevent it."""
+    """Reopen a log file without a new thread, so that a limit of processes cannot prevent it."""
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as sock:
         listen = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -99,7 +99,7 @@ def test_rotation(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
-    """A FIFO is reopened by a new thread. Without one, lines still go to the old thread, and the reload goes on."""
+    """Keep the old thread if a FIFO is reopened without a new one. The reload goes on."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -125,7 +125,7 @@ def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_metrics(loop_name: str) -> None:
-    """A scrape without a thread has all metrics except those of the process, and the next one has these too."""
+    """Omit only the metrics of the process from a scrape without a thread. The next scrape has them."""
     with Daemon("--loop", loop_name, *WATCHED, module=refusing(admin="-")) as daemon:
         assert {"echod_draining", "process_open_fds"} & {key[0] for key in scrape(daemon)} == {"echod_draining"}
         assert {"echod_draining", "process_open_fds"} <= {key[0] for key in scrape(daemon)}
@@ -135,7 +135,7 @@ def test_metrics(loop_name: str) -> None:
 
 @pytest.mark.parametrize("granted", [0, 3])
 def test_measurement(granted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A measurement connects on as many threads as it gets, and without any on its own."""
+    """Connect on the available threads in a measurement, or on the main thread if there are none."""
     begin, started = threading.Thread.start, list[str]()
 
     def start(self: threading.Thread) -> None:
@@ -157,7 +157,7 @@ def test_measurement(granted: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A measurement on a terminal does without its progress if no process can be forked."""
+    """Omit the progress of a measurement on a terminal if no process can be forked."""
 
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -176,7 +176,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("over", ["cancelled", "closed"])
 def test_result_that_is_not_wanted(loop_name: str, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that outlives the interest in its result, or the loop, ends without an error."""
+    """End a thread without an error if its result was given up or its loop was closed."""
     errors: list[object] = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
     loop = loop_factory(loop_name)()

@@ -1,4 +1,4 @@
-"""Urgent data (MSG_OOB, RFC 6093) is data like any other: it comes back in its place, and is counted."""
+"""Test urgent data (MSG_OOB, RFC 6093). It is echoed in its place and counted, like all other data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Daemon, Start
 
-# Linux and RFC 793 disagree on which byte is the urgent one; the last of the write is it here.
+# In Linux the last byte of the write is the urgent one. RFC 793 defines it differently.
 PARTS = ((b"ab", 0), (b"CD", socket.MSG_OOB), (b"ef", 0), (b"g", socket.MSG_OOB), (b"\n", 0))
 WHOLE = b"abCDefg\n"
 
@@ -28,7 +28,7 @@ def send(client: socket.socket) -> None:
 
 
 def served(daemon: Daemon, client: socket.socket) -> None:
-    """Send urgent data in between, half-close, and check the echo and the counts."""
+    """Send urgent data between other data, half-close, and check the echo and the counts."""
     client.settimeout(PATIENCE)
     send(client)
     client.shutdown(socket.SHUT_WR)
@@ -47,7 +47,7 @@ def test_tcp(start: Start, mode: str, address: str) -> None:
 
 @pytest.mark.parametrize("abstract", [False, True])
 def test_unix(start: Start, tmp_path: Path, abstract: bool) -> None:
-    """On a unix socket, the option is not inherited from the listening one."""
+    """Echo urgent data on a unix socket, which does not inherit SO_OOBINLINE from its listening socket."""
     name = f"@echod-urgent-{tmp_path.name}-{id(tmp_path)}" if abstract else str(tmp_path / "echod.sock")
     daemon = start(listen=f"unix:{name}")
     with socket.socket(socket.AF_UNIX) as client:
@@ -56,7 +56,7 @@ def test_unix(start: Start, tmp_path: Path, abstract: bool) -> None:
 
 
 def test_fault(start: Start) -> None:
-    """A message that a fault delays has its urgent byte too."""
+    """Keep the urgent byte in a message that a fault delays."""
     options = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.fault", "late", "--faults.late.delay", "0.01")
     daemon = start(*options, listen=None)
     with daemon.connect() as client:
@@ -64,7 +64,7 @@ def test_fault(start: Start) -> None:
 
 
 def test_proxy_header(start: Start) -> None:
-    """A byte of the PROXY header may be urgent, and so may the first byte after it."""
+    """Accept an urgent byte in the PROXY header, and as the first byte after it."""
     options = ("--listeners.p.address", "127.0.0.1:0", "--listeners.p.proxy-protocol", "require")
     daemon = start(*options, listen=None)
     with daemon.connect() as client:
@@ -77,14 +77,14 @@ def test_proxy_header(start: Start) -> None:
 
 
 def received(sock: socket.socket) -> bytes:
-    """Return what has come, which is not the end of the connection."""
+    """Receive some bytes, and assert that they are not EOF."""
     data = sock.recv(65536)
     assert data
     return data
 
 
 def test_tls(start: Start, certificates: Certificates) -> None:
-    """A byte of a TLS record may be urgent; without it, the record would be a bad one."""
+    """Keep an urgent byte in a TLS record. Without that byte, the record would be invalid."""
     daemon = start(*certificates.options(), listen=None)
     with daemon.connect() as sock:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -110,7 +110,7 @@ def test_tls(start: Start, certificates: Certificates) -> None:
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
 def test_inherited(loop_name: str, family: socket.AddressFamily) -> None:
-    """A connection that has waited in an inherited queue since before the start has the option too."""
+    """Set the option also on connections that entered an inherited queue before the start."""
     with socket.socket(family) as listening, socket.socket(family) as client:
         listening.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
         listening.listen()

@@ -296,7 +296,7 @@ def test_targets(data: dict[str, Any]) -> None:
 
 
 def test_targets_of_few_rounds(data: dict[str, Any]) -> None:
-    """A verdict based on fewer rounds gives their number. A target whose runs all failed gives the reason."""
+    """Show the number of rounds if a verdict has fewer than usual, and the reason if all runs failed."""
     fail(of(data, "stream", EPOLL)[2], "reset")
     fail(of(data, "idle", ECHOD)[0], "too many open files")
     for run in of(data, "latency", EPOLL):

@@ -37,7 +37,7 @@ UNPACKED = {
     },
 }
 
-# Warnings whose names are not literals where they are logged.
+# Warnings that are logged with a variable as their name.
 CERTIFICATES: dict[str, set[str]] = {
     "certificate_ends_soon": {"listener", "file", "subject", "not_after", "days"},
     "certificate_expired": {"listener", "file", "subject", "not_after"},

@@ -1,4 +1,4 @@
-"""Commands in network and mount namespaces of their own, with the kernel's settings and the name server of a test."""
+"""Run commands in their own network and mount namespaces, with kernel settings and a name server for the test."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from harness import PATIENCE
 if TYPE_CHECKING:
     from pathlib import Path
 
-# The address of a name server that never answers: the loopback device drops what is not its own.
+# The address of a name server that never answers. The loopback device drops packets to foreign addresses.
 DEAD_SERVER = "192.0.2.53"
 
 
 def namespace(*commands: str) -> list[str]:
-    """Return the beginning of a command line that runs a command in namespaces of its own.
+    """Return the prefix of a command line that runs the command in its own namespaces.
 
     Args:
-        commands: of the shell, run first; the loopback device is up then.
+        commands: shell commands that run first, when the loopback device is up.
 
     """
     if shutil.which("unshare") is None or shutil.which("ip") is None:
@@ -36,7 +36,7 @@ def namespace(*commands: str) -> list[str]:
 
 
 def without_name_server(folder: Path) -> list[str]:
-    """Return the beginning of a command line for a command that waits for minutes whenever it looks up a name."""
+    """Return the prefix of a command line that makes each name lookup of the command wait for minutes."""
     configuration, hosts = folder / "resolv.conf", folder / "hosts"
     configuration.write_text(f"nameserver {DEAD_SERVER}\noptions timeout:30 attempts:5\n")
     hosts.touch()
