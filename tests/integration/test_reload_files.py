@@ -9,7 +9,6 @@ import resource
 import select
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -327,12 +326,38 @@ def full_fifo(path: Path) -> int:
     return reading
 
 
+# Print each timeout with which the stop waits for a log thread. Its clock advances by that timeout only.
+RECORDED_WAITS = """
+import sys, threading, time, types
+from echod.daemon import logs
+join, now = threading.Thread.join, 0.0
+def recorded(thread, timeout=None):
+    global now
+    join(thread, timeout)
+    if thread.name == "log":
+        now += timeout
+        print(timeout, file=sys.stderr, flush=True)
+threading.Thread.join = recorded
+logs.time = types.SimpleNamespace(**{**vars(time), "monotonic": lambda: now})
+from echod.cli import main
+sys.exit(main())
+"""
+
+
+def stop_and_read_waits(daemon: Daemon) -> list[float]:
+    """Stop a daemon that runs RECORDED_WAITS, and return the timeouts of its waits for log threads."""
+    daemon.send_signal()
+    assert daemon.process.wait(PATIENCE) == 0
+    return [float(line) for line in daemon.log_pipe.read().split()]
+
+
 def test_reloads_under_a_full_pipe(start: Start, tmp_path: Path) -> None:
-    """The reader of the log has stalled: no reload costs a thread or a descriptor, and the stop waits for one second."""
+    """Use no more threads or descriptors in a reload if the log's reader stalls. The stop waits for one second."""
     reading = full_fifo(tmp_path / "fifo")
     with socket.create_server(("127.0.0.1", 0)) as sock:
         listen = f"127.0.0.1:{sock.getsockname()[1]}"
-    daemon = start("--log.file", str(tmp_path / "fifo"), listen=listen, read_log=False)
+    module = ("-c", RECORDED_WAITS)
+    daemon = start("--log.file", str(tmp_path / "fifo"), listen=listen, read_log=False, module=module)
     looks = []
     until(lambda: listens(listen))
     for _ in range(8):
@@ -341,20 +366,17 @@ def test_reloads_under_a_full_pipe(start: Start, tmp_path: Path) -> None:
         daemon.settle()
         looks.append([count(daemon, kind) for kind in ("task", "fd")])
     assert looks == looks[:1] * 8
-    began = time.monotonic()
-    daemon.send_signal()
-    assert daemon.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 6
+    assert stop_and_read_waits(daemon) == [1]
     os.close(reading)
 
 
 def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
-    """Each reload has found another pipe whose reader stalls: they have one second together at the end."""
+    """Wait for one second in total in a stop after each reload opened another pipe with a stalled reader."""
     fifo = tmp_path / "fifo"
     readers = [full_fifo(fifo)]
     with socket.create_server(("127.0.0.1", 0)) as sock:
         listen = f"127.0.0.1:{sock.getsockname()[1]}"
-    daemon = start("--log.file", str(fifo), listen=listen, read_log=False)
+    daemon = start("--log.file", str(fifo), listen=listen, read_log=False, module=("-c", RECORDED_WAITS))
     until(lambda: listens(listen))
     for _ in range(8):
         fifo.unlink()
@@ -363,10 +385,7 @@ def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
         daemon.send_signal(signal.SIGHUP)
         daemon.settle()
     assert count(daemon, "task") > len(readers)  # each pipe has a thread that waits for its reader
-    began = time.monotonic()
-    daemon.send_signal()
-    assert daemon.process.wait(PATIENCE) == 0
-    assert time.monotonic() - began < 6
+    assert stop_and_read_waits(daemon) == [1, *[0] * 8]
     for reading in readers:
         os.close(reading)
 
