@@ -99,7 +99,7 @@ def test_rotation(loop_name: str, tmp_path: Path) -> None:
 
 
 def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
-    """Keep the old thread if a FIFO is reopened without a new one. The reload goes on."""
+    """Keep writing to the first FIFO if the FIFO that replaced it gets no thread. The reload goes on."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -116,12 +116,16 @@ def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
 
     with Daemon(*arguments, listen=listen, module=refusing(log="+-"), read_log=False) as daemon:
         until(lambda: has(b'"listening"'))
+        fifo.unlink()
+        os.mkfifo(fifo)
+        another = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         daemon.send_signal(signal.SIGHUP)
         until(lambda: has(b'"reloaded"'))
         assert f'"log_reopen_failed", "file": "{fifo}", "error": "{REFUSED}"'.encode() in data
         assert daemon.stop() == 0
         until(lambda: has(b'"stopped"'))
     os.close(reader)
+    os.close(another)
 
 
 def test_metrics(loop_name: str) -> None:
