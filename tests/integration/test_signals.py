@@ -118,7 +118,7 @@ def test_exit_code_of_the_first_forcing_signal(start: Start) -> None:
     assert [event["signal"] for event in daemon.all("draining")] == ["SIGQUIT"]
 
 
-def test_handlers_stand_until_the_end(start: Start) -> None:
+def test_handlers_remain_until_the_end(start: Start) -> None:
     """Keep the handlers installed, and the signals unblocked, until the process ends."""
     daemon = start()
 

@@ -118,7 +118,7 @@ def test_unread_input_in_a_stage(loop_name: str, phase: Phase, sent: bytes) -> N
     run(loop_name, scene)
 
 
-def test_an_unread_fin_is_no_silence(loop_name: str) -> None:
+def test_an_unread_fin_is_not_silence(loop_name: str) -> None:
     """Treat a client with an unread FIN as neither idle nor quiet."""
 
     async def scene() -> None:
