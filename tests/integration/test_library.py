@@ -238,6 +238,38 @@ def test_cancelled_while_it_ends(run_scene: Run) -> None:
     run_scene(scene)
 
 
+def test_another_loop(run_scene: Run, loop_name: str) -> None:
+    """In another loop, or without one, the methods fail at once. The server's own shutdown still works."""
+
+    async def scene() -> None:
+        server = Server.listen(shutdown=SOON)
+        server.start()
+        reader, writer = await connect(server)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+
+        async def call(method: Callable[[], object]) -> None:
+            method()
+
+        def elsewhere() -> None:
+            with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+                coroutines = [*map(call, methods), server.shutdown()]
+                attempts: list[Callable[[], object]] = [partial(runner.run, coroutine) for coroutine in coroutines]
+                for attempt in (*attempts, *methods):
+                    with pytest.raises(RuntimeError, match="the server belongs to another event loop: "):
+                        attempt()
+
+        methods = server.start, server.begin_stop, server.abort
+        await asyncio.to_thread(elsewhere)
+        writer.write(b"y")
+        assert await reader.read(1) == b"y"
+        receipt = await server.shutdown()
+        assert (receipt.clients, receipt.quiet) == (1, 1)
+        writer.close()
+
+    run_scene(scene)
+
+
 async def cancel(tasks: set[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait for their end, with their done callbacks."""
     for task in tasks:

@@ -100,9 +100,10 @@ class Server:
         """Begin to accept, in the running loop.
 
         Raises:
-            RuntimeError: it was called before.
+            RuntimeError: it was called before, or this is not the server's loop.
 
         """
+        self._check_loop()
         if self._tasks:
             msg = "a server is started once"
             raise RuntimeError(msg)
@@ -129,7 +130,12 @@ class Server:
         """Begin the time that the receipt covers, and return the number of clients. Idempotent.
 
         `shutdown` calls it. Call it earlier to report the clients at the same moment.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
         """
+        self._check_loop()
         if self._stop_began is None:
             now = asyncio.get_running_loop().time()
             self._stop_began = now, self.clients, self.ledger.counters.snapshot()
@@ -144,7 +150,12 @@ class Server:
 
         The stop goes on if the caller is cancelled. Another call waits for the same end. If the stop itself is
         cancelled, because the program cancels all its tasks, it ends at once, and another call returns the receipt.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
         """
+        self._check_loop()
         if not self._tasks:
             self.start()  # to serve the clients that have connected since the sockets were opened
         if self._shutdown is None or not self._is_stopping:
@@ -153,8 +164,29 @@ class Server:
         return await asyncio.shield(self._shutdown)
 
     def abort(self) -> None:
-        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent."""
+        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
+        """
+        self._check_loop()
         self._drain.abort()
+
+    def _check_loop(self) -> None:
+        """Check that the server is not started, or that its loop runs in this thread."""
+        if not self._tasks:
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self._loop:
+            msg = (
+                "the server belongs to another event loop: call this in that loop, from other threads with "
+                "asyncio.run_coroutine_threadsafe or loop.call_soon_threadsafe"
+            )
+            raise RuntimeError(msg)
 
     @property
     def _is_stopping(self) -> bool:
