@@ -155,13 +155,18 @@ class Server:
         """Begin to accept, in the running loop.
 
         Raises:
-            RuntimeError: it was called before.
+            RuntimeError: it was called before, or this is not the server's loop.
 
         """
         self._core.start()
 
     def begin_stop(self) -> int:
-        """Begin the time that the receipt covers, and return the number of clients. `shutdown` calls it too."""
+        """Begin the time that the receipt covers, and return the number of clients. `shutdown` calls it too.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
+        """
         return self._core.begin_stop()
 
     async def shutdown(self) -> Receipt:
@@ -170,6 +175,7 @@ class Server:
         The stop goes on if the caller is cancelled. Another call waits for the same end and returns the same receipt.
 
         Raises:
+            RuntimeError: this is not the server's loop.
             Exception: a task of the server failed, which is a defect. The clients have been drained all the same.
 
         """
@@ -179,7 +185,12 @@ class Server:
         return receipt
 
     def abort(self) -> None:
-        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent."""
+        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
+        """
         self._core.abort()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import resource
+import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import PATIENCE
+from harness import PATIENCE, UNHURRIED, receive
 from watching import WATCHED, caller, get, place, received, scrape
 
 if TYPE_CHECKING:
@@ -87,9 +88,44 @@ def test_stop_during_a_pause(start_admin: StartAdmin) -> None:
 
 
 def test_defect_of_the_listener_task(start_admin: StartAdmin) -> None:
-    """If the listener task dies of a defect, the stop raises its exception after everything is closed."""
+    """If the listener task dies of a defect, `wait_failed` returns its exception, and the stop closes everything."""
     admin = start_admin(make_loop=refuse([KeyError("a bug")]))
-    with pytest.raises(KeyError, match="a bug"):
-        admin.stop()
+    failure = admin.wait_failed()
+    assert (type(failure), failure.args) == (KeyError, ("a bug",))
+    admin.stop()
     with pytest.raises(ConnectionRefusedError):
         caller(admin)
+
+
+# The listener task of the admin listener fails at the first connection.
+FAILING_LISTENER = """
+import sys
+from echod import cli
+from echod.admin import connections
+def fail(*_):
+    raise ArithmeticError("a defect")
+connections.Connections.add = fail
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_defect_ends_the_daemon(start: Start, *, draining: bool) -> None:
+    """The daemon logs `crashed`, drains its clients, and exits with code 1, also if a stop has begun already."""
+    daemon = start(*WATCHED, *UNHURRIED, module=("-c", FAILING_LISTENER))
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        if draining:
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait_for("draining")
+        with caller(daemon):
+            crashed = daemon.wait_for("crashed")
+        assert (crashed["level"], crashed["listener"]) == ("error", "admin")
+        assert "ArithmeticError: a defect" in crashed["exception"]
+        assert daemon.wait_for("draining")["signal"] == ("SIGTERM" if draining else None)
+        client.sendall(b"still served")
+        assert receive(client, 12) == b"still served"
+    assert daemon.wait() == 1
+    assert daemon.receipt()["completed"] == 1
+    assert daemon.all("stop_failed") == []

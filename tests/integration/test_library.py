@@ -238,6 +238,100 @@ def test_cancelled_while_it_ends(run_scene: Run) -> None:
     run_scene(scene)
 
 
+def test_another_loop(run_scene: Run, loop_name: str) -> None:
+    """In another loop, or without one, the methods fail at once. The server's own shutdown still works."""
+
+    async def scene() -> None:
+        server = Server.listen(shutdown=SOON)
+        server.start()
+        reader, writer = await connect(server)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+
+        async def call(method: Callable[[], object]) -> None:
+            method()
+
+        def elsewhere() -> None:
+            with asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:
+                coroutines = [*map(call, methods), server.shutdown()]
+                attempts: list[Callable[[], object]] = [partial(runner.run, coroutine) for coroutine in coroutines]
+                for attempt in (*attempts, *methods):
+                    with pytest.raises(RuntimeError, match="the server belongs to another event loop: "):
+                        attempt()
+
+        methods = server.start, server.begin_stop, server.abort
+        await asyncio.to_thread(elsewhere)
+        writer.write(b"y")
+        assert await reader.read(1) == b"y"
+        receipt = await server.shutdown()
+        assert (receipt.clients, receipt.quiet) == (1, 1)
+        writer.close()
+
+    run_scene(scene)
+
+
+async def cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for their end, with their done callbacks."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+@pytest.mark.parametrize("cancelled", ["all", "Sweep.run"])
+def test_program_cancels_the_tasks(run_scene: Run, cancelled: str) -> None:
+    """Outside of a shutdown, the sockets are closed, so that new clients are refused. It is logged."""
+
+    async def scene() -> None:
+        output = CapturingLogger()
+        logger = structlog.wrap_logger(output, [], structlog.make_filtering_bound_logger("info"))
+        server = Server.listen(shutdown=SOON, logger=logger)
+        before = asyncio.all_tasks()
+        server.start()
+        reader, writer = await connect(server)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        own = asyncio.all_tasks() - before
+        await cancel({task for task in own if cancelled in {"all", getattr(task.get_coro(), "__qualname__", "")}})
+        await until(lambda: output.calls)
+        with pytest.raises(ConnectionRefusedError):
+            await connect(server)
+        (logged,) = [call for call in output.calls if call.kwargs["event"] != "client_closed"]
+        assert (logged.method_name, logged.kwargs["event"]) == ("error", "listener_cancelled")
+        writer.close()
+        receipt = await server.shutdown()
+        assert (receipt.clients, server.clients) == (int(cancelled != "all"), 0)
+        assert await server.shutdown() is receipt
+
+    run_scene(scene)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_program_cancels_the_stop(run_scene: Run, steps: int) -> None:
+    """If a program cancels all tasks during a stop, the sockets are closed, and `shutdown` still returns the receipt."""
+
+    async def scene() -> None:
+        server = Server.listen(shutdown={"delay": PATIENCE})
+        before = asyncio.all_tasks()
+        server.start()
+        reader, writer = await connect(server)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        stop = asyncio.create_task(server.shutdown())
+        for _ in range(steps):  # the stop has a task of its own, which begins with the second one
+            await asyncio.sleep(0)
+        await cancel(asyncio.all_tasks() - before)
+        await asyncio.sleep(0)
+        assert stop.cancelled()
+        with pytest.raises(ConnectionRefusedError):
+            await connect(server)
+        writer.close()
+        server.abort()
+        receipt = await server.shutdown()
+        assert (receipt.clients, receipt.aborted) == (1, 1)
+
+    run_scene(scene)
+
+
 @pytest.mark.parametrize("stage", ["served", "leaving", "joining"])
 def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stage: str) -> None:
     """A loop that ends cancels all tasks at once, and none of them writes or logs anything."""

@@ -57,6 +57,24 @@ def test_end_without_close_notify(start: Start, certificates: Certificates) -> N
     assert daemon.wait_for("client_closed")["reason"] == "eof"
 
 
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("kept", [0, 1, 5, -1], ids=["none", "part of the header", "the header", "all but one byte"])
+def test_end_inside_a_record(start: Start, certificates: Certificates, version: str, kept: int) -> None:
+    """Tell a client that closes in the middle of a record from one that closes after a record. Both get their echo."""
+    daemon = start(*certificates.options(), listen=None)
+    with certificates.join(daemon, certificates.context(version=version)) as client:
+        client.object.write(b"good")
+        whole = client.outgoing.read()
+        client.object.write(b"cut off")
+        client.sock.sendall(whole + client.outgoing.read()[:kept])
+        client.sock.shutdown(socket.SHUT_WR)
+        assert (client.recv(4), client.recv(1)) == (b"good", b"")
+    line = daemon.wait_for("client_closed")
+    assert (line["received"], line["acked"]) == (4, 4)
+    expected = ("tls", "the client closed the connection in the middle of a record") if kept else ("eof", None)
+    assert (line["reason"], line.get("detail")) == expected
+
+
 @pytest.mark.parametrize("round_", range(3))
 def test_stop_under_load(start: Start, certificates: Certificates, round_: int) -> None:
     """At SIGTERM, echo everything that was read from clients that send endlessly, then send close_notify."""

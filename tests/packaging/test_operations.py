@@ -21,7 +21,15 @@ PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 
 # Fields that are not keyword arguments of the call: the listener is bound to the logger, other fields are unpacked.
-BOUND = {"accept_failed", "accept_paused", "accept_resumed", "backlog_abandoned", "client_closed", "client_failed"}
+BOUND = {
+    "accept_failed",
+    "accept_paused",
+    "accept_resumed",
+    "backlog_abandoned",
+    "client_closed",
+    "client_failed",
+    "listener_cancelled",
+}
 UNPACKED = {
     "client_closed": set(Entry._fields),
     "drained": set(Receipt.__slots__),

@@ -101,6 +101,10 @@ class AdminThread:
             assert self._news.wait_for(found, PATIENCE), f"no {event} in the log"
         return found()[0]
 
+    def wait_failed(self) -> BaseException:
+        """Wait until the listener task of the admin listener fails, and return its exception."""
+        return asyncio.run_coroutine_threadsafe(self._admin.wait_failed(), self._loop).result(PATIENCE)
+
     def stop(self) -> None:
         """Stop the admin listener and the server. Raise the exception of the thread, if there is one. Idempotent."""
         if self._thread.is_alive():

@@ -123,19 +123,27 @@ class Admin:
             interval=self._limits.accept_interval,
         )
         self._listener_task.set_backlog(self._limits.backlog)
+        self._failed: asyncio.Future[BaseException] = self._loop.create_future()
         self._accepting = self._loop.create_task(self._listener_task.run())
+        self._accepting.add_done_callback(self._note_failure)
+
+    async def wait_failed(self) -> BaseException:
+        """Wait until the listener task fails, which is a defect, and return its exception.
+
+        New connections wait in the backlog after that: close the admin listener.
+        """
+        return await asyncio.shield(self._failed)
 
     async def close(self) -> None:
-        """Let unfinished answers finish for half a second, then close everything.
-
-        If the listener task has failed, raise its exception.
-        """
+        """Let unfinished answers finish for half a second, then close everything."""
         self._accepting.cancel()
         await asyncio.wait([self._accepting])
         self._listener_task.close()
         await self._connections.close()
-        if not self._accepting.cancelled():
-            self._accepting.result()
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed.set_result(error)
 
     def _log_pause(self, cause: str) -> None:
         self._accept_pauses += 1

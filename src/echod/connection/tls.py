@@ -12,6 +12,7 @@ import ssl
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from echod.connection.plaintext_map import MAX_MARKS, RECORD, PlaintextMap
+from echod.connection.record_counter import RecordCounter
 from echod.connection.state import Phase, TlsFacts
 from echod.net import kernel, openssl, x509
 
@@ -61,6 +62,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         "_map",
         "_object",
         "_outgoing",
+        "_records",
         "_tcp",
         "session",
         "written",
@@ -77,6 +79,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         self._begun = False
         self._broken = False
         self._map = PlaintextMap()
+        self._records = RecordCounter()
         self.written = 0
         """Bytes passed to the TCP transport, including the handshake and the overhead of records."""
 
@@ -107,6 +110,10 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         if self.session.phase is Phase.HANDSHAKE and self._begun:
             self.session.client_closed()
             self.session.reject("handshake", "the client closed the connection")
+            return True
+        if self.session.phase is Phase.OPEN and self._records.is_inside:
+            self.session.client_closed()
+            self.session.reject("tls", "the client closed the connection in the middle of a record")
             return True
         return self.session.eof_received()
 
@@ -190,6 +197,7 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
         session = self.session
         self._begun = True
         session.count_overhead(len(data))
+        self._records.feed(data)
         self._incoming.write(data)
         if session.phase is Phase.HANDSHAKE:
             self._handshake()

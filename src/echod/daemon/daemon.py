@@ -153,10 +153,11 @@ class Daemon:
         watchers: list[asyncio.Task[None]] = []
         for listener in listeners:
             self._servers[listener.name].start()
-            watchers.append(loop.create_task(self._watch(listener.name)))
+            watchers.append(loop.create_task(self._watch(listener.name, self._servers[listener.name])))
             for address in addresses_in_use[listener.name]:
                 self._logger.info("listening", listener=listener.name, address=address)
         if self._admin is not None:
+            watchers.append(loop.create_task(self._watch(ADMIN, self._admin)))
             for address in _addresses(self._admin.listener):
                 self._logger.info("listening", listener=ADMIN, address=address)
         self._notifier.ready()
@@ -164,9 +165,9 @@ class Daemon:
         gc.freeze()
         gc.enable()
         await self._stop.wait()
+        await self._shut_down()
         for watcher in watchers:
             watcher.cancel()
-        await self._shut_down()
         signals.detach(loop)
         return self._exit_code
 
@@ -211,11 +212,11 @@ class Daemon:
         for server in self._servers.values():
             server.abort()
 
-    async def _watch(self, name: str) -> None:
-        """Stop the daemon if a task of a server fails."""
-        error = await self._servers[name].wait_failed()
+    async def _watch(self, name: str, watched: Server | Admin) -> None:
+        """Stop the daemon if a task of a server or of the admin listener fails. Log that during a stop too."""
+        error = await watched.wait_failed()
         self._logger.error("crashed", listener=name, exc_info=error)
-        self._exit_code = 1
+        self._exit_code = self._exit_code or 1
         self._stop.set()
 
     def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

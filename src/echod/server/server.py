@@ -100,9 +100,10 @@ class Server:
         """Begin to accept, in the running loop.
 
         Raises:
-            RuntimeError: it was called before.
+            RuntimeError: it was called before, or this is not the server's loop.
 
         """
+        self._check_loop()
         if self._tasks:
             msg = "a server is started once"
             raise RuntimeError(msg)
@@ -110,7 +111,7 @@ class Server:
         self._failed: asyncio.Future[BaseException] = self._loop.create_future()
         for run in (self._listener.run, self._sweep.run):
             task = self._loop.create_task(run())
-            task.add_done_callback(self._note_failure)
+            task.add_done_callback(self._on_task_end)
             self._tasks.append(task)
 
     async def wait_failed(self) -> BaseException:
@@ -129,7 +130,12 @@ class Server:
         """Begin the time that the receipt covers, and return the number of clients. Idempotent.
 
         `shutdown` calls it. Call it earlier to report the clients at the same moment.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
         """
+        self._check_loop()
         if self._stop_began is None:
             now = asyncio.get_running_loop().time()
             self._stop_began = now, self.clients, self.ledger.counters.snapshot()
@@ -142,40 +148,82 @@ class Server:
         in the same step. Let the clients finish, within the drain's timeouts, and await every client's task. A client
         in the middle of its handshake is refused: `delay` is for these. The kernel may send on after the last close.
 
-        The stop goes on if the caller is cancelled. Another call waits for the same end.
+        The stop goes on if the caller is cancelled. Another call waits for the same end. If the stop itself is
+        cancelled, because the program cancels all its tasks, it ends at once, and another call returns the receipt.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
         """
+        self._check_loop()
         if not self._tasks:
             self.start()  # to serve the clients that have connected since the sockets were opened
-        if self._shutdown is None:
+        if self._shutdown is None or not self._is_stopping:
             self.begin_stop()
             self._shutdown = self._loop.create_task(self._shut_down())
         return await asyncio.shield(self._shutdown)
 
     def abort(self) -> None:
-        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent."""
+        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent.
+
+        Raises:
+            RuntimeError: this is not the server's loop.
+
+        """
+        self._check_loop()
         self._drain.abort()
+
+    def _check_loop(self) -> None:
+        """Check that the server is not started, or that its loop runs in this thread."""
+        if not self._tasks:
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self._loop:
+            msg = (
+                "the server belongs to another event loop: call this in that loop, from other threads with "
+                "asyncio.run_coroutine_threadsafe or loop.call_soon_threadsafe"
+            )
+            raise RuntimeError(msg)
+
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether a stop runs or has finished. The program may have cancelled an earlier one."""
+        return self._shutdown is not None and not self._shutdown.cancelled()
 
     async def _shut_down(self) -> Receipt:
         assert self._stop_began is not None
         began, present, before = self._stop_began
         listener, sweep = self._tasks
         shutdown = self.settings.shutdown
-        await self._drain.delay(shutdown.delay)
-        await _cancel(listener)
-        self._listener.withdraw()
         try:
+            await self._drain.delay(shutdown.delay)
+            await _cancel(listener)
+            self._listener.withdraw()
             if not await self._drain.run(shutdown) and (waiting := self._listener.waiting):
                 self.ledger.log.warning("backlog_abandoned", clients=waiting)
-        finally:  # a defect in the drain ends the clients too
+        finally:  # a defect in the drain ends the clients too, and so does a program that cancels all its tasks
+            await _cancel(listener)
             self._listener.close()
             if self._clients:
                 await asyncio.wait(self._clients, timeout=LAST_STEPS)
             await _cancel(*self._clients, sweep)
         return Receipt.between(before, self.ledger.counters, present, self._loop.time() - began)
 
-    def _note_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
-            self._failed.set_result(error)
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """Note the failure of a task of the server itself. If the program has cancelled it, refuse new clients."""
+        if not task.cancelled():
+            if (error := task.exception()) is not None and not self._failed.done():
+                self._failed.set_result(error)
+        elif not self._is_stopping:
+            listener, sweep = self._tasks
+            if task is sweep:
+                listener.cancel()  # without the sweep, new clients would have no timeouts
+            else:
+                self._listener.close()  # otherwise new clients would wait in the backlog for ever
+                self.ledger.log.error("listener_cancelled", clients=self.clients)
 
     # Called by the listener task
 
