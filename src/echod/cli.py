@@ -131,6 +131,7 @@ def _probe(arguments: Sequence[str]) -> int:
 def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
     from echod.daemon import daemon, logs  # noqa: PLC0415
     from echod.net.listeners import ListenError  # noqa: PLC0415
+    from echod.settings.problems import SettingsError  # noqa: PLC0415
     from echod.threads import ThreadError  # noqa: PLC0415
 
     try:
@@ -144,6 +145,8 @@ def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], R
         return daemon.serve(resources, log, signals, load)
     except ListenError as error:
         return _fail(EXIT_UNAVAILABLE, error.problems)
+    except SettingsError as error:  # they do not fit the inherited sockets
+        return _fail(EXIT_CONFIG, error.problems)
     except Exception:
         log.logger.exception("crashed")
         return EXIT_FAILURE
