@@ -396,6 +396,17 @@ def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path)
         ]
 
 
+def test_many_sockets_of_the_wrong_kind(loop_name: str, parents: list[socket.socket]) -> None:
+    """More than three problems are one line, with their number and the first three."""
+    parents += [socket.socket() for _ in range(4)]
+    sockets = [*parents, listening(parents)]
+    (line,) = refusal(sockets, "a:b:c:d:e", "--loop", loop_name)
+    first = "; ".join(
+        f"inherited descriptor {n}, '{name}', does not listen" for n, name in ((3, "a"), (4, "b"), (5, "c"))
+    )
+    assert line == f"echod: LISTEN_FDS is 5, and 4 of these descriptors cannot be used, first: {first}"
+
+
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables for another process are ignored, and an invalid count is an error. The variables are removed."""
     monkeypatch.setenv("LISTEN_PID", "1")
