@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import signal
 import sys
@@ -14,8 +15,11 @@ TYPE_CHECKING = False  # importing typing would delay the signal handlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeVar
 
     from echod.settings.resources import Resources
+
+    T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -46,7 +50,7 @@ def main() -> int:
     from echod.settings import options, resources, sources  # noqa: PLC0415
     from echod.settings.problems import SettingsError  # noqa: PLC0415
 
-    command, file, values = options.parse(sys.argv[1:], echod.__version__)
+    command, file, values = _parse(lambda: options.parse(sys.argv[1:], echod.__version__))
     if command != "serve":
         signals.release()
     if file is None:
@@ -65,6 +69,21 @@ def main() -> int:
     except SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
     return _serve(loaded, signals, load) if command == "serve" else _report(loaded, command)
+
+
+def _parse(parse: Callable[[], T]) -> T:
+    """Parse the command line. Help and version are written here, because argparse hides the failure of a write.
+
+    Raises:
+        SystemExit: with 2 if the command line cannot be parsed. After help or version with 0, or with 1 if it could not be
+            written.
+
+    """
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            return parse()
+        except SystemExit as end:
+            raise SystemExit(end.code or _print(text.getvalue())) from None
 
 
 def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Resources:
@@ -105,13 +124,13 @@ def _fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _probe(arguments: Sequence[str]) -> int:
+def _probe(command_line: Sequence[str]) -> int:
     try:
         # Nothing else is imported: a health check runs this command every few seconds.
-        from echod.probe import command  # noqa: PLC0415
+        from echod.probe import arguments, command  # noqa: PLC0415
         from echod.probe.model import Outcome  # noqa: PLC0415
 
-        outcome, text, problem = command.run(arguments)
+        outcome, text, problem = command.run(_parse(lambda: arguments.parse(command_line)))
     except KeyboardInterrupt:
         return _SIGNALLED + signal.SIGINT
     if problem:
@@ -131,6 +150,7 @@ def _probe(arguments: Sequence[str]) -> int:
 def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
     from echod.daemon import daemon, logs  # noqa: PLC0415
     from echod.net.listeners import ListenError  # noqa: PLC0415
+    from echod.settings.problems import SettingsError  # noqa: PLC0415
     from echod.threads import ThreadError  # noqa: PLC0415
 
     try:
@@ -144,6 +164,8 @@ def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], R
         return daemon.serve(resources, log, signals, load)
     except ListenError as error:
         return _fail(EXIT_UNAVAILABLE, error.problems)
+    except SettingsError as error:  # they do not fit the inherited sockets
+        return _fail(EXIT_CONFIG, error.problems)
     except Exception:
         log.logger.exception("crashed")
         return EXIT_FAILURE

@@ -99,6 +99,27 @@ def test_two_names(start: Start) -> None:
         assert received(sock).split()[1] in {b"400", b"421"}
 
 
+def test_host_in_the_target(start: Start) -> None:
+    """The authority of a target in absolute form is checked instead of the Host header (RFC 9112, section 3.2.2)."""
+    cases = [
+        ("http://elsewhere.example/livez", "localhost", 421),
+        ("HTTP://elsewhere.example:80/livez", "localhost", 421),
+        ("http://elsewhere.example?x=1", "localhost", 421),
+        ("http://localhost@elsewhere.example/livez", "localhost", 421),
+        ("ftp://elsewhere.example/livez", "localhost", 421),
+        ("http://localhost/livez", "elsewhere.example", 200),
+        ("http://127.0.0.1:1/livez", "localhost", 200),
+        ("http://[::1]/livez", "localhost", 200),
+        ("/livez?http://elsewhere.example/", "localhost", 200),
+        ("//elsewhere.example/livez", "localhost", 404),
+    ]
+    daemon = start(*WATCHED)
+    for target, host, code in cases:
+        with caller(daemon) as sock:
+            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            assert int(received(sock).split()[1]) == code, target
+
+
 HEAD = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Empty:\r\nX: a\t\xe9\r\nConnection: close\r\n\r\n"
 
 

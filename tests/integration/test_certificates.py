@@ -17,7 +17,7 @@ import pytest
 import structlog
 from cryptography import x509 as made
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
@@ -29,7 +29,7 @@ from harness import PATIENCE, run
 from watching import WATCHED, scrape, status
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from harness import Command, Daemon, Start
@@ -547,14 +547,108 @@ def test_certificate_that_only_openssl_can_read(command: Command, tmp_path: Path
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
     der = root.certificate.public_bytes(serialization.Encoding.DER)
     timeless = ssl.DER_cert_to_PEM_cert(der.replace(b"Z\x17", b"X\x17")).encode()
-    revoked = (
-        made.CertificateRevocationListBuilder(root.name, NOW, NOW + DAY)
-        .sign(root.key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
-    for data, text in ((timeless, "is not a time"), (revoked, "there is no certificate")):
+    line = root.pem.count(b"\n") + 1
+    for data, text in (
+        (root.pem + timeless, f": the CERTIFICATE in line {line} cannot be decoded: b'"),
+        (revocation_list(root), " holds no certificate in PEM form"),
+    ):
         clients = write(tmp_path / "clients.pem", data)
         result = command("check", *options(file, client_ca=clients))
         assert result.returncode == 78
-        assert f"client_ca: '{clients}' holds a certificate that cannot be decoded: " in result.stderr
-        assert text in result.stderr
+        assert f"client_ca: '{clients}'{text}" in result.stderr
+
+
+def revocation_list(authority: Issued) -> bytes:
+    return (
+        made.CertificateRevocationListBuilder(authority.name, NOW, NOW + DAY)
+        .sign(authority.key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+
+
+def without_line(pem: bytes, number: int) -> bytes:
+    lines = pem.splitlines(keepends=True)
+    del lines[number]
+    return b"".join(lines)
+
+
+JUNK = b"-----BEGIN CERTIFICATE-----\nnot base64!\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda pem: without_line(pem, -1), "the CERTIFICATE in line {} has no line '-----END CERTIFICATE-----'"),
+        (lambda pem: without_line(pem, -1) + pem, "the CERTIFICATE in line {} has no line '-----END CERTIFICATE-----'"),
+        (lambda pem: without_line(pem, 2), "the CERTIFICATE in line {} cannot be decoded"),
+        (lambda pem: b"\xef\xbb\xbf" + without_line(pem, 2), "the CERTIFICATE in line {} cannot be decoded"),
+        (lambda pem: b"\r\n" + JUNK + pem, "the CERTIFICATE in line {next} cannot be decoded"),
+        (
+            lambda pem: without_line(pem.replace(b"CERTIFICATE", b"X509 CRL"), 2),
+            "the X509 CRL in line {} cannot be decoded",
+        ),
+    ],
+    ids=["cut", "cut-in-the-middle", "truncated", "byte-order-mark", "junk", "revocation-list"],
+)
+def test_damaged_block(
+    tmp_path: Path, authorities: Authorities, damage: Callable[[bytes], bytes], problem: str
+) -> None:
+    """The message names the block that OpenSSL cannot read, although a good certificate precedes it."""
+    server = localhost(authorities.root)
+    start = server.key_pem + server.pem
+    file = write(tmp_path / "server.pem", start, damage(authorities.root.pem))
+    line = start.count(b"\n") + 1
+    for files in ((file, file, ""), (write(tmp_path / "good.pem", start), file, file)):
+        with pytest.raises(CertificateError) as caught:
+            load(*files, "1.2")
+        assert str(caught.value) == f"'{file}': {problem.format(line, next=line + 1)}"
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (-1, "the PRIVATE KEY in line 1 has no line '-----END PRIVATE KEY-----'"),
+        (2, "the PRIVATE KEY in line 1 cannot be decoded"),
+    ],
+)
+def test_damaged_private_key(tmp_path: Path, authorities: Authorities, number: int, problem: str) -> None:
+    server = localhost(authorities.root)
+    certificate = write(tmp_path / "server.pem", server.pem)
+    key = write(tmp_path / "server.key", without_line(server.key_pem, number))
+    with pytest.raises(CertificateError) as caught:
+        load(certificate, key, "", "1.2")
+    assert str(caught.value) == f"'{key}': {problem}"
+
+
+def test_private_key_of_another_kind(tmp_path: Path, authorities: Authorities) -> None:
+    """A key for key exchange alone has no certificate."""
+    certificate = write(tmp_path / "server.pem", localhost(authorities.root).pem)
+    encoding = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key = write(tmp_path / "server.key", x25519.X25519PrivateKey.generate().private_bytes(*encoding))
+    with pytest.raises(CertificateError) as caught:
+        load(certificate, key, "", "1.2")
+    assert str(caught.value) == f"'{key}': the PRIVATE KEY in line 1 cannot be used"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+def test_byte_order_marks(start: Start, tmp_path: Path, authorities: Authorities, end: bytes) -> None:
+    """OpenSSL skips the mark of each file that was joined, so the certificate behind it is served and watched."""
+    root, intermediate = authorities
+    server = localhost(intermediate)
+    parts = (b"\xef\xbb\xbf" + each.pem.replace(b"\n", end) for each in (server, intermediate))
+    file = write(tmp_path / "server.pem", *parts)
+    key = write(tmp_path / "server.key", b"\xef\xbb\xbf" + server.key_pem)
+    used = load(file, key, file, "1.2").certificates
+    assert [each.certificate.subject for each in used] == ["CN=server", "CN=intermediate"] * 2
+    daemon = start(*options(file, key), listen=None)
+    with client_context(root, tmp_path).wrap_socket(daemon.connect(), server_hostname="localhost") as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+def test_revocation_list_beside_a_certificate(tmp_path: Path, authorities: Authorities) -> None:
+    """OpenSSL takes a file with a revocation list and a certificate."""
+    root = authorities.root
+    server = localhost(root)
+    file = write(tmp_path / "server.pem", server.key_pem, server.pem, revocation_list(root))
+    assert [each.certificate.subject for each in load(file, file, "", "1.2").certificates] == ["CN=server"]

@@ -131,8 +131,9 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_output_that_cannot_be_written() -> None:
     """A full standard output is one line and exit code 1. A full standard error does not change the exit code."""
-    result = shell('"$@" config >/dev/full')
-    assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n")
+    for command in ("config", "check", "--help", "--version", "probe --help"):
+        result = shell(f'"$@" {command} >/dev/full')
+        assert (result.returncode, result.stderr) == (1, "echod: standard output: No space left on device\n"), command
     assert shell('"$@" check --loop none 2>/dev/full').returncode == 78
 
 

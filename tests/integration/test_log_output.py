@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from harness import Event
 
+pytestmark = pytest.mark.once
+
 
 class Output:
     """A pipe or a socket for the standard output or standard error of a command."""

@@ -20,6 +20,8 @@ from harness import PATIENCE, receive, reset
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.once
+
 MPTCP = 262
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from certificates import Certificates
-    from harness import Start
+    from harness import Command, Start
+
+pytestmark = pytest.mark.once
 
 ONE_EACH = "[limits]\nmax_connections_per_client = 1\n"
 
@@ -285,6 +287,25 @@ def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
     logged.daemon.send_signal(signal.SIGHUP)
     logged.wait_for('"reload_failed"')
     assert logged.daemon.stop() == 0
+
+
+def test_log_that_has_become_a_pipe_without_a_reader(start: Start, command: Command, tmp_path: Path) -> None:
+    """A reload fails with the words of `check` until the FIFO has a reader. Lines still go to the open file."""
+    logged = Logged(start, tmp_path)
+    logged.log.rename(logged.rotated)
+    os.mkfifo(logged.log)
+    logged.daemon.send_signal(signal.SIGHUP)
+    until(lambda: logged.rotated.read_text().endswith("]}\n"))  # the end of both lines about a reload
+    lines = [json.loads(line) for line in logged.rotated.read_text().splitlines()][-2:]
+    assert [line["event"] for line in lines] == ["log_reopen_failed", "reload_failed"]
+    (problem,) = lines[-1]["problems"]
+    assert command("check", "--config", str(logged.config)).stderr == f"echod: {problem}\n"
+    reader = os.open(logged.log, os.O_RDONLY | os.O_NONBLOCK)
+    logged.daemon.send_signal(signal.SIGHUP)
+    read_until(reader, b'"reloaded"')
+    assert logged.daemon.stop() == 0
+    read_until(reader, b'"stopped"')
+    os.close(reader)
 
 
 def read_until(reader: int, text: bytes) -> None:

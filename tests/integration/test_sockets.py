@@ -331,8 +331,8 @@ def test_both_families_in_one_socket(loop_name: str, parents: list[socket.socket
         assert daemon.wait_for("client_closed")["peer"].startswith("127.0.0.1:")
 
 
-def refusal(sockets: list[Any], names: str, *arguments: str) -> list[str]:
-    """Return the lines of a command that refuses its inherited sockets with exit code 69."""
+def refusal(sockets: list[Any], names: str, *arguments: str, code: int = 69) -> list[str]:
+    """Return the lines of a command that refuses its inherited sockets with an exit code."""
     result = subprocess.run(
         [sys.executable, *module(sockets, names), *arguments],
         capture_output=True,
@@ -341,7 +341,7 @@ def refusal(sockets: list[Any], names: str, *arguments: str) -> list[str]:
         env=clean_environment(),
         pass_fds=[sock.fileno() for sock in sockets],
     )
-    assert result.returncode == 69
+    assert result.returncode == code
     return result.stderr.splitlines()
 
 
@@ -361,6 +361,30 @@ def test_names_that_do_not_match(parents: list[socket.socket]) -> None:
     assert (failed.returncode, failed.stderr) == (69, message)
 
 
+CALLED_ADMIN = (
+    "admin.address: the admin listener is named 'admin', and so is an inherited socket: give the socket another name "
+    "(FileDescriptorName=), or add an address to listen on"
+)
+
+
+def test_inherited_socket_named_admin(loop_name: str, parents: list[socket.socket], tmp_path: Path) -> None:
+    """A start and a reload with an admin listener refuse to serve an inherited socket of the same name."""
+    sockets = [listening(parents), listening(parents)]
+    watched = ("--admin.address", "127.0.0.1:0")
+    lines = refusal(sockets, "web:admin", "--loop", loop_name, *watched, code=78)
+    assert lines == [f"echod: --admin.address: {CALLED_ADMIN}"]
+    with hand_over(sockets, "web:admin", *watched, "--listen", "systemd:web", loop_name=loop_name) as daemon:
+        assert daemon.wait_for("inherited_socket_unused")["name"] == "admin"
+        daemon.wait_for("listening", listener="admin")
+    config = tmp_path / "echo.toml"
+    config.touch()
+    with hand_over(sockets, "web:admin", "--config", str(config), loop_name=loop_name) as daemon:
+        config.write_text('admin.address = "127.0.0.1:0"\n')
+        daemon.send_signal(signal.SIGHUP)
+        assert daemon.wait_for("reload_failed")["problems"] == [f"{config}: {CALLED_ADMIN}"]
+        assert daemon.stop() == 0
+
+
 def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path) -> None:
     """Each descriptor that is not a listening stream socket is reported by its number and name."""
     parents += [socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()]
@@ -370,6 +394,17 @@ def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path)
             "echod: inherited descriptor 4, 'deaf', does not listen",
             "echod: inherited descriptor 5, 'file': Socket operation on non-socket",
         ]
+
+
+def test_many_sockets_of_the_wrong_kind(loop_name: str, parents: list[socket.socket]) -> None:
+    """More than three problems are one line, with their number and the first three."""
+    parents += [socket.socket() for _ in range(4)]
+    sockets = [*parents, listening(parents)]
+    (line,) = refusal(sockets, "a:b:c:d:e", "--loop", loop_name)
+    first = "; ".join(
+        f"inherited descriptor {n}, '{name}', does not listen" for n, name in ((3, "a"), (4, "b"), (5, "c"))
+    )
+    assert line == f"echod: LISTEN_FDS is 5, and 4 of these descriptors cannot be used, first: {first}"
 
 
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:

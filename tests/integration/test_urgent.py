@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Daemon, Start
 
+pytestmark = pytest.mark.once
+
 # In Linux the last byte of the write is the urgent one. RFC 793 defines it differently.
 PARTS = ((b"ab", 0), (b"CD", socket.MSG_OOB), (b"ef", 0), (b"g", socket.MSG_OOB), (b"\n", 0))
 WHOLE = b"abCDefg\n"

@@ -166,8 +166,8 @@ class Admin:
     async def _respond(self, request: web.BaseRequest) -> web.Response:
         if request.method not in {"GET", "HEAD"}:
             return _response(405, "only GET and HEAD are answered here\n", {"Allow": "GET, HEAD"})
-        if not all(map(self._host_check.allows, request.headers.getall("Host", ()))):
-            return _response(421, "the Host header is not a name of this address: use an IP address, or localhost\n")
+        if not self._host_check.allows_request(request.raw_path, request.headers.getall("Host", ())):
+            return _response(421, "the host is not a name of this address: use an IP address, or localhost\n")
         route = self._routes.get(request.path)
         return await route() if route is not None else _response(404, f"not found: use {' '.join(self._routes)}\n")
 

@@ -63,6 +63,7 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
 
     Raises:
         ListenError: an address cannot be opened; none is open then.
+        SettingsError: the settings do not fit the inherited sockets; no address is open then.
 
     """
     for variable in resources.config.unknown_variables:
@@ -250,8 +251,8 @@ class Daemon:
         """Put other settings in force as a whole.
 
         Raises:
-            SettingsError: as take_fallible_steps; nothing has changed.
-            ThreadError: likewise.
+            SettingsError: as Plan.derive and take_fallible_steps; nothing has changed.
+            ThreadError: as take_fallible_steps; nothing has changed.
 
         """
         before, plan = self._plan, Plan.derive(resources, self._inherited)

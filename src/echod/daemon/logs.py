@@ -116,6 +116,7 @@ class Log:
         self.logger: FilteringBoundLogger
         self._retired: list[LogWriter] = []
         self._lost_before = 0
+        self._reopen_failed = False
         self._target = _Target(_open(settings.file))
         self._configure(settings)
         self._bridge = _Bridge(self)
@@ -129,17 +130,21 @@ class Log:
 
         """
         if self.settings.file != "-":
-            self._retarget(self.settings)
+            try:
+                self._retarget(self.settings)
+            except OSError:
+                self._reopen_failed = True
+                raise
 
     def change(self, settings: LogSettings) -> None:
-        """Apply other settings: replace `logger`, and open the file if it is a different one.
+        """Apply other settings: replace `logger`. Open the file if it is a different one, or could not be reopened.
 
         Raises:
             OSError: the file cannot be opened for appending. Nothing has changed.
             ThreadError: the writer thread cannot be started. Nothing has changed.
 
         """
-        if settings.file != self.settings.file:
+        if settings.file != self.settings.file or self._reopen_failed:
             self._retarget(settings)
         else:
             self._configure(settings)
@@ -156,6 +161,7 @@ class Log:
             self._lost_before += before.lost
             before.end()
             self._retired = [*(writer for writer in self._retired if not writer.ended), before]
+        self._reopen_failed = False
         self._configure(settings)
 
     def _configure(self, settings: LogSettings) -> None:

@@ -9,6 +9,7 @@ from echod.net import addresses
 from echod.net.listeners import ListenerSpec
 from echod.server.settings import ServerSettings
 from echod.settings.model import ListenerSettings, changes
+from echod.settings.problems import Problem, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -31,7 +32,12 @@ class Plan(NamedTuple):
 
     @classmethod
     def derive(cls, resources: Resources, inherited: Collection[str]) -> Self:
-        """Return the plan for settings and the names of the inherited sockets."""
+        """Return the plan for settings and the names of the inherited sockets.
+
+        Raises:
+            SettingsError: an inherited socket has the name of the admin listener.
+
+        """
         return cls(resources, _listeners(resources.config, inherited))
 
     @property
@@ -69,6 +75,12 @@ class Plan(NamedTuple):
 def _listeners(config: Config, inherited: Collection[str]) -> Mapping[str, ListenerSettings]:
     """Return every listener by name. Inherited sockets are the listeners if the settings contain no address."""
     if inherited and ("listen",) not in config.origins and not config.settings.listeners:
+        if config.settings.admin.address and ADMIN in inherited:
+            message = (
+                f"the admin listener is named {ADMIN!r}, and so is an inherited socket: give the socket another name "
+                "(FileDescriptorName=), or add an address to listen on"
+            )
+            raise SettingsError([Problem(config.origins["admin", "address"], "admin.address", message)])
         return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
     return config.settings.all_listeners()
 

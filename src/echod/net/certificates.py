@@ -176,17 +176,30 @@ def _blamed(key: str, file: str) -> Iterator[None]:
 def _trust(context: ssl.SSLContext, key: str, file: str, data: bytes) -> list[x509.Certificate]:
     """Trust each certificate in the data, also one that is not self-signed, and return their fields."""
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    with _blamed(key, file), pem.named(data) as name:
+    missing = f"{file!r} holds no certificate in PEM form"
+    blocks = list(pem.blocks(data))
+    failure: ssl.SSLError | None = None
+    with _blamed(key, file):
         try:
-            context.load_verify_locations(name)
+            with pem.named(data) as name:
+                context.load_verify_locations(name)
         except ssl.SSLError as error:
-            message = f"{file!r} holds no certificate in PEM form"
+            failure = error
+        # OpenSSL may read a block without an end, and then ignores the next block.
+        if failure is not None or not all(block.is_complete for block in blocks):
+            problems = ((block, block.problem()) for block in blocks)
+            bad = next((f"{file!r}: {block} {problem}" for block, problem in problems if problem), missing)
+            raise CertificateError(bad, key) from failure
+    certificates: list[x509.Certificate] = []
+    for block in blocks:
+        try:
+            certificates += x509.read(block.data)
+        except ValueError as error:
+            message = f"{file!r}: {block} cannot be decoded: {error}"
             raise CertificateError(message, key) from error
-    try:
-        return x509.read(data)
-    except ValueError as error:
-        message = f"{file!r} holds a certificate that cannot be decoded: {error}"
-        raise CertificateError(message, key) from error
+    if not certificates:
+        raise CertificateError(missing, key)
+    return certificates
 
 
 def _load_chain(
@@ -213,7 +226,9 @@ def _load_chain(
                 message = f"{certificate!r}: {openssl.explain(error)} for OpenSSL's security level"
                 raise CertificateError(message, "certificate") from error
             else:
-                message = f"{private_key!r} holds no private key in PEM form"
+                keys = (block for block in pem.blocks(key_data) if block.label.endswith("PRIVATE KEY"))
+                bad = next((f"{private_key!r}: {key} {key.problem() or 'cannot be used'}" for key in keys), None)
+                message = bad or f"{private_key!r} holds no private key in PEM form"
             raise CertificateError(message, "private_key") from error
 
 

@@ -11,6 +11,9 @@ from echod.net.listeners import ListenError
 # SD_LISTEN_FDS_START of sd_listen_fds(3).
 _FIRST_DESCRIPTOR = 3
 
+# More problems than these are counted in one line.
+_LISTED_PROBLEMS = 3
+
 
 def inherit() -> dict[str, list[socket.socket]]:
     """Return the inherited sockets by name, as sd_listen_fds_with_names(3) does.
@@ -36,6 +39,9 @@ def inherit() -> dict[str, list[socket.socket]]:
             sockets.setdefault(label, []).append(_take_over(descriptor, label))
         except ListenError as error:
             problems += error.problems
+    if len(problems) > _LISTED_PROBLEMS:
+        first = "; ".join(problems[:_LISTED_PROBLEMS])
+        problems = [f"LISTEN_FDS is {count}, and {len(problems)} of these descriptors cannot be used, first: {first}"]
     if problems:
         raise ListenError(problems)
     return sockets

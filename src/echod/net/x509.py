@@ -69,14 +69,10 @@ def read(data: bytes) -> list[Certificate]:
     """Return the certificates in PEM data, in the order of the file. OpenSSL must have loaded the data before.
 
     Raises:
-        ValueError: there is none, or one does not follow RFC 5280.
+        ValueError: one does not follow RFC 5280.
 
     """
-    found = [_parse(binascii.a2b_base64(block)) for block in _PEM.findall(data.replace(b"\r", b""))]
-    if not found:
-        msg = "there is no certificate"
-        raise ValueError(msg)
-    return found
+    return [_parse(binascii.a2b_base64(block)) for block in _PEM.findall(data.replace(b"\r", b""))]
 
 
 def subject(certificate: Mapping[str, Any]) -> str:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echod.probe import arguments, check
+from echod.probe import check
 from echod.probe.model import Outcome, ProbeResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from echod.probe.model import ProbeOptions
 
 # The packages of the extra `probe`, by the module that is imported.
 _EXTRA = {"rich": "rich", "hdrh": "hdrhistogram"}
 
 
-def run(command_line: Sequence[str]) -> ProbeResult:
-    """Run the probe.
-
-    Args:
-        command_line: the arguments after `probe`.
-
-    Raises:
-        SystemExit: with code 2 for a usage error, with 0 after --help.
-
-    """
-    options = arguments.parse(command_line)
+def run(options: ProbeOptions) -> ProbeResult:
+    """Run the probe."""
     if not options.measure:
         return check.run(options)
     try:
