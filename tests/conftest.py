@@ -16,6 +16,7 @@ from certificates import Certificates
 from echod import cli
 from echod.daemon.signals import HANDLED
 from harness import Daemon, clean_environment
+from issuing import Authorities, Issued, named
 from pairs import runner
 
 if TYPE_CHECKING:
@@ -124,3 +125,9 @@ def write(tmp_path: Path) -> Write:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def authorities() -> Authorities:
+    root = Issued(named("root"), ca=True)
+    return Authorities(root, Issued(named("intermediate"), root, ca=True))
