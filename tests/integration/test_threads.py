@@ -63,6 +63,13 @@ def test_start(loop_name: str) -> None:
     assert result.returncode == 1
 
 
+def test_start_reads_the_settings_itself(loop_name: str) -> None:
+    """Start without the thread that would read the settings."""
+    with Daemon("--loop", loop_name, module=refusing(settings="-")) as daemon:
+        daemon.echo(b"x")
+        assert daemon.stop() == 0
+
+
 def test_another_log(loop_name: str, tmp_path: Path) -> None:
     """Change nothing and leak no descriptor if a reload gets no thread for another log."""
     config, log = tmp_path / "echo.toml", tmp_path / "log"
