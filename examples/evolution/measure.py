@@ -1,6 +1,6 @@
 """Measure the six steps and echod, and write the table in docs/evolution.md and the picture docs/evolution.svg.
 
-    PYTHONPATH=tests python examples/evolution/measure.py [ROUNDS]
+    PYTHONPATH=tests/support python examples/evolution/measure.py [ROUNDS]
 
 Each round measures all servers, and each scene gets a fresh process. The figures are the medians of all rounds.
 A scene with times is repeated if other processes used the CPU meanwhile. They change how much work a server finds at each
