@@ -17,6 +17,9 @@ T = TypeVar("T")
 # Seconds between two looks at `stopped`.
 _PATIENCE = 0.1
 
+# Seconds that a function which may never return gets to end after the stop.
+_GRACE = 3.0
+
 
 class ThreadError(Exception):
     """A thread could not be started."""
@@ -79,10 +82,10 @@ def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
     Args:
         work: the function; it may never return.
         name: of the thread.
-        stopped: called every 100 ms; True ends the wait.
+        stopped: called every 100 ms. After the first True, the function has three more seconds.
 
     Raises:
-        InterruptedError: `stopped` returned True.
+        InterruptedError: `stopped` returned True, and the function did not return in time.
         ThreadError: as `start`.
 
     """
@@ -100,8 +103,11 @@ def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
             outcomes.append(lambda: result)
 
     thread = start(run, name)
+    looks = round(_GRACE / _PATIENCE)
     while thread.is_alive():
         if stopped():
-            raise InterruptedError
+            if not looks:
+                raise InterruptedError
+            looks -= 1
         thread.join(_PATIENCE)
     return outcomes[0]()

@@ -199,6 +199,22 @@ def test_defect_in_a_task_of_the_server(loop_name: str, monkeypatch: pytest.Monk
     serving(loop_name, scene, idle_timeout=0.04)
 
 
+def test_first_defect_is_kept(loop_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the first exception if the other task of the server fails too."""
+
+    async def scene(server: Server, listening: Unsteady) -> None:
+        monkeypatch.setattr(Sweep, "sweep", defect)
+        failure = await server.wait_failed()
+        listening.broken = True
+        with socket.create_connection(listening.getsockname()):
+            await until(server._tasks[0].done)
+            listening.broken = False
+            await server.shutdown()
+        assert server.failure is failure
+
+    serving(loop_name, scene, idle_timeout=0.04)
+
+
 def defect(*_: object) -> None:
     """Fail as a defect would."""
     raise ArithmeticError
