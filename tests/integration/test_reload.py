@@ -81,8 +81,7 @@ tls = {{ certificate = "{options[3]}", private_key = "{options[5]}" }}
                 open_before = descriptors(daemon)
         until(lambda: descriptors(daemon) <= open_before)
         for peer in crowd.peers:
-            peer.total = peer.sent
-            peer.sock.shutdown(socket.SHUT_WR)
+            peer.stop()
         crowd.finish()
         assert [(peer.end, peer.received, peer.wrong) for peer in crowd.peers] == [
             ("eof", peer.total, False) for peer in crowd.peers

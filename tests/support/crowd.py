@@ -71,6 +71,12 @@ class Peer:
         if self.sent == self.total and self.half_close:
             self.sock.shutdown(socket.SHUT_WR)
 
+    def stop(self) -> None:
+        """Half-close after the write in progress. OpenSSL may have sent some of its records."""
+        self.total = self.sent + self._size
+        if not self._size:
+            self.sock.shutdown(socket.SHUT_WR)
+
     def read(self) -> None:
         try:
             data = self.sock.recv(_LARGEST)
