@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.probe import units
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, echo
 from probing import REFUSED, measure
@@ -90,31 +89,6 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
     assert usage == "usage: echod probe TARGET [options]\n"
     assert error.startswith("echod probe: error: ")
     assert message in error
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1", 1), ("512B", 512), ("1.5 KiB", 1536), ("64kib", 65536), ("2kB", 2000), ("1MB", 10**6), ("3GiB", 3 * 2**30)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert units.parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "KiB", "-1", "1e3", "1 KiBB", "0x10", "\u0661"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size: write bytes, or for example 64KiB"):
-        units.parse_size(text)
-
-
-def test_figures_as_text() -> None:
-    counts = [0, 999, 999.6, 1000, 123_456, 2.5e9, 3e15]
-    assert [units.bytes_text(count) for count in counts] == [
-        *("0 B", "999 B", "1 kB", "1 kB", "123 kB", "2.5 GB", "3e+03 TB"),
-    ]
-    times = [1e-7, 0.00099949, 0.0009996, 0.25, 0.9996, 12.34, 1234.5]
-    assert [units.seconds_text(seconds) for seconds in times] == [
-        *("0.1 µs", "999 µs", "1 ms", "250 ms", "1 s", "12.3 s", "1,234 s"),
-    ]
 
 
 HIDE = """

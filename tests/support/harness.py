@@ -26,6 +26,9 @@ Event = dict[str, Any]
 # The longest wait for a single event, in seconds. It bounds failures; no test depends on its length.
 PATIENCE = 30.0
 
+# The address of clients of `Daemon.echo`.
+ECHO_ADDRESS = "127.0.0.2"
+
 # Options for a stop in which no client is closed as quiet or cut off, even on a busy machine.
 UNHURRIED = ("--shutdown.quiet-period", "60", "--shutdown.drain-timeout", "60")
 
@@ -147,10 +150,14 @@ class Daemon:
                 return True
         return False
 
-    def connect(self, timeout: float | None = PATIENCE, receive_buffer: int | None = None) -> socket.socket:
+    def connect(
+        self, timeout: float | None = PATIENCE, receive_buffer: int | None = None, source: str = ""
+    ) -> socket.socket:
         """Return a connected client."""
         host, port = self.address
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if source:
+            sock.bind((source, 0))
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.settimeout(timeout)
@@ -163,15 +170,20 @@ class Daemon:
 
     def echo(self, message: bytes) -> None:
         """Connect, send a message, receive its echo, and close."""
-        with self.connect() as client:
+        # The kernel may give this client the port of a peer that is closed, so it has another address.
+        source = ECHO_ADDRESS if self.address[0].startswith("127.") else ""
+        with self.connect(source=source) as client:
             client.sendall(message)
             assert receive(client, len(message)) == message
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
 
     def ledger(self) -> dict[int, Event]:
-        """Return the `client_closed` events so far by the client's port."""
-        return {int(line["peer"].rpartition(":")[2]): line for line in self.all("client_closed")}
+        """Return the `client_closed` events so far by the client's port, except those of `echo`."""
+        lines = [line for line in self.all("client_closed") if not line["peer"].startswith(ECHO_ADDRESS)]
+        ledger = {int(line["peer"].rpartition(":")[2]): line for line in lines}
+        assert len(ledger) == len(lines), "a port was used twice"
+        return ledger
 
     def receipt(self) -> Event:
         """Return the receipt of the drain, after checking that it counts each client once."""

@@ -278,7 +278,7 @@ def _seed(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    from echod.probe import units  # noqa: PLC0415  (a quick check does not need it)
+    from echod import units  # noqa: PLC0415  (a quick check does not need it)
 
     try:
         size = units.parse_size(text)

@@ -6,7 +6,7 @@ import html
 import math
 from typing import TYPE_CHECKING
 
-from echod.probe.units import seconds_text
+from echod.units import seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

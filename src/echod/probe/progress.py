@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 
-from echod.probe.units import bytes_text, seconds_text
+from echod.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from echod.probe import plot
 from echod.probe.model import Outcome, ProbeResult
-from echod.probe.units import bytes_text, seconds_text
+from echod.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,17 +1,25 @@
-"""Parse and format sizes and times for people."""
+"""Parse and format sizes and durations."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _DECIMAL = ("B", "kB", "MB", "GB", "TB")
 _SIZES = {"": 1} | {name.lower(): 1000**power for power, name in enumerate(_DECIMAL)}
 _SIZES |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-z]*)", re.ASCII | re.IGNORECASE)
+_SIZES |= {"k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,9})?"
+_SIZE = re.compile(rf"({_NUMBER})\s*([a-z]*)", re.ASCII | re.IGNORECASE)
+
+_SECONDS = {"h": Fraction(3600), "m": Fraction(60), "s": Fraction(1), "ms": Fraction(1, 1000), "us": Fraction(1, 10**6)}
+_DURATION = re.compile(rf"({_NUMBER})(h|ms|m|us|s)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes in a size such as 512, 64KiB or 1.5MB.
+    """Return the number of bytes in a size such as 512, 64KiB, 64k or 1.5MB.
+
+    Units with an i are powers of 1024. All others are powers of 1000, whether they are written as k, kB or K.
 
     Raises:
         ValueError: the text is not a size.
@@ -22,6 +30,22 @@ def parse_size(text: str) -> int:
         msg = f"{text!r} is not a size: write bytes, or for example 64KiB"
         raise ValueError(msg)
     return int(float(match[1]) * _SIZES[match[2].lower()])
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds in a duration such as 250ms, 10s, 5m, 1h or 1h30m. A number without a unit is in seconds.
+
+    Raises:
+        ValueError: the text is not a duration.
+
+    """
+    if re.fullmatch(_NUMBER, text):
+        return float(text)
+    parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        msg = f"{text!r} is not a duration: write seconds, or for example 250ms, 10s, 5m or 1h"
+        raise ValueError(msg)
+    return float(sum(Fraction(number) * _SECONDS[unit] for number, unit in parts))
 
 
 def bytes_text(count: float) -> str:
