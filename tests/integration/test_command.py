@@ -53,7 +53,7 @@ def test_check(tmp_path: Path) -> None:
     result = run("check", "--config", str(path))
     assert (result.returncode, result.stdout) == (78, "")
     assert result.stderr.splitlines() == [
-        f"echod: {path}: limits.backlog: should be greater than or equal to 1, not 0",
+        f"echod: {path}: limits.backlog: should be at least 1, not 0",
         f"echod: {path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     path.write_text("[limits]\nidle_timeout = 3\n")

@@ -351,7 +351,7 @@ MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
         "tlss=True, lop=1",
         ["tlss: unknown option; did you mean 'tls'?", "lop: unknown option; did you mean 'loop'?"],
     ),
-    "loop": ("loop='uvlop'", ["loop: should be 'auto', 'uvloop' or 'asyncio', not 'uvlop'"]),
+    "loop": ("loop='uvlop'", ['loop: should be "auto", "uvloop" or "asyncio", not "uvlop"']),
     "key": (
         "limits={'idl_timeout': 1}, shutdown={'quiet_perod': 1}, fault={'trigger': 'x', 'actoin': 'raise'}",
         [

@@ -167,7 +167,7 @@ tls = {{ certificate = "{certificates.ca}", private_key = "{certificates.key}" }
 """
     problems = file.reload(daemon, text, "reload_failed")["problems"]
     assert problems == [
-        f"{file.path}: limits.backlog: should be greater than or equal to 1, not 0",
+        f"{file.path}: limits.backlog: should be at least 1, not 0",
         f"{file.path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     text = text.replace("idle_timout", "idle_timeout").replace("backlog = 0", "backlog = 1")

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -19,6 +19,7 @@ from echod.settings.types import (
     Address,
     Addresses,
     AdminAddress,
+    AnyCase,
     Count,
     FileName,
     Key,
@@ -113,14 +114,16 @@ class ShutdownSettings(_Section):
 class LogSettings(_Section):
     """Level, format and destination of the log."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    format: Literal["auto", "console", "json", "logfmt"] = Field(
+    level: Annotated[Literal["debug", "info", "warning", "error"], AnyCase] = Field(
+        "info", description="Lowest level that is logged."
+    )
+    format: Annotated[Literal["auto", "console", "json", "logfmt"], AnyCase] = Field(
         "auto", description="Format of a line. auto: console on a terminal, otherwise json."
     )
     file: FileName = Field(
         "-", description='File that lines are appended to. "-": standard error. "/dev/stdout": standard output.'
     )
-    connections: Literal["all", "nonempty", "failed", "none"] = Field(
+    connections: Annotated[Literal["all", "nonempty", "failed", "none"], AnyCase] = Field(
         "nonempty",
         description="Closed connections that are logged. nonempty: those that sent a byte. failed: those that did not "
         "end well.",
@@ -155,7 +158,10 @@ class FaultSettings(_Section):
         None, description="Random seed. Set it to make runs repeatable. Without it, each run differs."
     )
     action: (
-        Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
+        Annotated[
+            Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"],
+            AnyCase,
+        ]
         | None
     ) = Field(
         None,
@@ -228,12 +234,12 @@ class ListenerSettings(_Section):
     """A named listener with settings of its own."""
 
     address: Address = Field(description=f"Address to listen on: {addresses.FORMS}.")
-    mode: Literal["stream", "line", "info"] = Field(
+    mode: Annotated[Literal["stream", "line", "info"], AnyCase] = Field(
         "stream",
         description="stream: echo every byte at once. line: echo whole lines, and an unfinished line at the end. info: "
         "send one JSON object that describes the connection, then close.",
     )
-    proxy_protocol: Literal["off", "require"] = Field(
+    proxy_protocol: Annotated[Literal["off", "require"], AnyCase] = Field(
         "off", description="require: every client starts with a PROXY header of version 1 or 2."
     )
     proxy_trusted: Networks = Field(
@@ -281,7 +287,7 @@ class ListenerSettings(_Section):
 class Settings(_Section):
     """All settings of the daemon."""
 
-    loop: Literal["auto", "uvloop", "asyncio"] = Field(
+    loop: Annotated[Literal["auto", "uvloop", "asyncio"], AnyCase] = Field(
         "auto", description="Event loop. auto: uvloop if it is installed, otherwise asyncio."
     )
     listen: Addresses = Field(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
+from echod.settings import toml
 from echod.settings.model import Settings, has_named_tables, section
 from echod.text import hint, printable
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
     from echod.settings.types import Key
+
+
+# By the types of Pydantic's errors.
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    "finite_number": "should be a finite number",
+    "string_type": "should be text",
+    "string_unicode": "should be UTF-8 text",
+    "tuple_type": "should be a list",
+}
 
 
 class Problem(NamedTuple):
@@ -73,15 +85,22 @@ def _problem(details: ErrorDetails, origins: Mapping[Key, str]) -> Problem:
             message = "should be a table"
         case "value_error":  # the message names the value
             message = details["msg"].removeprefix("Value error, ")
-        case "tuple_type":
-            message = f"should be a list, not {details['input']!r}"
-        case "byte_size" | "byte_size_unit":
-            message = f"should be bytes, or a size like '64KiB', not {details['input']!r}"
-        case _:
-            # After the comma, Pydantic explains its own parsing.
-            text = details["msg"].removeprefix("Input ").removeprefix("String ").partition(", unable")[0]
-            message = f"{text}, not {details['input']!r}"
+        case kind:
+            message = f"{_EXPECTED.get(kind) or _expected(details['msg'])}, not {_shown(details['input'])}"
     return Problem(_origin(key, origins), ".".join(key), message)
+
+
+def _expected(message: str) -> str:
+    """Return the requirement of one of Pydantic's messages, with choices as TOML writes them."""
+    return message.removeprefix("Input ").removeprefix("String ").replace("'", '"')
+
+
+def _shown(value: object) -> str:
+    """Return a value as TOML writes it."""
+    try:
+        return toml.value(value)
+    except TypeError:  # an object from Python
+        return repr(value)
 
 
 def _origin(key: Key, origins: Mapping[Key, str]) -> str:
