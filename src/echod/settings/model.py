@@ -23,6 +23,7 @@ from echod.settings.types import (
     Count,
     FileName,
     Key,
+    Location,
     Networks,
     Number,
     Permissions,
@@ -316,7 +317,7 @@ class Settings(_Section):
         if values.get("listeners"):
             values = {"listen": (), **values}
         errors: list[ErrorDetails] = []
-        wrong: set[tuple[int | str, ...]] = set()
+        wrong: set[Location] = set()
         try:
             settings = handler(values)
         except ValidationError as error:
@@ -334,7 +335,7 @@ class Settings(_Section):
             yield Conflict(("listen",), message, (("listen",), ("listeners",)))
         for name, fault in self.faults.items():
             yield from (conflict.within("faults", name) for conflict in fault.conflicts())
-        places: list[tuple[Key, str]] = [(("listen",), text) for text in self.listen]
+        places: list[tuple[Location, str]] = [(("listen", index), text) for index, text in enumerate(self.listen)]
         places += [(("listeners", name, "address"), listener.address) for name, listener in self.listeners.items()]
         places.append((("admin", "address"), self.admin.address))
         yield from repeated((key, text) for key, text in places if text)
@@ -358,15 +359,18 @@ class Config(NamedTuple):
 
     settings: Settings
     origins: Mapping[Key, str]
-    """The file, variable or option of each value that is not a default."""
-    unknown_variables: tuple[str, ...]
-    """`ECHOD_` variables that name no setting, such as those of Kubernetes for a service called echod."""
+    """The file and its line, the variable or the option of each value that is not a default."""
+    unknown_variables: Mapping[str, str]
+    """`ECHOD_` variables that name no setting, such as those of Kubernetes for a service called echod.
+
+    For each, the variable that was probably meant; empty if none is similar.
+    """
 
 
-def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
+def _valid_part(values: Mapping[str, Any], locations: Iterable[Location]) -> dict[str, Any]:
     """Return the valid values that may conflict with each other.
 
-    A named table remains even if nothing in it is valid. A listener without a valid address gets one without conflicts.
+    A named table remains even if nothing in it is valid. An invalid address is replaced by one without conflicts.
 
     Args:
         values: tables of tables.
@@ -384,7 +388,10 @@ def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, 
 
     listen: Any = () if ("listen",) in wrong else split(values.get("listen", Settings.model_fields["listen"].default))
     return {
-        "listen": [address for index, address in enumerate(listen) if ("listen", index) not in wrong],
+        "listen": [
+            f"unix:@invalid address {index}" if ("listen", index) in wrong else address
+            for index, address in enumerate(listen)
+        ],
         "admin": valid_keys(values.get("admin", {}), "admin"),
         "faults": valid_tables("faults"),
         "listeners": {name: {"address": ":0"} | table for name, table in valid_tables("listeners").items()},

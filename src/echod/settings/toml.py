@@ -42,11 +42,16 @@ def value(setting: object) -> str:
         case date() | time():
             return setting.isoformat()
         case dict():
-            return f"{{{', '.join(f'{_key(name)} = {value(item)}' for name, item in setting.items())}}}"
+            return f"{{{', '.join(f'{key_part(name)} = {value(item)}' for name, item in setting.items())}}}"
         case list() | tuple():
             return f"[{', '.join(value(item) for item in setting)}]"
         case _:
             raise TypeError(type(setting).__name__)
+
+
+def key_part(name: str) -> str:
+    """Return a part of a key as TOML writes it."""
+    return name if _BARE_KEY.fullmatch(name) else _string(name)
 
 
 def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
@@ -57,16 +62,12 @@ def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[
             continue  # TOML has no null
         if isinstance(item, BaseModel | dict):
             if not isinstance(item, dict):
-                yield f"\n[{'.'.join(map(_key, key))}]"
+                yield f"\n[{'.'.join(map(key_part, key))}]"
             yield from _table(item, key, origins)
         else:
-            yield f"{_key(name)} = {value(item)}  # {printable(origins.get(key, 'default'))}"
+            yield f"{key_part(name)} = {value(item)}  # {printable(origins.get(key, 'default'))}"
 
 
 def _string(text: str | bool) -> str:  # noqa: FBT001  (a value, as text is)
     # JSON's escapes are valid in TOML. JSON leaves DEL as it is, which TOML forbids.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if _BARE_KEY.fullmatch(name) else _string(name)

@@ -25,6 +25,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 Key = tuple[str, ...]
 """The path of a setting, such as ("limits", "backlog")."""
 
+Location = tuple[int | str, ...]
+"""The path of a setting or of an item, such as ("listen", 0)."""
+
 
 class Bounds(NamedTuple):
     """A validator of numbers in a range."""
@@ -138,8 +141,14 @@ def _admin_address(text: str) -> str:
     return text
 
 
+def _port(value: object) -> object:
+    """Return a number as text, for which `echod.net.addresses` has advice."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def split(value: object) -> object:
     """Split a text at its commas. Return all other values as they are."""
+    value = _port(value)
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -165,8 +174,8 @@ Count = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(1, _HIGH
 Number = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(0, _HIGHEST_COUNT))]
 Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(0, 1, above=True))]
 Trigger = Annotated[str, Field(min_length=1)]
-Address = Annotated[str, AfterValidator(_address)]
-AdminAddress = Annotated[str, AfterValidator(_admin_address)]
+Address = Annotated[str, BeforeValidator(_port), AfterValidator(_address)]
+AdminAddress = Annotated[str, BeforeValidator(_port), AfterValidator(_admin_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Networks = Annotated[tuple[Network, ...], BeforeValidator(split)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(split)]
