@@ -286,7 +286,7 @@ def test_address_in_use() -> None:
 @pytest.mark.parametrize("missing", ["aiohttp", "prometheus_client"])
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_without_the_extra(missing: str, command: str) -> None:
-    """Without the libraries, the command names the extra to install. Without `admin.address`, it needs neither."""
+    """Without the libraries, the command names the package to install. Without `admin.address`, it needs neither."""
     hide = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -300,7 +300,8 @@ sys.exit(main())
 """
     line = [sys.executable, "-c", hide, command, *WATCHED]
     result = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-    message = "needs aiohttp and prometheus-client: pip install 'echod[admin]'"
+    package = missing.replace("_", "-")
+    message = f"needs {package}, which is not installed: {sys.executable} -m pip install {package}"
     assert (result.returncode, result.stderr) == (78, f"echod: --admin.address: admin.address: {message}\n")
     with Daemon(module=("-c", hide)) as daemon:
         daemon.echo(b"x")

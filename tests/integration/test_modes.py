@@ -273,7 +273,7 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
         (
             ("--listeners.x.proxy-protocol", "require", "--listeners.x.proxy-trusted", "10.0.0.1/8"),
             (
-                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted.0: '10.0.0.1/8' has host bits set: write 10.0.0.0/8, "
+                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted[0]: '10.0.0.1/8' has host bits set: write 10.0.0.0/8, "
                 "or 10.0.0.1 for that address alone"
             ),
         ),

@@ -283,7 +283,9 @@ def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    with pytest.raises(ImportError, match=r"trustme is needed .*: pip install 'echod\[pytest\]'$"):
+    with pytest.raises(
+        ImportError, match=r"^a certificate needs trustme, which is not installed: .* -m pip install trustme$"
+    ):
         ServerThread(tls=True)
 
 

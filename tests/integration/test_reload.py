@@ -167,8 +167,8 @@ tls = {{ certificate = "{certificates.ca}", private_key = "{certificates.key}" }
 """
     problems = file.reload(daemon, text, "reload_failed")["problems"]
     assert problems == [
-        f"{file.path}: limits.backlog: should be at least 1, not 0",
-        f"{file.path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+        f"{file.path}:5: limits.backlog: should be at least 1, not 0",
+        f"{file.path}:4: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     text = text.replace("idle_timout", "idle_timeout").replace("backlog = 0", "backlog = 1")
     (problem,) = file.reload(daemon, text, "reload_failed")["problems"]

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from echod.settings.types import Key
 
-# The names of other servers, and first guesses, by the key that does the same.
-_ALIASES = {
+ALIASES = {
     "listen": "addr address bind host port server",
     "address": "addr bind host listen port",
     "mode": "protocol",
@@ -42,6 +41,7 @@ _ALIASES = {
     "faults": "fault",
     "listeners": "frontend listener",
 }
+"""First guesses, and the names of other servers, by the key that means the same."""
 
 
 _NAME = "NAME"
@@ -88,12 +88,12 @@ def for_variable(name: str) -> Key:
 
     """
     name = name.lower()
-    paths = list(_paths(Settings))
-    for path in paths:
+    known = list(paths(Settings))
+    for path in known:
         words = [word for part in path for word in (["(.+?)"] if part == _NAME else part.split("_"))]
         if name.startswith(path[0]) and (found := re.fullmatch("_*".join(words), name)):
             return tuple(found[1] if part == _NAME else part for part in path)
-    ends = [path for path in paths if path[-1] == name]
+    ends = [path for path in known if path[-1] == name]
     if len(ends) == 1 and _NAME not in ends[0]:
         return ends[0]
     first, *rest = name.split("__")
@@ -106,13 +106,13 @@ def for_variable(name: str) -> Key:
 def _find(unknown: str, model: type[BaseModel]) -> Key:
     """Return the path of the key that has this name, or means the same, in a table or in its tables. () if there is none."""
     name = unknown.lower().replace("-", "_")
-    names = {name, *(key for key, aliases in _ALIASES.items() if name in aliases.split())}
-    return next((path for path in _paths(model) if path[-1] in names), ())
+    names = {name, *(key for key, aliases in ALIASES.items() if name in aliases.split())}
+    return next((path for path in paths(model) if path[-1] in names), ())
 
 
-def _paths(model: type[BaseModel], path: Key = ()) -> Iterator[Key]:
+def paths(model: type[BaseModel], path: Key = ()) -> Iterator[Key]:
     """Yield the paths of all keys of a table, and then those of its tables."""
     yield from ((*path, name) for name in model.model_fields)
     for name, field in model.model_fields.items():
         if (inner := section(field)) is not None:
-            yield from _paths(inner, (*path, name, *((_NAME,) if has_named_tables(field) else ())))
+            yield from paths(inner, (*path, name, *((_NAME,) if has_named_tables(field) else ())))
