@@ -42,6 +42,9 @@ and exits with code 78, or with 0 if there is no problem. It opens and closes `l
 a process that reads from a FIFO, and waits for its first writer, sees the end of its input. `echod config` prints the settings in force as a TOML file, each
 line with the origin of its value.
 
+A problem in the file has the file's name and the line in front: `echo.toml:3: limits.backlog: should be at least 1, not 0`.
+Items of a list are numbered from 0: `listen[2]`.
+
 An unknown key is an error in the file and on the command line. In the environment, it is an error if its section is known.
 Other unknown variables are warnings: Kubernetes injects `ECHOD_PORT` for a service named echod.
 

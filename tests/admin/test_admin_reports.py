@@ -94,10 +94,10 @@ def test_status(start: Start, loop_name: str, tmp_path: Path) -> None:
         {"key": "loop", "value": loop_name, "source": "--loop"},
         {"key": "listen", "value": ["127.0.0.1:0"], "source": "--listen"},
         {"key": "limits.max_connections", "value": 9, "source": "--limits.max-connections"},
-        {"key": "limits.backlog", "value": 7, "source": str(path)},
+        {"key": "limits.backlog", "value": 7, "source": f"{path}:6"},
         {"key": "admin.address", "value": "127.0.0.1:0", "source": "--admin.address"},
-        {"key": "listeners.lines.address", "value": "127.0.0.1:0", "source": str(path)},
-        {"key": "listeners.lines.mode", "value": "line", "source": str(path)},
+        {"key": "listeners.lines.address", "value": "127.0.0.1:0", "source": f"{path}:2"},
+        {"key": "listeners.lines.mode", "value": "line", "source": f"{path}:3"},
     ]
 
 
