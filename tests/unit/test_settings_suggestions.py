@@ -38,6 +38,7 @@ TOP = "is a top-level key: in a file, it has to stand above the first table"
         ("limits.delay", "did you mean 'delay' below [shutdown]?"),
         ("limits.idle-timeout", "did you mean 'idle_timeout'?"),
         ("limits.Idle_Timeout", "did you mean 'idle_timeout'?"),
+        ("limits.Max-Clients", "did you mean 'max_connections'?"),
         ("limits.timeout", "did you mean 'idle_timeout'?"),
         ("shutdown.timeout", "did you mean 'drain_timeout'?"),
         ("admin.port", "did you mean 'address'?"),
