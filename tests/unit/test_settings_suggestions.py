@@ -36,6 +36,8 @@ TOP = "is a top-level key: in a file, it has to stand above the first table"
         ("limits.log", "'log' is a table of its own: write [log]"),
         ("listeners.a.faults", "'faults' is a table of its own: write [faults.NAME]"),
         ("limits.delay", "did you mean 'delay' below [shutdown]?"),
+        ("limits.port", "did you mean 'listen' at the top level?"),
+        ("log.frontend", "did you mean 'listeners' at the top level?"),
         ("limits.idle-timeout", "did you mean 'idle_timeout'?"),
         ("limits.Idle_Timeout", "did you mean 'idle_timeout'?"),
         ("limits.Max-Clients", "did you mean 'max_connections'?"),
