@@ -12,15 +12,16 @@ import threading
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from echod import embed
 from echod.embed import Server
 from echod.loops import loop_factory
-from echod.net.addresses import TcpAddress
+from echod.options import ThreadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
     from typing import Unpack
 
     from echod.server.ledger import Entry
@@ -33,17 +34,18 @@ _HOST = "127.0.0.1"
 _NAMES = ("localhost", _HOST, "::1")
 
 
-class ThreadOptions(embed.CommonOptions, total=False):
-    """The options of a `ServerThread`, and of the marker `echod`."""
+class ServerFactory(Protocol):
+    """The fixture `echod_factory`."""
 
-    tls: bool | dict[str, Any]
-    """True: issue a certificate for the test. A dict has the keys of a listener's `tls`; without a certificate in it, one
-    is issued too."""
-    loop: Literal["auto", "uvloop", "asyncio"]
+    def __call__(self, **options: Unpack[ThreadOptions]) -> ServerThread:
+        """Start a server, which is stopped at the end of the test."""
 
 
 class ServerThread:
-    """Run a server on a free port of 127.0.0.1. It listens once the constructor returns.
+    """Run a server on a free port of 127.0.0.1. It listens once the constructor returns, and `with` stops it at the end.
+
+        with ServerThread(mode="line") as server:
+            client = socket.create_connection(server.address)
 
     The defaults of `shutdown` are shorter than those of the daemon: a quiet period of 0.05 s, a drain timeout of 1 s and
     a linger timeout of 0.2 s.
@@ -52,7 +54,7 @@ class ServerThread:
     stop the server raise RuntimeError there.
 
     Args:
-        options: the keys of `ThreadOptions`. docs/how-to/testing.md explains them.
+        options: the keys of `echod.options.ThreadOptions`. docs/how-to/testing.md explains them.
 
     Raises:
         SettingsError: options are wrong; it has all problems.
@@ -89,14 +91,30 @@ class ServerThread:
             self._started.result()
             self._resources = resources.pop_all()
 
+    def __repr__(self) -> str:
+        """Return the address, the state and the number of clients."""
+        return f"<ServerThread {getattr(self, '_server', 'not started')}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop gracefully."""
+        self.stop()
+
     # Called by the test
 
     @property
     def address(self) -> tuple[str, int]:
         """The address as `socket.create_connection` takes it."""
-        (address,) = self._server.addresses
-        assert isinstance(address, TcpAddress)
-        return address.host, address.port
+        return _HOST, self.port
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return self._server.port
 
     @property
     def clients(self) -> int:
