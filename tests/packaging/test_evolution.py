@@ -5,16 +5,20 @@ Bounds of CPU use are wide: the cases that a test tells apart differ by a multip
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import signal
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 
 from harness import PATIENCE, UNHURRIED, receive, reset, until
-from scenes import HERE, STEPS, Loss, Step, connect, converse, cost, idle, second_client, stop
+from scenes import HERE, MESSAGE, STEPS, Loss, Step, connect, converse, cost, idle, second_client, stop
+from step7_protocol import Client
 
 if TYPE_CHECKING:
     from harness import Start
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.once
 
-ONE, TURN, BUSY, SELECTORS, TASKS, SHUTDOWN = STEPS
+ONE, TURN, BUSY, SELECTORS, TASKS, SHUTDOWN, PROTOCOL = STEPS
 DOCS = HERE.parents[1] / "docs" / "explanation"
 BOOM = b"boom\r\n"
 # How long the first client is silent if the second must not get its echo meanwhile, in seconds.
@@ -78,7 +82,7 @@ def test_a_served_client_waits_for_the_next() -> None:
             assert receive(client, 7) == b"again\r\n"
 
 
-@pytest.mark.parametrize("step", [BUSY, SELECTORS, TASKS, SHUTDOWN])
+@pytest.mark.parametrize("step", [BUSY, SELECTORS, TASKS, SHUTDOWN, PROTOCOL])
 def test_a_silent_client_blocks_no_other(step: str) -> None:
     """From step 3 on, the second client gets its echo while the first one is connected and silent."""
     with Step(step) as server:
@@ -99,7 +103,7 @@ def test_the_busy_loop_burns_a_core() -> None:
         assert idle(server, 0.5) > 0.5
 
 
-@pytest.mark.parametrize("step", [ONE, TURN, SELECTORS, TASKS, SHUTDOWN])
+@pytest.mark.parametrize("step", [ONE, TURN, SELECTORS, TASKS, SHUTDOWN, PROTOCOL])
 def test_the_other_steps_idle(step: str) -> None:
     """With one silent client, the other steps use almost no CPU."""
     with Step(step) as server:
@@ -180,7 +184,7 @@ def test_boom_in_echod(start: Start) -> None:
 CLIENTS, SHORT, LONG = 6, 0.3, 2.5
 
 
-@pytest.mark.parametrize("step", STEPS[:-1])
+@pytest.mark.parametrize("step", [ONE, TURN, BUSY, SELECTORS, TASKS])
 def test_a_stop_cuts_off_all_clients(step: str) -> None:
     """Up to step 5, a signal cuts off all clients at once."""
     with Step(step) as server:
@@ -268,6 +272,119 @@ def test_an_error_in_echod_hides_none(start: Start) -> None:
     assert daemon.wait() == 0
     receipt = daemon.receipt()
     assert (receipt["clients"], receipt["failed"]) == (4, 2)
+
+
+# Step 7.
+
+
+def test_boom_in_step_7() -> None:
+    """The log names the client. It gets EOF after its earlier echo, and others are still served."""
+    with Step(PROTOCOL) as server, connect(server) as other, connect(server) as client:
+        assert converse(client) == b"hello\r\n"
+        assert converse(client, BOOM) == b""
+        server.wait_for("client {}:{} failed".format(*client.getsockname()))
+        server.wait_for("RuntimeError")
+        assert converse(other) == b"hello\r\n"
+        assert server.output.count("Traceback") == 1
+
+
+def test_a_reset_in_step_7() -> None:
+    """A client that resets affects no other, and the log names it."""
+    with Step(PROTOCOL) as server, connect(server) as innocent, connect(server) as client:
+        assert converse(client) == b"hello\r\n"
+        name = "client {}:{} failed".format(*client.getsockname())
+        reset(client)
+        server.wait_for(name)
+        server.wait_for("ConnectionResetError")
+        assert converse(innocent) == b"hello\r\n"
+
+
+def test_a_client_of_step_7_that_does_not_read() -> None:
+    """Step 7 stops reading from a client that does not read, and serves the others. The client gets all its echo."""
+    with Step(PROTOCOL) as server, connect(server) as greedy, connect(server) as other:
+        greedy.setblocking(False)
+        block, sent = MESSAGE * 128, b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += block[: greedy.send(block)]
+        assert converse(other) == b"hello\r\n"
+        greedy.settimeout(PATIENCE)
+        assert receive(greedy, len(sent)) == sent
+
+
+def test_a_stop_of_step_7_loses_nothing() -> None:
+    """If all clients finish within the seconds of step 7, none of them loses a byte."""
+    with Step(PROTOCOL, "60") as server:
+        assert stop(server, CLIENTS, SHORT, LONG) == Loss(0, 0)
+        assert server.wait() == 0
+        assert "Traceback" not in server.output
+
+
+def test_the_deadline_of_step_7() -> None:
+    """At the deadline, the server sends FIN to each client. It does not wait long for theirs."""
+    with Step(PROTOCOL, "0") as server, connect(server) as silent, connect(server) as leaving:
+        for client in (silent, leaving):
+            assert converse(client) == b"hello\r\n"
+        server.send_signal(signal.SIGTERM)
+        assert leaving.recv(1) == b""
+        leaving.close()
+        assert silent.recv(1) == b""
+        assert server.wait() == 0
+        assert "Traceback" not in server.output
+
+
+def test_late_data_in_step_7() -> None:
+    """After FIN, step 7 discards data, also while the write buffer is full. Unread data would reset the connection."""
+    transport = Mock(spec=asyncio.Transport)
+
+    async def finish() -> None:
+        client = Client()
+        client.connection_made(transport)
+        client.pause_writing()
+        client.finish()
+        client.data_received(b"late")
+
+    asyncio.run(finish())
+    assert [name for name, *_ in transport.method_calls] == ["pause_reading", "resume_reading", "write_eof"]
+
+
+def test_the_drain_of_step_7_refuses() -> None:
+    """Clients in the backlog are served. A later client is refused."""
+    with Step(PROTOCOL, "60") as server:
+        server.address  # noqa: B018  (it waits until the server listens)
+        server.send_signal(signal.SIGSTOP)
+        waiting = [connect(server) for _ in range(CLIENTS)]
+        server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGCONT)
+        server.wait_for(f"draining {CLIENTS} clients")
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+        for client in waiting:
+            assert converse(client) == b"hello\r\n"
+            client.close()
+        assert server.wait() == 0
+
+
+def test_an_error_in_step_7_hides_none() -> None:
+    """Every error during the drain is logged with its client, and the other clients keep their time."""
+    with Step(PROTOCOL, "60") as server:
+        clients = [connect(server) for _ in range(4)]
+        innocent, resetting, *failing = clients
+        for client in clients:
+            assert converse(client) == b"hello\r\n"
+        names = ["client {}:{} failed".format(*client.getsockname()) for client in (resetting, *failing)]
+        server.send_signal(signal.SIGTERM)
+        server.wait_for("draining 4 clients")
+        reset(resetting)
+        for client in failing:
+            assert converse(client, BOOM) == b""
+            client.close()
+        for name in names:
+            server.wait_for(name)
+        assert converse(innocent) == b"hello\r\n"
+        innocent.close()
+        assert server.wait() == 0
+        assert server.output.count("Traceback") == 3
 
 
 # The page.
