@@ -7,9 +7,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,14 +25,12 @@ from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from certificates import Certificates
     from echod.options import FaultOptions, ShutdownOptions, TlsOptions
 
     Run = Callable[[Callable[[], Awaitable[None]]], None]
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "library.md"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "embedded.py"
 
 # Short timeouts for clients that a test leaves open.
 SOON: ShutdownOptions = {"quiet_period": 0.05, "drain_timeout": 0.2, "linger_timeout": 0.1}
@@ -549,34 +545,5 @@ def test_failure_of_a_server_task(run_scene: Run, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ArithmeticError):
             await server.shutdown()
         assert (entries[0].reason, server.clients) == ("eof", 0)
-
-    run_scene(scene)
-
-
-def test_example() -> None:
-    result = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=PATIENCE)
-    assert result.stderr == ""
-    assert result.stdout.splitlines() == [
-        "b'hello, echo\\r\\nunfinished'",
-        "23 bytes received, 23 acknowledged, end: eof",
-        "0 clients were left, 0 bytes unsent",
-    ]
-
-
-def test_document(run_scene: Run) -> None:
-    """The program and the recipe for a stop in docs/how-to/library.md run unchanged."""
-    program, recipe = (block.partition("```")[0] for block in DOCUMENT.read_text().split("```python\n")[1:])
-    names: dict[str, Any] = {}
-    exec(program.replace("asyncio.run(main())\n", ""), names)
-    exec("async def stop(server):\n" + textwrap.indent(recipe, "    ") + "    return receipt", names)
-
-    async def scene() -> None:
-        task = asyncio.create_task(names["main"]())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        async with Server.listen() as server:
-            assert (await names["stop"](server)).clients == 0
 
     run_scene(scene)

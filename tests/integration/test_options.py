@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,9 +15,9 @@ from echod import options
 from echod.settings import model, types
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pydantic import BaseModel
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "library.md"
 
 # The types of settings, and the types that a caller may write for them.
 WRITTEN: list[tuple[Any, Any]] = [
@@ -124,13 +125,16 @@ pytestmark = [with_options(mode="info"), pytest.mark.slow]
 @pytest.mark.once
 def test_type_checker(tmp_path: Path) -> None:
     """Mypy accepts correct options, and rejects each wrong key and value where it is written."""
-    program = tmp_path / "program.py"
-    program.write_text(SNIPPETS)
-    expected = {
-        number: text for number, line in enumerate(SNIPPETS.split("\n"), 1) if (text := line.partition("  # ")[2])
-    }
+    programs = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    for name, source in {"snippets": SNIPPETS, **{f"page{index}": text for index, text in enumerate(programs)}}.items():
+        (tmp_path / f"{name}.py").write_text(source)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={tmp_path / 'cache'}"]
-    result = subprocess.run([*command, program], capture_output=True, text=True, timeout=600)
-    found = {int(line): text for line, text in re.findall(r"^.*?:(\d+): error: (.*)$", result.stdout, re.MULTILINE)}
+    result = subprocess.run([*command, *tmp_path.glob("*.py")], capture_output=True, text=True, timeout=600)
+    expected = {
+        index: text for index, line in enumerate(SNIPPETS.split("\n"), 1) if (text := line.partition("  # ")[2])
+    }
+    errors = re.findall(r"^.*snippets\.py:(\d+): error: (.*)$", result.stdout, re.MULTILINE)
+    found = {int(line): text for line, text in errors}
     assert found.keys() == expected.keys(), result.stdout + result.stderr
     assert [found[line] for line in expected if expected[line] not in found[line]] == []
+    assert f"Found {len(errors)} errors in 1 file " in result.stdout
