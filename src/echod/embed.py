@@ -127,7 +127,7 @@ class Server(server.Server):
         """
         ports = [address.port for address in self.addresses if isinstance(address, TcpAddress)]
         if not ports:
-            msg = f"{self} has no TCP port"
+            msg = f"{self!r} has no TCP port"
             raise RuntimeError(msg)
         return ports[0]
 

@@ -208,11 +208,11 @@ def test_with() -> None:
     with ServerThread() as thread:
         host, port = thread.address
         assert thread.port == port
-        assert repr(thread) == f"<ServerThread <Server {host}:{port} serving, clients=0>>"
+        assert repr(thread) == f"<ServerThread {host}:{port} serving, clients=0>"
         with socket.create_connection(thread.address):
             until(lambda: thread.clients == 1)
     assert thread.stop().clients <= 1
-    assert repr(thread) == f"<ServerThread <Server {host}:{port} stopped, clients=0>>"
+    assert repr(thread) == f"<ServerThread {host}:{port} stopped, clients=0>"
 
 
 FORKS = """
