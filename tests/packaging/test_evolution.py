@@ -21,7 +21,7 @@ import pytest
 from harness import PATIENCE, UNHURRIED, receive, reset, until
 from measure import NAMES
 from scenes import HERE, MESSAGE, STEPS, Loss, Step, connect, converse, cost, idle, second_client, stop
-from step7_protocol import Client
+from step7_protocol import Client, main
 
 if TYPE_CHECKING:
     from harness import Start
@@ -366,6 +366,28 @@ def test_the_drain_of_step_7_refuses() -> None:
             assert converse(client) == b"hello\r\n"
             client.close()
         assert server.wait() == 0
+
+
+def test_step_7_serves_the_backlog(capsys: pytest.CaptureFixture[str]) -> None:
+    """A client that connects right before the listening socket is closed is served."""
+
+    async def scene() -> None:
+        server = asyncio.create_task(main(0, 60))
+        await asyncio.sleep(0)
+        address = "127.0.0.1", int(capsys.readouterr().out.rpartition(":")[2])
+        signal.raise_signal(signal.SIGTERM)
+        clients = []
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:  # one per iteration of the loop
+                clients.append(socket.create_connection(address, PATIENCE))
+                await asyncio.sleep(0)
+        assert clients
+        for client in clients:
+            assert await asyncio.to_thread(converse, client) == b"hello\r\n"
+            client.close()
+        await server
+
+    asyncio.run(scene())
 
 
 def test_step_7_does_not_pause() -> None:
