@@ -45,10 +45,11 @@ TABLES: dict[Any, type[BaseModel]] = {
 def written(annotation: Any) -> Any:
     """Return the type that a caller may write for a setting."""
     if get_origin(annotation) in {Union, UnionType}:
-        (part,) = set(get_args(annotation)) - {NoneType}
+        (part,) = [part for part in get_args(annotation) if part is not NoneType]
         return written(part) | None
-    if get_origin(annotation) is Literal:
-        return annotation
+    for choice in (annotation, *get_args(annotation)):  # a validator may surround it
+        if get_origin(choice) is Literal:
+            return choice
     return next(value for setting, value in WRITTEN if setting == annotation)
 
 
