@@ -24,7 +24,7 @@ from echod.settings.problems import Problem, SettingsError, validate
 from echod.text import hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Unpack
 
@@ -87,13 +87,24 @@ class Server(server.Server):
             ListenError: the address cannot be opened.
 
         """
-        acquired = acquire(address, options)
+        return cls.open(acquire(address, options, ServerOptions.__optional_keys__), logger, observe)
+
+    @classmethod
+    def open(
+        cls, acquired: Resources, logger: FilteringBoundLogger | None, observe: Callable[[Entry], None] | None
+    ) -> Self:
+        """Open the address of acquired options, as `listen` does.
+
+        Raises:
+            ListenError: the address cannot be opened.
+
+        """
         settings = acquired.config.settings
         table, tls = settings.listeners[_NAME], acquired.tls.get(_NAME)
         (listener,) = open_listeners(
-            [ListenerSpec(address, table.parsed_address, table.permissions)], settings.limits.backlog
+            [ListenerSpec(table.address, table.parsed_address, table.permissions)], settings.limits.backlog
         )
-        log = _SILENT if logger is None else logger.bind(listener=address)
+        log = _SILENT if logger is None else logger.bind(listener=table.address)
         for _, warning in acquired.warnings(datetime.now(UTC)):
             log.warning(warning.event, **warning.fields)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
@@ -147,57 +158,36 @@ class Server(server.Server):
         return receipt
 
 
-def acquire(address: str, options: Mapping[str, Any]) -> Resources:
+def acquire(address: str, options: Mapping[str, Any], known: frozenset[str]) -> Resources:
     """Return the settings from the options, with one listener, and load the files that they name.
+
+    Args:
+        address: the address of the listener.
+        options: by their names.
+        known: the names that the caller may use.
 
     Raises:
         SettingsError: options are wrong; it has all problems, under the options' names.
 
     """
-    check_names(options, ServerOptions.__optional_keys__)
-    table = {name: value for name, value in options.items() if name not in {"limits", "shutdown", "fault"}}
-    if isinstance(tls := options.get("tls"), dict):
-        table["tls"] = {
+    names = sorted(known)
+    problems = [Problem("", name, f"unknown option; {hint(name, names)}") for name in options if name not in known]
+    values = {name: value for name, value in options.items() if name in known}
+    settings: dict[str, Any] = {name: values.pop(name) for name in ("limits", "shutdown", "loop") if name in values}
+    if "fault" in values:
+        settings["faults"] = {_FAULT: values["fault"]}
+        values["fault"] = _FAULT
+    if isinstance(tls := values.get("tls"), dict):
+        values["tls"] = {
             key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in tls.items()
         }
-    values = {name: options[name] for name in ("limits", "shutdown") if name in options}
-    if "fault" in options:
-        values["faults"] = {_FAULT: options["fault"]}
-        table["fault"] = _FAULT
-    values |= {"listen": (), "listeners": {_NAME: {"address": address, **table}}}
-    try:
-        return _acquire(values)
-    except SettingsError as error:
-        raise SettingsError([problem._replace(key=_own(problem.key)) for problem in error.problems]) from None
-
-
-def check_loop(choice: object) -> None:
-    """Check that a loop of this name is available.
-
-    Raises:
-        SettingsError: the name is unknown, or uvloop is not installed.
-
-    """
-    _acquire({"loop": choice})
-
-
-def check_names(options: Collection[str], known: Collection[str]) -> None:
-    """Check that all options are known.
-
-    Raises:
-        SettingsError: options are unknown; it has a suggestion for each.
-
-    """
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        names = sorted(known)
-        raise SettingsError([Problem("", name, f"unknown option; {hint(name, names)}") for name in unknown])
-
-
-def _acquire(values: Mapping[str, Any]) -> Resources:
+    settings |= {"listen": (), "listeners": {_NAME: {"address": address, **values}}}
     # All values come from one call, so problems have no origin.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Config(validate(values, origins), origins, ()))
+    try:
+        return resources.acquire(Config(validate(settings, origins, problems), origins, ()))
+    except SettingsError as error:
+        raise SettingsError([problem._replace(key=_own(problem.key)) for problem in error.problems]) from None
 
 
 def _own(key: str) -> str:

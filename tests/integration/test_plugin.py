@@ -271,8 +271,7 @@ def test_forked_process(loop_name: str) -> None:
 
 def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure at the start is raised by the constructor."""
-    listen = Server.listen
-    monkeypatch.setattr(Server, "listen", lambda _, **options: listen("192.0.2.1:0", **options))
+    monkeypatch.setattr("echod.testing._HOST", "192.0.2.1")
     with pytest.raises(Exception, match=r"cannot listen on 192.0.2.1:0: Cannot assign requested address") as caught:
         ServerThread()
     assert caught.type.__name__ == "ListenError"
@@ -423,8 +422,12 @@ def test_markers_add_up(pytester: pytest.Pytester) -> None:
 
 MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
     "option": (
-        "tlss=True, lop=1",
-        ["tlss: unknown option; did you mean 'tls'?", "lop: unknown option; did you mean 'loop'?"],
+        "tlss=True, lop=1, limits={'backlg': 1}",
+        [
+            "tlss: unknown option; did you mean 'tls'?",
+            "lop: unknown option; did you mean 'loop'?",
+            "limits.backlg: unknown key; did you mean 'backlog'?",
+        ],
     ),
     "loop": ("loop='uvlop'", ["loop: should be 'auto', 'uvloop' or 'asyncio', not 'uvlop'"]),
     "key": (
