@@ -8,12 +8,12 @@ import html.parser
 import json
 import os
 import re
-import shutil
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from browsing import CHROMEDRIVER, CHROMIUM, chromium, show
 from crowd import Crowd, Stuck
 from harness import receive, until
 from watching import WATCHED, get, place
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from harness import Start
 
 pytestmark = pytest.mark.once
-
-CHROMIUM = shutil.which("chromium")
-CHROMEDRIVER = shutil.which("chromedriver")
 
 
 class Page(html.parser.HTMLParser):
@@ -78,26 +75,9 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     """Return a headless Chromium."""
     if CHROMIUM is None or CHROMEDRIVER is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "hide-scrollbars", f"user-data-dir={tmp_path / 'profile'}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(CHROMEDRIVER)
-    driver = webdriver.Chrome(options, service)
-    yield driver
-    driver.quit()
-
-
-def show(browser: Any, width: int, height: int, scheme: str) -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    with chromium(tmp_path / "profile") as driver:
+        yield driver
 
 
 def text_of(browser: Any, element: str) -> str:
