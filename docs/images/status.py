@@ -141,7 +141,7 @@ def main() -> None:
         height = browser.execute_script("return document.querySelector('#h-settings').getBoundingClientRect().top - 24")
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": height, "scale": 1}
         shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-        quantize = ["pngquant", "--speed=1", "64", "--force", "--output", str(PICTURE), "-"]
+        quantize = ["pngquant", "--speed=1", "256", "--force", "--output", str(PICTURE), "-"]
         subprocess.run(quantize, input=base64.b64decode(shot["data"]), check=True)  # noqa: S603  (a fixed command)
 
 

@@ -197,7 +197,7 @@ def _closed(counts: Iterable[Count]) -> dict[Reason, dict[str, object]]:
 
 
 def _side(reason: Reason) -> str | None:
-    """Return the side that caused a reason, "client" or "echod", or None if nothing went wrong."""
+    """Return the side that caused an end for this reason, "client" or "echod", or None if nothing went wrong."""
     meaning = MEANINGS[reason]
     if meaning.is_clean:
         return None
