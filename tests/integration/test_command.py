@@ -234,13 +234,13 @@ def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
     link.symlink_to(missing)
     reasons = {
         str(tmp_path): "Is a directory",
-        str(missing): "No such file or directory",
-        str(link): "No such file or directory",
+        str(missing): f"No such file or directory: create the folder '{missing.parent}'",
+        str(link): f"No such file or directory: create the folder '{missing.parent}'",
         "x" * 300: "File name too long",
     }
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
-        reasons[str(tmp_path / "socket")] = "No such device or address"
+        reasons[str(tmp_path / "socket")] = "No such device or address: it is a socket, use a file or a FIFO"
         for file, reason in reasons.items():
             result = command(name, "--log.file", file)
             problem = f"echod: --log.file: log.file: {file!r} cannot be written: {reason}\n"
@@ -254,7 +254,8 @@ def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     result = command(name, "--log.file", str(fifo))
-    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: No such device or address\n"
+    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: {reason}\n"
     assert (result.returncode, result.stderr) == (78, problem)
 
 

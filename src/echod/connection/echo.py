@@ -146,7 +146,7 @@ class EchoSession(asyncio.Protocol):
             self.attempt(self._reset)
         elif self.phase is Phase.FLUSHING:
             self.attempt(self._stop_reading)
-        else:
+        elif self.phase is Phase.CONNECTING:
             self.phase = Phase.OPEN
 
     def data_received(self, data: bytes) -> None:
@@ -159,12 +159,12 @@ class EchoSession(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Stop reading from a client that does not read its echo."""
-        self._set_paused(True)
+        self._set_paused(paused=True)
         self._connected.pause_reading()
 
     def resume_writing(self) -> None:
         """Read again. While closing, send FIN: the high-water mark is 0 then, so everything is written."""
-        self._set_paused(False)
+        self._set_paused(paused=False)
         if self.reason is None:
             self._connected.set_write_buffer_limits(high=self._large)
             self._connected.resume_reading()
@@ -172,7 +172,7 @@ class EchoSession(asyncio.Protocol):
             # Later: asyncio's transport, which is calling, would report the end twice if it were closed here.
             self.ended.get_loop().call_soon(self.attempt, self._send_fin)
 
-    def _set_paused(self, paused: bool) -> None:  # noqa: FBT001  (the new value)
+    def _set_paused(self, *, paused: bool) -> None:
         self.paused = paused
         if self.reason is None:  # otherwise it has stopped reading for good
             self._report("paused" if paused else "resumed")

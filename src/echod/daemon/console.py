@@ -59,13 +59,19 @@ class Console:
         listener = event.pop("listener", None)
         if name == "listening" and listener != "admin":
             self._listeners.add(listener)
-        if name == "client_closed" and has_failed(event["reason"], event["received"], event["acked"]):
+        if (
+            name == "client_closed"
+            and "reason" in event
+            and has_failed(event["reason"], event["received"], event["acked"])
+        ):
             level = "error" if event["reason"] in {"io_error", "failed"} else "warning"
+        if listener is not None and self._listeners != {listener} and listener != event.get("address"):
+            suffix = f" [{listener}]"
+        else:
+            suffix = ""
         name, text = _describe(name, event)
-        if listener is not None and self._listeners != {listener}:
-            text += f" [{listener}]"
-        lines = self._layout(level, printable(name), printable(text))
-        return "\n".join([*lines, *map(printable, traceback.splitlines())])
+        lines = self._layout(level, printable(name), printable(text + suffix))
+        return "\n".join([*lines, *map(printable, traceback.split("\n") if traceback else ())])
 
     def _layout(self, level: str, name: str, text: str) -> list[str]:
         second, millisecond = divmod(time.time_ns() // 1_000_000, 1000)
@@ -210,7 +216,7 @@ def _stopped(event: EventDict) -> str:
 
 
 _TEXTS: Mapping[str, Callable[[EventDict], str]] = {
-    "started": lambda event: "echod {version}, pid {pid}, {loop}, Python {python}".format_map(event),
+    "started": "echod {version}, pid {pid}, {loop}, Python {python}".format_map,
     "listening": lambda event: event["address"],
     "client_connected": lambda event: event["peer"],
     "client_closed": _closed,

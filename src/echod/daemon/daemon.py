@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import sys
@@ -217,7 +218,9 @@ class Daemon:
     def _show_drain(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         """Show the clients that are left, and the longest time until they are closed, if there is a terminal."""
         clients = count(sum(server.clients for server in self._servers.values()), "client")
-        self._log.show_status(f"{clients} left, at most {seconds:.0f} s; {again(self._stop_signal)} stops at once")
+        self._log.show_status(
+            f"{clients} left, at most {math.ceil(seconds)} s; {again(self._stop_signal)} stops at once"
+        )
         self._status_timer: asyncio.TimerHandle = loop.call_later(
             _STATUS_INTERVAL, self._show_drain, loop, max(0.0, seconds - _STATUS_INTERVAL)
         )
