@@ -218,7 +218,7 @@ def test_nohup(run: Callable[..., Terminal], log: LogFile) -> None:
 
 
 class Terminals:
-    """Handlers of this process whose terminal can be closed."""
+    """The terminal of this process, which the test opens and closes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_open: bool | None = True

@@ -192,8 +192,13 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
         ),
         (
             "info",
-            {"event": "draining", "signal": "SIGQUIT", "clients": 0, "max_seconds": 0.0},
-            "   draining  after SIGQUIT: 0 clients, reset at once",
+            {"event": "draining", "signal": "SIGQUIT", "clients": 2, "max_seconds": 0.0},
+            "   draining  after SIGQUIT: 2 clients, reset at once",
+        ),
+        (
+            "info",
+            {"event": "draining", "signal": "SIGTERM", "clients": 0, "max_seconds": 8.0},
+            "   draining  after SIGTERM: no clients",
         ),
         (
             "info",

@@ -149,6 +149,11 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def _duration(event: Mapping[str, Any]) -> str:
+    """Return the length of the event, which is rounded to milliseconds."""
+    return seconds_text(event["seconds"]) if event["seconds"] else "under 1 ms"
+
+
 def _echoed(event: Mapping[str, Any]) -> str:
     """Return the bytes of the echo, which differ only if something was lost, or sent twice on purpose."""
     received, sent, acked = (event[name] for name in ("received", "sent", "acked"))
@@ -165,7 +170,6 @@ def _others(event: Mapping[str, Any], **texts: str) -> str:
 def _closed(event: EventDict) -> str:
     peer, client = event["peer"], event.get("client")
     who = peer if client is None else f"{client} via {peer}"
-    duration = seconds_text(event["seconds"]) if event["seconds"] else "under 1 ms"
     rtt = "" if event.get("rtt_ms") is None else f", rtt {seconds_text(event['rtt_ms'] / 1000)}"
     others = _others(
         event,
@@ -176,11 +180,13 @@ def _closed(event: EventDict) -> str:
         subject="{}",
         detail="{}",
     )
-    return f"{who} {event['reason']}, {_echoed(event)} in {duration}{rtt}{others}"
+    return f"{who} {event['reason']}, {_echoed(event)} in {_duration(event)}{rtt}{others}"
 
 
 def _draining(event: EventDict) -> str:
     cause = f"after {event['signal']}" if event["signal"] else "after a failure"
+    if not event["clients"]:
+        return f"{cause}: no clients"
     clients = _count(event["clients"], "client")
     if not event["max_seconds"]:
         return f"{cause}: {clients}, reset at once"
@@ -188,7 +194,7 @@ def _draining(event: EventDict) -> str:
 
 
 def again(signal_name: str | None) -> str:
-    """Return what the operator can do to end a drain at once."""
+    """Return the action of the operator that ends a drain at once."""
     return "Ctrl-C again" if signal_name == "SIGINT" else "another signal"
 
 
@@ -200,7 +206,7 @@ def _drained(event: EventDict) -> str:
         unacked_bytes="{:,} B unacknowledged",
         discarded_bytes="{:,} B discarded",
     )
-    return f"{_count(event['clients'], 'client')} in {seconds_text(event['seconds'])}{ends}{others}"
+    return f"{_count(event['clients'], 'client')} in {_duration(event)}{ends}{others}"
 
 
 def _stopped(event: EventDict) -> str:

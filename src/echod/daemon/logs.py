@@ -213,7 +213,7 @@ class Log:
         if self._target.is_screen:
             self._target.show_status(text)
         elif self._target.writer.is_regular_file and _is_screen(_STDERR):
-            with contextlib.suppress(threads.ThreadError):
+            with contextlib.suppress(OSError, threads.ThreadError):  # without resources, the drain goes on unseen
                 self._screen = self._screen or _Target(os.dup(_STDERR), self._console)
                 self._screen.show_status(text)
 
