@@ -19,7 +19,7 @@ from echod.probe.deadline import Deadline
 from echod.probe.errors import TlsError
 from echod.probe.load import Interrupt, LoadGenerator
 from harness import PATIENCE, clean_environment, receive, run
-from peers import Peer, closing, each, echo, ending, resetting, silent
+from peers import Peer, each, echo, ending, resetting
 from probing import CHECK, REFUSED, Authority, check, measure, narrow
 
 if TYPE_CHECKING:
@@ -82,30 +82,17 @@ def test_tls_is_verified(authority: Authority) -> None:
     """An unknown authority or another name in the certificate ends the connection."""
     with Peer(echo, tls=authority.context) as peer:
         line = check(peer.target, "--tls", code=69)
-        assert line == "no connection: certificate verify failed: unable to get local issuer certificate"
+        assert line == (
+            "no TLS: certificate verify failed: unable to get local issuer certificate; --ca FILE trusts its authority,"
+            " --insecure accepts any certificate"
+        )
         line = check(peer.target, "--tls", "--ca", authority.ca, "--server-name", "example.org", code=69)
-        assert line.startswith("no connection: certificate verify failed: Hostname mismatch")
+        assert line.startswith("no TLS: certificate verify failed: Hostname mismatch")
+        assert line.endswith("'example.org'; --server-name NAME expects another, --insecure accepts any certificate")
         assert measure(peer.target, "--tls", code=69)["errors"] == {"tls": 1}
         assert measure(peer.target, "--tls", "--count", "1", code=69)["errors"] == {"tls": 1}
     # The alerts told the server the reason.
     assert set(peer.errors) == {"TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE"}
-
-
-def test_tls_with_a_server_that_has_none() -> None:
-    def talks(sock: socket.socket) -> None:
-        sock.sendall(b"220 hello\r\n")
-        silent(sock)
-
-    with Peer(talks) as peer:
-        assert check(peer.target, "--tls", "--insecure", code=69).startswith("no connection: ")
-    with Peer(closing) as peer:
-        line = check(peer.target, "--tls", "--insecure", code=69)
-        assert line in {  # a reset if our ClientHello arrived before the close
-            "no connection: the connection ended without close_notify",
-            "no connection: Connection reset by peer",
-        }
-    with Peer(silent) as peer:
-        assert check(peer.target, "--tls", "--insecure", "--timeout", "0.2", code=69) == "no connection: timed out"
 
 
 def test_tls_client_certificate(authority: Authority) -> None:
