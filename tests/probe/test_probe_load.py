@@ -11,7 +11,7 @@ import pytest
 
 from echod.probe import arguments, progress
 from echod.probe.load import Interrupt, LoadGenerator
-from echod.probe.timer import Timer
+from echod.probe.timing import Timer
 from harness import PATIENCE, receive, reset
 from peers import Peer, echo, messages
 from probing import narrow

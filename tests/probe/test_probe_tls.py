@@ -15,9 +15,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from echod.probe import arguments, progress
-from echod.probe.deadline import Deadline
 from echod.probe.errors import TlsError
 from echod.probe.load import Interrupt, LoadGenerator
+from echod.probe.timing import Deadline
 from harness import PATIENCE, clean_environment, receive, run
 from peers import Peer, each, echo, ending, resetting
 from probing import CHECK, REFUSED, Authority, check, measure, narrow

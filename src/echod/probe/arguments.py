@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 import re
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from echod.net import addresses
 from echod.net.addresses import TcpAddress, UnixAddress
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echod.probe.tls import ClientTls
+
+T = TypeVar("T")
 
 _TIMEOUT = 5.0
 _DURATION = 10.0
@@ -34,7 +35,7 @@ _MEASUREMENT = ("count", "duration", "connections", "size", "rate", "pipeline", 
 
 _FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME"
 
-_FACTORS = {"k": 1_000, "m": 1_000_000}
+_FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 # The options of similar tools, by the text to write instead.
 _SIMILAR = {
@@ -315,11 +316,24 @@ def _tls(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ClientTl
         parser.error(str(error))
 
 
+def _value(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return a parser of values whose errors argparse shows."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+@_value
 def _server_name(text: str) -> str:
     name = _unbracketed(text)
     if _family(name) is None and not addresses.is_name(name):
         msg = f"{text!r} is not a host name or an IP address"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return name
 
 
@@ -327,57 +341,61 @@ def _unbracketed(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
+@_value
 def _ip(text: str) -> str:
     host = _unbracketed(text)
     if _family(host) is None:
         msg = f"{text!r} is not an IP address"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return host
 
 
+@_value
 def _claim(text: str) -> TcpAddress:
     try:
         address = addresses.parse(text)
     except addresses.AddressError as error:
-        raise argparse.ArgumentTypeError(str(error).replace(addresses.FORMS, "SRC:PORT")) from error
+        raise ValueError(str(error).replace(addresses.FORMS, "SRC:PORT")) from error
     if not isinstance(address, TcpAddress) or _family(address.host) is None or "%" in address.host:
         msg = f"{text!r} is not an IP address and a port, which a PROXY header contains"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return address
 
 
+@_value
 def _number(text: str) -> int:
     match = re.fullmatch("0*([1-9][0-9]{0,8})([km]?)", text, re.ASCII | re.IGNORECASE)
     if match is None:
         msg = f"{text!r} is not a whole number: use 1 or more, such as 50 or 10k"
-        raise argparse.ArgumentTypeError(msg)
-    return int(match[1]) * _FACTORS.get(match[2].lower(), 1)
+        raise ValueError(msg)
+    return int(match[1]) * _FACTORS[match[2].lower()]
 
 
+@_value
 def _seed(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text, re.ASCII):
         msg = f"{text!r} is not a whole number: use 0 or more"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return int(text)
 
 
+@_value
 def _size(text: str) -> int:
     from echod import units  # noqa: PLC0415  (a quick check does not need it)
 
-    try:
-        size = units.parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    size = units.parse_size(text)
     if not 0 < size <= _LARGEST_SIZE:
         msg = f"{text!r} is not a valid size: use 1 byte to 1TiB"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return size
 
 
+@_value
 def _duration(text: str) -> float:
     return _seconds(text, 366 * _DAY, "a year")
 
 
+@_value
 def _timeout(text: str) -> float:
     return _seconds(text, _DAY, "a day")  # poll(2) takes at most 24 days
 
@@ -385,32 +403,27 @@ def _timeout(text: str) -> float:
 def _seconds(text: str, most: float, limit: str) -> float:
     from echod import units  # noqa: PLC0415  (most checks do not need it)
 
-    try:
-        seconds = units.parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    seconds = units.parse_duration(text)
     if not 0 < seconds <= most:
         msg = f"{text!r}: use more than 0, at most {limit}"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return seconds
 
 
+@_value
 def _rate(text: str) -> float:
-    digits = text.removesuffix("/s")
-    factor = _FACTORS.get(digits[-1:].lower(), 1)
-    try:
-        rate = float(digits if factor == 1 else digits[:-1]) * factor
-    except ValueError:
-        rate = math.nan
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([km]?)(?:/s)?", text, re.ASCII | re.IGNORECASE)
+    rate = float(match[1]) * _FACTORS[match[2].lower()] if match else 0.0
     if not 0 < rate <= _HIGHEST_RATE:
         msg = f"{text!r} is not a rate: use messages per second, more than 0 and at most 10M, such as 500 or 10k"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return rate
 
 
+@_value
 def _plot(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in {".svg", ""}:  # a device or a pipe has no suffix
         msg = f"{text!r}: the plot is an SVG file: write {str(path.with_suffix('.svg'))!r}"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return path

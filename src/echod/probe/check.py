@@ -7,9 +7,9 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from echod.probe.deadline import Deadline
 from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, ended_unanswered, kind, reason, unreachable
 from echod.probe.model import Outcome, ProbeResult
+from echod.probe.timing import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from echod.net.addresses import TcpAddress, UnixAddress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echod.probe.deadline import Deadline
+    from echod.probe.timing import Deadline
     from echod.probe.tls import ClientTls, TlsChannel
 
 # Seconds between attempts on a unix socket with a full backlog.

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 from echod import threads
 from echod.probe import workloads
 from echod.probe.connection import LARGEST, Connection, Traffic, random_pattern
-from echod.probe.deadline import Deadline
 from echod.probe.errors import EarlyEofError, WrongEchoError, ended_unanswered, kind, reason, unreachable
 from echod.probe.latencies import Latencies
-from echod.probe.timer import Timer
+from echod.probe.timing import Deadline, Timer
 
 if TYPE_CHECKING:
     import socket

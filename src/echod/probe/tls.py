@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from echod.probe.deadline import Deadline
+    from echod.probe.timing import Deadline
 
 _CIPHERTEXT = 65536
 # Bytes that one `send` accepts at most, since ciphertext that the socket refuses is kept in memory.
