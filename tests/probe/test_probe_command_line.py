@@ -37,7 +37,7 @@ def test_help() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for part in ("TARGET", "--rate N", "0         the echo was right", "64KiB", "(default: 64)"):
         assert part in result.stdout
-    assert "use `echod probe TARGET`" in run("--help").stdout
+    assert "echod probe TARGET" in run("--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
         (["h:1", "-timeout=5"], "unknown option -timeout; did you mean --timeout?"),
         (["--host", "h", "--port", "1"], "unknown option --host; write HOST:PORT"),
         (["h:1", "--qps=5"], "unknown option --qps; write --rate"),
-        (["h:1", "--", "-6"], "unknown option -6"),
+        (["h:1", "-x6"], "unknown option -x"),
         (["http://h:80/path"], "TARGET 'http://h:80/path' is a URL: write h:80"),
         (["HTTP://user@h?x"], "TARGET 'HTTP://user@h?x' is a URL: write h:80"),
         (["https://[::1]/"], "TARGET 'https://[::1]/' is a URL: write [::1]:443 --tls"),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.once
 
 @contextlib.contextmanager
 def endless() -> Iterator[threading.Event]:
-    """Yield an event whose `wait` a test gives up. It is set afterwards, and the thread has then ended."""
+    """Yield an event for a thread that the test gives up. Set it afterwards, and wait until the thread has ended."""
     event = threading.Event()
     yield event
     event.set()

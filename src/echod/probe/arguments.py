@@ -54,11 +54,8 @@ _SIMILAR = {
     "HOST:PORT": ("-p", "-H", "--port", "--host", "--target", "--url", "--listen"),
 }
 
-_DESCRIPTION = f"""\
+_DESCRIPTION = """\
 Check or measure an echo server: echod, or any other (RFC 862).
-
-TARGET is {_FORMS}.
-:PORT and PORT are on localhost.
 
 Without a measurement option, the probe is one quick check: it connects, sends
 a line, compares the echo and closes.
@@ -91,12 +88,11 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
         SystemExit: with code 2 for a usage error, with 0 after --help.
 
     """
-    parser = create_parser()
-    given, words = parser.parse_known_args(command_line)
-    for word in words:
-        if word.startswith("-") and word != "--":
-            _reject(parser, word)
-    given.target = _target(parser, [word for word in words if word != "--"])
+    parser = build_parser()
+    given, unknown = parser.parse_known_intermixed_args(command_line)
+    if unknown:
+        _reject(parser, unknown[0])
+    given.target = _target(parser, given.target)
     for present, message in _contradictions(given):
         if present:
             parser.error(message)
@@ -120,8 +116,8 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
     )
 
 
-def create_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options. The target is left over: options may stand before or after it."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options and TARGET."""
     parser = argparse.ArgumentParser(
         prog="echod probe",
         usage="%(prog)s TARGET [options]",
@@ -131,6 +127,8 @@ def create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
+    text = f"{_FORMS}; :PORT and PORT are on localhost"
+    parser.add_argument_group("server").add_argument("target", metavar="TARGET", nargs="*", help=text)
     add = parser.add_argument_group("connection").add_argument
     text = f"time limit to connect, and to wait for an echo (default: {_TIMEOUT:g}s)"
     add("--timeout", metavar="TIME", type=_timeout, default=_TIMEOUT, help=text)
@@ -317,7 +315,7 @@ def _tls(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ClientTl
 
 
 def _value(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Return a parser of values whose errors argparse shows."""
+    """Return the parser of a value, with errors in the form that argparse shows."""
 
     def convert(text: str) -> T:
         try:

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, ended_unanswered, kind, reason, unreachable
+from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, ended, kind, reason, unreachable
 from echod.probe.model import Outcome, ProbeResult
 from echod.probe.timing import Deadline
 
@@ -44,7 +44,7 @@ def run(options: ProbeOptions, clock: Callable[[], float] = time.perf_counter) -
         _exchange(connection, message, echo, deadline, half_close=options.half_close)
         seconds = clock() - began
     except (OSError, EarlyEofError, WrongEchoError) as error:
-        if not echo and connection.tls is None and ended_unanswered(error):
+        if not echo and connection.tls is None and ended(error):
             error.add_note(options.route.advice)
         problem = reason(error)
         if isinstance(error, OSError):

@@ -67,7 +67,7 @@ class WrongEchoError(Exception):
 
 
 def identify(received: bytes) -> str:
-    """Say what a server that is not an echo server sent, or return an empty text if that is unknown.
+    """Describe the answer of a server that is not an echo server. Return an empty text if it is not recognised.
 
     Args:
         received: the first bytes of its answer.
@@ -127,6 +127,6 @@ def unreachable(error: OSError) -> str:
     return f"{'no TLS' if isinstance(error, TlsError) else 'no connection'}: {reason(error)}"
 
 
-def ended_unanswered(error: ProbeError) -> bool:
-    """Tell whether the server ended the connection, rather than sent something wrong or nothing."""
+def ended(error: ProbeError) -> bool:
+    """Tell whether the server ended the connection."""
     return isinstance(error, EarlyEofError | ConnectionError)

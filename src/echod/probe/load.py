@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from echod import threads
 from echod.probe import workloads
 from echod.probe.connection import LARGEST, Connection, Traffic, random_pattern
-from echod.probe.errors import EarlyEofError, WrongEchoError, ended_unanswered, kind, reason, unreachable
+from echod.probe.errors import EarlyEofError, WrongEchoError, ended, kind, reason, unreachable
 from echod.probe.latencies import Latencies
 from echod.probe.timing import Deadline, Timer
 
@@ -326,7 +326,7 @@ class LoadGenerator:
             connection.shutdown(self._now())
 
     def _fail(self, connection: Connection, error: ProbeError) -> None:
-        if not connection.received and connection.secure is None and ended_unanswered(error):
+        if not connection.received and connection.secure is None and ended(error):
             error.add_note(self._options.route.advice)
         self.results.add_error(error, f"connection {connection.number}: {reason(error)}", connection.number)
         self._close(connection)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Latencies that are enough for the figures shown.
 _SAMPLE = 256
 
-# Columns of the target and of the bar at most, so that the figures fit on a terminal of 80 columns.
-_TARGET, _BAR = 22, 40
+# Columns of the target at most, so that the figures fit on a terminal of 80 columns.
+_TARGET = 22
 
 
 class Display:
@@ -93,7 +93,7 @@ def _draw(options: ProbeOptions, reading: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # the parent closes the pipe soon
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=_TARGET)),
-        BarColumn(None, table_column=Column(ratio=1, max_width=_BAR)),
+        BarColumn(None, table_column=Column(ratio=1)),
         TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
     )
     # Drawn for each state, without a thread that draws in between.
