@@ -134,7 +134,8 @@ STYLE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 @pytest.mark.parametrize(
-    "options", [("--count", "2000"), ("--stream", "--duration", "300ms"), ("--rate", "10M", "--count", "9")]
+    "options",
+    [("--rate", "1000", "--count", "2000"), ("--stream", "--duration", "300ms"), ("--rate", "10M", "--count", "9")],
 )
 def test_a_terminal_of_80_columns(tmp_path: Path, options: tuple[str, ...]) -> None:
     """No line of the progress or the report is longer, even for a long target."""
@@ -146,6 +147,8 @@ def test_a_terminal_of_80_columns(tmp_path: Path, options: tuple[str, ...]) -> N
         assert terminal.wait() == 0
     text = STYLE.sub("", terminal.shown)
     assert "errors " in text
+    if "1000" in options:
+        assert re.search(r"p50 \S+ .s, max \S+ .s *\r", text), text
     assert max(map(len, re.split("[\r\n]+", text))) <= 80
 
 

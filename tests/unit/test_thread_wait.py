@@ -36,12 +36,13 @@ def test_result() -> None:
         threads.wait(lambda: 1 // 0, "worker")
 
 
-def test_result_that_is_there_at_the_stop() -> None:
-    """Return a result even if the wait was stopped, once the function has returned."""
+def test_result_within_the_grace_period() -> None:
+    """Return a result after the stop, if the function returns within the grace period."""
     returned = threading.Event()
+    timer = threading.Timer(0.2, returned.set)
 
     def stopped() -> bool:
-        returned.set()
+        timer.start()
         return True
 
     assert threads.wait(lambda: returned.wait(PATIENCE), "worker", stopped, grace=PATIENCE) is True
