@@ -106,6 +106,15 @@ def test_tls_client_certificate(authority: Authority) -> None:
         assert measure(peer.target, *options, "--count", "1", code=1)["errors"] == {"tls": 1}
 
 
+def test_a_server_that_rejects_the_handshake(tmp_path: Path) -> None:
+    """The alert of a TLS server is the reason, without the advice for a server that does not use TLS."""
+    context = Authority(tmp_path).demanding
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Peer(echo, tls=context) as peer:
+        line = check(peer.target, "--tls", "--insecure", code=69)
+    assert re.fullmatch("no TLS: [a-z0-9 ]*alert handshake failure", line)
+
+
 def test_tls_files(authority: Authority, tmp_path: Path) -> None:
     """A file that cannot be used is a usage error that names the option."""
     start = "echod probe: error: "

@@ -191,8 +191,8 @@ def _target(parser: argparse.ArgumentParser, words: Sequence[str]) -> TcpAddress
             text = f"[{_unbracketed(host)}]:{port}" if ":" in host else f"{host}:{port}"
         case [text]:
             pass
-        case [_, second, *_]:
-            parser.error(f"{second!r} is a second TARGET: give only one")
+        case _:
+            parser.error(f"{words[1]!r} is a second TARGET: give only one")
     try:
         return _server(text)
     except ValueError as error:

@@ -87,15 +87,7 @@ class ClientTls:
             OSError: the connection failed, or the deadline has passed.
 
         """
-        channel = TlsChannel(sock, self._context, self._server_name)
-        try:
-            channel.handshake(deadline)
-        except OSError as error:
-            if not channel.answer:
-                error.add_note("no answer to the TLS handshake")
-                error.add_note(advice)
-            raise
-        return channel
+        return TlsChannel(sock, self._context, self._server_name, deadline, advice)
 
 
 def _no_password() -> str:
@@ -127,37 +119,46 @@ class TlsChannel:
     Memory BIOs allow sending close_notify while the SSL object has nothing to read.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None) -> None:
-        self.answer = b""
-        """The first bytes of the server's handshake."""
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: Deadline, advice: str
+    ) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         self._unsent = b""
+        answer = b""
+        try:
+            while not self._shake_hands(answer):
+                deadline.limit(sock)  # for each call, as the server may send byte by byte
+                self.flush()
+                answer += self._fill()[: _ANSWER - len(answer)]
+            self.flush()
+        except OSError as error:
+            if not answer:
+                error.add_note("no answer to the TLS handshake")
+                error.add_note(advice)
+            raise
 
-    def handshake(self, deadline: Deadline) -> None:
-        """Do the handshake while the socket blocks.
+    def _shake_hands(self, answer: bytes) -> bool:
+        """Continue the handshake. Return whether it is complete.
+
+        Args:
+            answer: the first bytes that the server has sent so far.
 
         Raises:
             TlsError: the handshake failed.
-            OSError: the connection failed, or the deadline has passed.
 
         """
-        while True:
-            try:
-                self._object.do_handshake()
-            except ssl.SSLWantReadError:
-                deadline.limit(self._sock)  # for each call, as the server may send byte by byte
-                self.flush()
-                self.answer += self._fill()[: _ANSWER - len(self.answer)]
-            except ssl.SSLError as error:
-                with contextlib.suppress(OSError):
-                    self.flush()  # the alert tells the peer why
-                raise TlsError(_explain(error, self.answer)) from error
-            else:
-                self.flush()
-                return
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except ssl.SSLError as error:
+            with contextlib.suppress(OSError):
+                self.flush()  # the alert tells the peer why
+            raise TlsError(_explain(error, answer)) from error
+        return True
 
     @property
     def version(self) -> str | None:
