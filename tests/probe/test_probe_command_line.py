@@ -106,6 +106,11 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
         (["--host", "h", "--port", "1"], "unknown option --host; write HOST:PORT"),
         (["h:1", "--qps=5"], "unknown option --qps; write --rate"),
         (["h:1", "-x6"], "unknown option -x"),
+        (["h:1", "--a\n\x1b"], "unknown option --a\\n\\x1b"),
+        (
+            ["h\n:1"],
+            "TARGET 'h\\n:1': 'h\\n' is not a host name: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME",
+        ),
         (["http://h:80/path"], "TARGET 'http://h:80/path' is a URL: write h:80"),
         (["HTTP://user@h?x"], "TARGET 'HTTP://user@h?x' is a URL: write h:80"),
         (["https://[::1]/"], "TARGET 'https://[::1]/' is a URL: write [::1]:443 --tls"),

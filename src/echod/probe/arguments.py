@@ -13,7 +13,7 @@ from echod.net import addresses
 from echod.net.addresses import TcpAddress, UnixAddress
 from echod.probe.connect import Route
 from echod.probe.model import ProbeOptions
-from echod.text import closest
+from echod.text import closest, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
     known = parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
-    option = argument.partition("=")[0]
+    option = printable(argument.partition("=")[0])
     if f"-{option}" in known:  # as Go writes options
         parser.error(f"unknown option {option}; did you mean -{option}?")
     if not option.startswith("--"):
