@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import select
 import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.probe import arguments, progress, report
+from echod.probe import arguments, progress
 from echod.probe.load import Interrupt, LoadGenerator
-from echod.probe.model import Outcome
 from echod.probe.timing import Timer
 from harness import PATIENCE, receive, reset
-from peers import Peer, echo, ending, messages
+from peers import Peer, echo, messages
 from probing import UNANSWERED, narrow
 from simulated_time import SimulatedTime
 
@@ -170,37 +167,3 @@ def test_rate_that_is_too_high() -> None:
     assert results.latencies.count == 5000
     assert results.lag > 0.0001
     assert results.latencies.most >= results.lag - 1e-7
-
-
-def verdict(peer: Peer, *options: str, time: SimulatedTime) -> tuple[bool | None, str]:
-    """Measure, and return whether the rate was reached, and the verdict of the text."""
-    results = run(peer, *options, time=time)
-    text = report.result(arguments.parse([peer.target, *options]), results)
-    found = report.result(arguments.parse([peer.target, *options, "--json"]), results)
-    assert text.outcome is found.outcome is Outcome.RIGHT
-    lines = [line for line in text.text.splitlines() if line.startswith("rate not reached")]
-    return json.loads(found.text)["rate_reached"], "".join(lines)
-
-
-def test_verdict_on_a_rate() -> None:
-    """The report says if the rate was not reached, and which side was too slow."""
-    with Peer(echo) as peer:
-        assert verdict(peer, "--rate", "500", "--duration", "1", time=SimulatedTime()) == (True, "")
-        assert verdict(peer, "--rate", "3", "--count", "1", time=SimulatedTime()) == (True, "")
-        assert verdict(peer, "--count", "10", time=SimulatedTime()) == (None, "")
-        reached, line = verdict(peer, "--rate", "10M", "--count", "5000", time=SimulatedTime())
-    assert reached is False
-    assert re.fullmatch("rate not reached: [0-9,]+/s of 10,000,000/s, as the probe did not send faster", line)
-    time = SimulatedTime()
-    with pausing(199, lambda: time.advance(3_000_000_000)) as peer:
-        reached, line = verdict(peer, "--rate", "200", "--count", "200", time=time)
-    assert reached is False
-    assert re.fullmatch("rate not reached: [0-9]+/s of 200/s, as the server did not answer faster", line)
-
-
-def test_rate_without_an_answer() -> None:
-    """Without an echo there is no verdict, only errors."""
-    with Peer(ending(0)) as peer:
-        results = run(peer, "--rate", "500", "--count", "5", time=SimulatedTime())
-        found = report.result(arguments.parse([peer.target, "--rate", "500", "--json"]), results)
-    assert json.loads(found.text)["rate_reached"] is None

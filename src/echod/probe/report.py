@@ -199,8 +199,8 @@ def _verdict(options: ProbeOptions, results: Results) -> str:
     assert options.rate is not None
     count = results.latencies.count
     late = results.seconds - count / options.rate
-    slow = "the probe did not send faster" if results.lag > late / 2 else "the server did not answer faster"
-    return f"rate not reached: {_per_second(count, results):,.0f}/s of {options.rate:,.10g}/s, as {slow}"
+    slow = "the probe sent too slowly" if results.lag > late / 2 else "the server answered too slowly"
+    return f"rate not reached: {_per_second(count, results):,.0f}/s of {options.rate:,.10g}/s: {slow}"
 
 
 def _bars(rows: Iterable[tuple[str, str, float]]) -> Table:
