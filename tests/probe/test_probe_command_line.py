@@ -106,6 +106,7 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
         (["--host", "h", "--port", "1"], "unknown option --host; write HOST:PORT"),
         (["h:1", "--qps=5"], "unknown option --qps; write --rate"),
         (["h:1", "-x6"], "unknown option -x"),
+        (["--version"], "unknown option --version; write echod --version"),
         (["h:1", "--a\n\x1b"], "unknown option --a\\n\\x1b"),
         (
             ["h\n:1"],

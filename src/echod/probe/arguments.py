@@ -51,6 +51,7 @@ _SIMILAR = {
     "--insecure": ("-k",),
     "--server-name": ("--sni", "--servername"),
     "--proxy-v1 or --proxy-v2": ("--proxy", "--proxy-protocol", "--send-proxy"),
+    "echod --version": ("-v", "-V", "--version"),
     "HOST:PORT": ("-p", "-H", "--port", "--host", "--target", "--url", "--listen"),
 }
 
