@@ -55,6 +55,16 @@ class Server:
         self.addresses: list[TcpAddress | UnixAddress] = [address for address in named if address is not None]
         """The addresses of the sockets, with the actual port instead of 0. They remain after the end."""
 
+    def __str__(self) -> str:
+        """Return the addresses, the state and the number of clients."""
+        state = "serving" if self._tasks else "not started"
+        if self._shutdown is not None and self._is_stopping:
+            state = "stopped" if self._shutdown.done() else "stopping"
+        return f"{' '.join(map(str, self.addresses))} {state}, clients={self.clients}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def set_backlog(self, backlog: int) -> None:
         """Set the backlog of the listening sockets, except inherited ones.
 
@@ -90,6 +100,18 @@ class Server:
     def connected(self) -> Collection[Client]:
         """The connected clients: a live view."""
         return self._clients.values()
+
+    @property
+    def stop_deadlines(self) -> tuple[float, float] | None:
+        """The loop's times at which a stop ends its delay and its drain, or None before the stop.
+
+        A pause of the process extends both.
+        """
+        if self._stop_began is None:
+            return None
+        shutdown = self.settings.shutdown
+        delayed = self._stop_began[0] + shutdown.delay
+        return delayed, delayed + shutdown.drain_timeout + shutdown.linger_timeout
 
     @property
     def accept_paused(self) -> bool:
