@@ -29,6 +29,9 @@ EXIT_CONFIG = 78
 # Added to the number of a signal, as shells do.
 _SIGNALLED = 128
 
+# Seconds that the settings still have after a stop signal: a signal during the imports gets a receipt, too.
+_GRACE = 3.0
+
 _STDOUT = 1
 _STDERR = 2
 
@@ -97,7 +100,7 @@ def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Res
     from echod import threads  # noqa: PLC0415
 
     try:
-        return threads.wait(load, "settings", signals.is_stopping)
+        return threads.wait(load, "settings", signals.is_stopping, grace=_GRACE)
     except threads.ThreadError:
         return load()
 

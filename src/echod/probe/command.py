@@ -1,4 +1,4 @@
-"""Run `echod probe`: a quick check or a measurement."""
+"""Run `echod probe`: a quick check, or a measurement and its report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,29 @@ def run(options: ProbeOptions) -> ProbeResult:
     if not options.measure:
         return check.run(options)
     try:
-        from echod.probe import measure  # noqa: PLC0415  (a quick check does not need it)
+        return _measure(options)
     except ModuleNotFoundError:
-        from echod.extras import missing  # noqa: PLC0415  (as above)
+        from echod.extras import missing  # noqa: PLC0415  (a quick check does not need it)
 
         if not (message := missing("hdrhistogram", "rich")):
             raise
         return ProbeResult(Outcome.FAILED, problem=f"a measurement {message}")
-    return measure.run(options)
+
+
+def _measure(options: ProbeOptions) -> ProbeResult:
+    # A quick check needs none of these.
+    from echod.net import kernel  # noqa: PLC0415
+    from echod.probe import progress, report  # noqa: PLC0415
+    from echod.probe.load import Interrupt, LoadGenerator  # noqa: PLC0415
+
+    interrupt = Interrupt()
+    interrupt.install()
+    kernel.raise_descriptor_limit()
+    # Check before the measurement, so that no result is lost.
+    if options.plot is not None and (problem := report.unwritable(options.plot)):
+        return ProbeResult(Outcome.FAILED, problem=problem)
+    with progress.Display(options) as display:
+        generator = LoadGenerator(options, interrupt, display)
+        generator.connect()
+        results = generator.run()
+    return report.result(options, results)
