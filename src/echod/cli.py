@@ -113,8 +113,9 @@ def _report(resources: Resources, command: str) -> int:
     from echod.text import printable  # noqa: PLC0415
 
     config = resources.config
-    for variable in config.unknown_variables:
-        _say(printable(f"warning: {variable} is not a setting"))
+    for variable, meant in config.unknown_variables.items():
+        advice = f": did you mean {meant}?" if meant else ""
+        _say(printable(f"warning: {variable} is not a setting{advice}"))
     for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
     return _print("configuration OK\n" if command == "check" else toml.document(config.settings, config.origins))
