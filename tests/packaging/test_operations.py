@@ -1,4 +1,4 @@
-"""Test that the page on operations lists exactly the events that the source logs."""
+"""Test that the reference pages list exactly the events, reasons and exit codes of the source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echod.server.receipt import Receipt
 if TYPE_CHECKING:
     from harness import Start
 
-PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "operations.md").read_text()
+PAGES = Path(__file__).parents[2] / "docs" / "reference"
 
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 
@@ -82,9 +82,9 @@ def logged() -> dict[str, Logged]:
     return found
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading: str, page: str = "events.md") -> list[list[str]]:
     """Return the cells of the first table after a heading."""
-    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL)
     assert table, heading
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()[2:]]
 
@@ -92,10 +92,12 @@ def rows(heading: str) -> list[list[str]]:
 def test_events() -> None:
     """Check the level and fields of each event, and that the page has advice for it."""
     source = logged()
-    page = {name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("The log")}
+    page = {
+        name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("All events")
+    }
     assert page == {name: (event.level, set(event.fields)) for name, event in source.items()}
     assert len(page) > 15
-    assert all(row[3] for row in rows("The log"))
+    assert all(row[3] for row in rows("All events"))
 
 
 def test_a_run(start: Start) -> None:
@@ -104,7 +106,7 @@ def test_a_run(start: Start) -> None:
     daemon.echo(b"hello")
     daemon.wait_for("client_closed")
     assert daemon.stop() == 0
-    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("The log")}
+    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("All events")}
     for event in daemon.events:
         fields = set(event) - {"timestamp", "level", "event"}
         assert fields == page[event["event"]] or (event["event"] == "client_closed" and fields < page["client_closed"])
@@ -112,10 +114,10 @@ def test_a_run(start: Start) -> None:
 
 
 def test_reasons() -> None:
-    assert {row[0].strip("`") for row in rows("How connections end")} == set(get_args(Reason))
+    assert {row[0].strip("`") for row in rows("Reasons")} == set(get_args(Reason))
 
 
 def test_exit_codes() -> None:
-    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes"))))
+    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes", "exit-codes.md"))))
     own = {cli.EXIT_OK, cli.EXIT_FAILURE, cli.EXIT_UNAVAILABLE, cli.EXIT_CONFIG}
     assert codes == {str(code) for code in own} | {"2", "130", "131", "143"}
