@@ -5,10 +5,14 @@ PYTHON ?= python3
 VERSIONS ?= 3.11 3.12 3.13
 ARGUMENTS ?= --config config.example.toml
 
+# Helm, and the version of Kubernetes for which `make manifests` renders the chart.
+HELM ?= helm
+KUBERNETES = 1.35
+
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: run test soak docs evolution bench bench-quick clean
+.PHONY: run test soak docs manifests evolution bench bench-quick clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
@@ -23,6 +27,12 @@ soak: .venv/installed
 
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
+	.venv/bin/python docs/values.py
+
+# Render the chart with its defaults, for clusters without Helm.
+manifests:
+	{ echo "# Written by \`make manifests\` from packaging/helm/echod: change that."; $(HELM) template echod packaging/helm/echod \
+		--skip-tests --kube-version $(KUBERNETES); } > packaging/kubernetes/echod.yaml
 
 # Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed
