@@ -12,7 +12,7 @@ KUBERNETES = 1.35
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: run test soak docs manifests evolution bench bench-quick clean
+.PHONY: run test soak docs site manifests evolution bench bench-quick clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
@@ -29,8 +29,12 @@ docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
 
-# Render the chart with its defaults, for clusters without Helm.
-manifests:
+site:  ## build the documentation site in build/docs/site (needs npm, which provides Mermaid)
+	[ -x build/docs/venv/bin/python ] || $(PYTHON) -m venv build/docs/venv
+	build/docs/venv/bin/python -m pip install --quiet -r docs/requirements.txt
+	build/docs/venv/bin/python docs/make_site.py build/docs
+
+manifests:  ## render the Helm chart to packaging/kubernetes, for clusters without Helm
 	{ echo "# Written by \`make manifests\` from packaging/helm/echod: change that."; $(HELM) template echod packaging/helm/echod \
 		--skip-tests --kube-version $(KUBERNETES); } > packaging/kubernetes/echod.yaml
 
