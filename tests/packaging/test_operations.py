@@ -12,6 +12,7 @@ from echod import cli
 from echod.connection.outcome import Reason
 from echod.server.ledger import Entry
 from echod.server.receipt import Receipt
+from watching import WATCHED, status
 
 if TYPE_CHECKING:
     from harness import Start
@@ -115,6 +116,19 @@ def test_a_run(start: Start) -> None:
 
 def test_reasons() -> None:
     assert {row[0].strip("`") for row in rows("Reasons")} == set(get_args(Reason))
+
+
+def test_status(start: Start) -> None:
+    """The page on the status has every key that a report has."""
+    daemon = start(*WATCHED)
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        report = status(daemon)
+    objects = [report, report["clients"], *report["listeners"], *report["clients"]["most_traffic"]]
+    keys = {key for each in objects for key in each}
+    assert {"uptime_seconds", "accept_pauses", "unsent"} <= keys
+    assert keys - set(re.findall("`(.*?)`", (PAGES / "status.md").read_text())) == set()
 
 
 def test_exit_codes() -> None:
