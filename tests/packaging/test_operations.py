@@ -28,7 +28,9 @@ BOUND = {
     "accept_resumed",
     "backlog_abandoned",
     "client_closed",
+    "client_connected",
     "client_failed",
+    "client_state",
     "listener_cancelled",
 }
 UNPACKED = {
@@ -72,7 +74,7 @@ def logged() -> dict[str, Logged]:
             match node:
                 case ast.Call(
                     func=ast.Attribute(attr=method), args=[ast.Constant(value=str(name))], keywords=keywords
-                ) if method in LEVELS:
+                ) if method in LEVELS and name.isidentifier():  # a parser's errors are sentences
                     fields = {keyword.arg for keyword in keywords if keyword.arg}
                     fields |= UNPACKED.get(name, set()) | ({"listener"} if name in BOUND else set())
                     if method == "exception" or "exc_info" in fields:
