@@ -19,8 +19,8 @@ DOCS = ROOT / "docs"
 MERMAID = "12.3.0"
 
 
-def build(folder: Path) -> Path:
-    """Build the site in a folder, and return the path of its pages."""
+def build(folder: Path) -> None:
+    """Build the site in FOLDER/site."""
     pages = folder / "docs"
     shutil.rmtree(folder / "site", ignore_errors=True)
     shutil.rmtree(pages, ignore_errors=True)
@@ -30,7 +30,6 @@ def build(folder: Path) -> Path:
         page.write_text(with_copies(page.read_text(), page.relative_to(pages), pages))
     shutil.copy(mermaid(folder), pages)
     subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=folder, check=True)
-    return folder / "site"
 
 
 def with_copies(text: str, page: Path, pages: Path) -> str:
@@ -55,14 +54,16 @@ def with_copies(text: str, page: Path, pages: Path) -> str:
 
 def mermaid(folder: Path) -> Path:
     """Return the path of Mermaid, which is downloaded if it is missing."""
-    archive = folder / f"mermaid-{MERMAID}.tgz"
-    script = folder / "package" / "dist" / "mermaid.min.js"
-    if not archive.exists():
-        subprocess.run(
-            ["npm", "pack", "--silent", f"mermaid@{MERMAID}"], cwd=folder, check=True, stdout=subprocess.DEVNULL
-        )
-        with tarfile.open(archive) as packed:
-            packed.extract(script.relative_to(folder).as_posix(), folder, filter="data")
+    place = folder / f"mermaid-{MERMAID}"
+    script = place / "package" / "dist" / "mermaid.min.js"
+    if not script.exists():
+        if shutil.which("npm") is None:
+            sys.exit("npm is missing: install it, as it provides Mermaid, which draws the diagrams")
+        place.mkdir(exist_ok=True)
+        command = ["npm", "pack", "--silent", f"mermaid@{MERMAID}"]
+        subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(place / f"mermaid-{MERMAID}.tgz") as packed:
+            packed.extract(script.relative_to(place).as_posix(), place, filter="data")
     return script
 
 
