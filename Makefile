@@ -35,8 +35,10 @@ site:  ## build the documentation site in build/docs/site (needs npm, which prov
 	build/docs/venv/bin/python docs/make_site.py build/docs
 
 manifests:  ## render the Helm chart to packaging/kubernetes, for clusters without Helm
+	mkdir -p build
 	{ echo "# Written by \`make manifests\` from packaging/helm/echod: change that."; $(HELM) template echod packaging/helm/echod \
-		--skip-tests --kube-version $(KUBERNETES); } > packaging/kubernetes/echod.yaml
+		--skip-tests --kube-version $(KUBERNETES); } > build/echod.yaml
+	mv build/echod.yaml packaging/kubernetes/echod.yaml
 
 # Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed
