@@ -29,12 +29,12 @@ docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
 
-site:  ## build the documentation site in build/docs/site (needs npm, which provides Mermaid)
+site: ## build the documentation site in build/docs/site (needs npm, which provides Mermaid)
 	[ -x build/docs/venv/bin/python ] || $(PYTHON) -m venv build/docs/venv
 	build/docs/venv/bin/python -m pip install --quiet -r docs/requirements.txt
 	build/docs/venv/bin/python docs/make_site.py build/docs
 
-manifests:  ## render the Helm chart to packaging/kubernetes, for clusters without Helm
+manifests: ## render the Helm chart to packaging/kubernetes, for clusters without Helm
 	mkdir -p build
 	{ echo "# Written by \`make manifests\` from packaging/helm/echod: change that."; $(HELM) template echod packaging/helm/echod \
 		--skip-tests --kube-version $(KUBERNETES); } > build/echod.yaml
