@@ -12,7 +12,7 @@ KUBERNETES = 1.35
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: run test soak docs site manifests evolution bench bench-quick clean
+.PHONY: run test soak docs evolution bench bench-quick clean
 
 run: .venv/installed
 	.venv/bin/echod $(ARGUMENTS)
@@ -28,6 +28,8 @@ soak: .venv/installed
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
+
+.PHONY: site manifests
 
 site: ## build the documentation site in build/docs/site (needs npm, which provides Mermaid)
 	[ -x build/docs/venv/bin/python ] || $(PYTHON) -m venv build/docs/venv
