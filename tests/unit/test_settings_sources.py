@@ -104,6 +104,11 @@ def test_forms_of_values(write: Write, monkeypatch: pytest.MonkeyPatch, name: st
     assert [at(result.settings, name) for result in results] == [value] * 4
 
 
+def test_size_as_a_whole_float(write: Write) -> None:
+    """Helm writes large whole numbers as floats."""
+    assert loaded(config=write("limits.write_buffer = 1.048576e+06")).settings.limits.write_buffer == 2**20
+
+
 def test_listen(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--listen` may be repeated. Option and variable accept commas. A list replaces the list of another source."""
     config = write('listen = ["h:1", "h:2"]')

@@ -128,7 +128,7 @@ class EchoSession(asyncio.Protocol):
         """Whether the client has closed its direction."""
         self.delivery: Delivery | None = None
         self.tcp_info: kernel.TcpInfo | None = None
-        self._large = int(limits.write_buffer)
+        self._large = limits.high_water_mark
         self._report: Callable[[str], object] = _ignore
         self._fin_sent = False
         self._delivered = False
@@ -276,7 +276,7 @@ class EchoSession(asyncio.Protocol):
     def reconfigure(self, limits: LimitsSettings, shutdown: ShutdownSettings) -> None:
         """Apply other settings from now on."""
         self.limits, self.shutdown = limits, shutdown
-        self._large = int(limits.write_buffer)
+        self._large = limits.high_water_mark
         if self.transport is not None and self.reason is None and not self.paused:
             self.transport.set_write_buffer_limits(high=self._large)
 

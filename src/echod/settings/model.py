@@ -89,6 +89,11 @@ class LimitsSettings(_Section):
         "line is closed.",
     )
 
+    @cached_property
+    def high_water_mark(self) -> int:
+        """The write buffer as an integer that all sessions share, and that compares faster."""
+        return int(self.write_buffer)
+
 
 class ShutdownSettings(_Section):
     """The phases of a graceful stop."""

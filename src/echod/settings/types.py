@@ -99,6 +99,8 @@ def _no_bool(value: object) -> object:
 def _size(value: object) -> int:
     if isinstance(value, str):
         return parse_size(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # Helm writes large whole numbers so: 1.048576e+06
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     message = 'should be bytes, or a size such as "64KiB"'

@@ -72,7 +72,7 @@ class FaultSession(EchoSession):
         random = profile.new_random(number)
         self._framer = LineFramer() if mode == "line" else ReadFramer(profile.settings.after_bytes or 0)
         self._injector = Injector(profile, random)
-        self._shaper = Shaper(profile.settings, random, self._loop.time, limits.write_buffer)
+        self._shaper = Shaper(profile.settings, random, self._loop.time, limits.high_water_mark)
         self._written = 0
         self._pump_timer: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None
@@ -134,7 +134,7 @@ class FaultSession(EchoSession):
     def reconfigure(self, limits: LimitsSettings, shutdown: ShutdownSettings) -> None:
         """Apply new settings. The fault stays as it is."""
         super().reconfigure(limits, shutdown)
-        self._shaper.resize(limits.write_buffer)
+        self._shaper.resize(limits.high_water_mark)
 
     def close(self, reason: Reason) -> None:
         """Close gracefully, after the held echo. An urgent reason sends held echo at once, even while closing."""
