@@ -67,7 +67,10 @@ def test_sources_that_were_checked(
     path.write_text('loop = "auto"\n')
     result = run("check", *(text.replace("FILE", str(path)) for text in arguments), env=variables)
     assert result.stderr == ""
-    assert (result.returncode, result.stdout) == (0, f"configuration OK: {message}\n".replace("OK: FILE", f"OK: {path}"))
+    assert (result.returncode, result.stdout) == (
+        0,
+        f"configuration OK: {message}\n".replace("OK: FILE", f"OK: {path}"),
+    )
 
 
 def test_config_round_trip(tmp_path: Path) -> None:

@@ -78,27 +78,27 @@ exit codes:
 _EXAMPLES = {
     "": """
 examples:
-  echod 8000                      listen on 127.0.0.1, port 8000
-  echod :8000 unix:/run/echo      listen on all addresses, and on a unix socket
-  echod check -c echo.toml        check a settings file
-  echod -c echo.toml              run with it
-  echod probe localhost:8000      check that a server echoes
+  echod 8000                    listen on 127.0.0.1, port 8000
+  echod :8000 unix:/run/echo    listen on all addresses, and on a unix socket
+  echod check -c echo.toml      check a settings file
+  echod -c echo.toml            run with it
+  echod probe localhost:8000    check that a server echoes
 """,
     "serve": """
 examples:
-  echod serve 8000                listen on 127.0.0.1, port 8000
-  echod serve -c echo.toml        read a settings file
-  echod serve :8000 [::1]:9000    listen on all addresses, and on an IPv6 address
+  echod serve 8000              listen on 127.0.0.1, port 8000
+  echod serve -c echo.toml      read a settings file
+  echod serve :8000 [::1]:7     listen on all addresses, and on an IPv6 address
 """,
     "check": """
 examples:
-  echod check                     check the variables, or only the defaults
-  echod check -c echo.toml        check a settings file
+  echod check                   check the variables, or only the defaults
+  echod check -c echo.toml      check a settings file
 """,
     "config": """
 examples:
-  echod config -c echo.toml       print the settings of a file, and all defaults
-  echod config > echo.toml        start a settings file
+  echod config -c echo.toml     print the settings of a file, and all defaults
+  echod config > echo.toml      start a settings file
 """,
 }
 
