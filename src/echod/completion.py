@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import shtab
 
 from echod.probe import arguments
-from echod.settings import parser
+from echod.settings.parser import COMMANDS, build_parser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,31 +40,31 @@ def script(shell: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="echod completion",
         description="Print a script that completes commands, options and their values in a shell.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    new.add_argument("shell", choices=_SHELLS, help="The shell that runs the script.")
-    return new
+    parser.add_argument("shell", choices=_SHELLS, help="The shell that runs the script.")
+    return parser
 
 
 def _all_commands() -> argparse.ArgumentParser:
     """Return a parser of the whole command line, with a subparser for each command. It serves only as shtab's input."""
-    with_settings = parser.parser("")
+    with_settings = build_parser("")
     with_settings.add_argument("address", nargs="*")  # zsh completes nothing after an argument that it does not know
     help_parser = argparse.ArgumentParser()
-    help_parser.add_argument("name", choices=tuple(parser.COMMANDS))
+    help_parser.add_argument("name", choices=tuple(COMMANDS))
     of_command = {
         "probe": arguments.build_parser(),
         "completion": _parser(),
         "help": help_parser,
         "version": argparse.ArgumentParser(),
     }
-    root = parser.parser("")
+    root = build_parser("")
     commands = root.add_subparsers()
-    for name, text in parser.COMMANDS.items():
+    for name, text in COMMANDS.items():
         parents = [of_command.get(name, with_settings)]
         commands.add_parser(name, help=text, description=text, parents=parents, add_help=False)
     for command in (root, *commands.choices.values()):

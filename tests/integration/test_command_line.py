@@ -135,6 +135,7 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         (["--qqq"], "unknown option --qqq; `echod --help` lists the options"),
         (["-x"], "unknown option -x; `echod --help` lists the options"),
         (["-xyz=3"], "unknown option -x; `echod --help` lists the options"),
+        (["--a\nb"], "unknown option --a\\nb; "),
         (["-help"], "unknown option -help; did you mean --help?"),
         (["-version"], "unknown option -version; did you mean --version?"),
         (["--idle-timeout", "5"], "unknown option --idle-timeout; did you mean --limits.idle-timeout?"),
@@ -179,11 +180,11 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         ),
         (
             ["echo.toml"],
-            "'echo.toml' is not an address; write --config echo.toml for a settings file, unix:echo.toml for a",
+            "'echo.toml' is not an address; write --config 'echo.toml' for a settings file, 'unix:echo.toml'",
         ),
         (
             ["/run/x"],
-            "'/run/x' is not an address; write --config /run/x for a settings file, unix:/run/x for a unix socket",
+            "'/run/x' is not an address; write --config '/run/x' for a settings file, 'unix:/run/x' for",
         ),
         (["8000", "check"], "'check' is a command: write it first, and only one command"),
         (["serve", "check"], "'check' is a command: write it first, and only one command"),

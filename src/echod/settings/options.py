@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from echod.net import addresses
 from echod.settings.model import Settings, has_named_tables, section
-from echod.settings.parser import COMMANDS, add_unlisted, append_addresses, help_text, parser
+from echod.settings.parser import COMMANDS, add_unlisted, append_addresses, build_parser, help_text
 from echod.text import closest
 
 if TYPE_CHECKING:
@@ -58,49 +58,49 @@ def parse(arguments: Sequence[str], version: str) -> CommandLine:
         SystemExit: with 2 if the arguments cannot be parsed, with 0 after --help and --version.
 
     """
-    options = parser(version)
+    parser = build_parser(version)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for argument in arguments[:end]:
-        _check_option(argument, options)
+        _check_option(argument, parser)
     try:
-        given, words = options.parse_known_args(arguments[:end])
+        given, words = parser.parse_known_args(arguments[:end])
     except argparse.ArgumentError as error:
-        options.error(_wrong_value(error, options))
+        parser.error(_wrong_value(error, parser))
     words += arguments[end + 1 :]
     command = words.pop(0) if words and words[0] in _WITH_SETTINGS else ""
     for word in words:
         append_addresses(given.options, "command line", word)
         for address in word.split(","):
-            _check_address(address.strip(), command, options)
+            _check_address(address.strip(), command, parser)
     if given.help:
         sys.stdout.write(help_text(command))
-        options.exit()
+        parser.exit()
     config, *second = given.config or [None]
     if second:
-        options.error(f"--config is given twice, with {config!r} and {second[0]!r}: echod reads one file")
+        parser.error(f"--config is given twice, with {config!r} and {second[0]!r}: echod reads one file")
     return CommandLine(command or "serve", config, given.options)
 
 
-def _check_option(argument: str, options: argparse.ArgumentParser) -> None:
+def _check_option(argument: str, parser: argparse.ArgumentParser) -> None:
     """Add an option with a dot, as the model knows whether it is one. Reject every other unknown option."""
     option = argument.partition("=")[0]
-    known = _by_name(options)
+    known = _by_name(parser)
     # For argparse, a negative number or a text with a space is a value.
     if option in known or " " in option or not re.match("--|-[A-Za-z]", option):
         return
     if option.startswith("--"):
         if "." in option:
-            add_unlisted(options, option)
+            add_unlisted(parser, option)
             return
     elif f"-{option}" not in known:
         if option[:2] in known:  # such as -lADDRESS
             return
         option = option[:2]
-    options.error(f"unknown option {option}; {_advice(option)}")
+    parser.error(f"unknown option {option}; {_advice(option)}")
 
 
-def _by_name(options: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return options._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
 
 
 def _advice(option: str) -> str:
@@ -130,19 +130,19 @@ def _spellings(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _spellings(table, f"{option}.NAME." if has_named_tables(field) else f"{option}.")
 
 
-def _wrong_value(error: argparse.ArgumentError, options: argparse.ArgumentParser) -> str:
+def _wrong_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
     option = str(error.argument_name).rpartition("/")[2]
-    action = _by_name(options)[option]
+    action = _by_name(parser)[option]
     return (
         f"{option} takes no value" if action.nargs == 0 else f"{option} needs a value: write {option} {action.metavar}"
     )
 
 
-def _check_address(text: str, command: str, options: argparse.ArgumentParser) -> None:
+def _check_address(text: str, command: str, parser: argparse.ArgumentParser) -> None:
     try:
         addresses.parse_bindable(text)
     except addresses.AddressError as error:
-        options.error(str(error) if ":" in text or text.isdecimal() else _advice_on_word(text, command))
+        parser.error(str(error) if ":" in text or text.isdecimal() else _advice_on_word(text, command))
 
 
 def _advice_on_word(word: str, command: str) -> str:
@@ -151,7 +151,9 @@ def _advice_on_word(word: str, command: str) -> str:
     if word in COMMANDS:
         return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
     if "/" in word or word.endswith(".toml"):
-        return f"{word!r} is not an address; write --config {word} for a settings file, unix:{word} for a unix socket"
+        return (
+            f"{word!r} is not an address; write --config {word!r} for a settings file, {f'unix:{word}'!r} for a socket"
+        )
     if command:
         return f"{word!r} is not an address: write PORT, {addresses.FORMS}"
     if near := closest(word, COMMANDS):

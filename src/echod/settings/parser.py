@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import ByteSize
 
 from echod.settings import toml
 from echod.settings.model import Settings, has_named_tables, leaves
+from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,13 +104,18 @@ examples:
 }
 
 
-def parser(version: str) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def build_parser(version: str) -> argparse.ArgumentParser:
     """Return the parser of the options. It leaves the command and the addresses to its caller."""
-    new = argparse.ArgumentParser(prog="echod", usage=_USAGE, allow_abbrev=False, add_help=False, exit_on_error=False)
-    new.set_defaults(options={})
-    add_options(new, version)
-    add_sections(new)
-    return new
+    parser = _Parser(prog="echod", usage=_USAGE, allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.set_defaults(options={})
+    _add_options(parser, version)
+    _add_sections(parser)
+    return parser
 
 
 def help_text(command: str) -> str:
@@ -127,14 +133,13 @@ def help_text(command: str) -> str:
         for name, text in COMMANDS.items():
             commands.add_argument(name, help=text)
     page.add_argument_group("arguments").add_argument("ADDRESS", help=_ADDRESS)
-    add_options(page, "")
+    _add_options(page, "")
     if command in {"", "serve"}:
-        add_sections(page)
+        _add_sections(page)
     return page.format_help()
 
 
-def add_options(to: argparse.ArgumentParser, version: str) -> None:
-    """Add the options outside sections."""
+def _add_options(to: argparse.ArgumentParser, version: str) -> None:
     add = to.add_argument_group("options").add_argument
     add("-h", "--help", action="store_true", help="Print the help.")
     add("-V", "--version", action="version", version=f"echod {version}", help="Print the version.")
@@ -146,8 +151,7 @@ def add_options(to: argparse.ArgumentParser, version: str) -> None:
             _add_setting(add, key, field, *short)
 
 
-def add_sections(to: argparse.ArgumentParser) -> None:
-    """Add a group of options for each section of the settings."""
+def _add_sections(to: argparse.ArgumentParser) -> None:
     groups: dict[str, Any] = {}
     for key, field in leaves():
         if len(key) > 1:
@@ -163,7 +167,7 @@ def add_unlisted(to: argparse.ArgumentParser, option: str) -> None:
 
 
 def _add_setting(add: Callable[..., object], key: Key, field: FieldInfo, *short: str) -> None:
-    default = _text(field.default)
+    default = _default_text(field.default)
     text = f"{field.description} (default: {default})" if default else str(field.description)
     add(
         *short,
@@ -183,7 +187,7 @@ def _metavar(key: Key, annotation: Any) -> str:
     return {float: "SECONDS", int: "N", ByteSize: "SIZE"}.get(annotation) or key[-1].upper()
 
 
-def _text(default: object) -> str:
+def _default_text(default: object) -> str:
     """Return a default as it is written on the command line."""
     match default:
         case tuple():
