@@ -38,7 +38,6 @@ LOOPBACK = socket.if_nametoindex("lo")
     [
         ("127.0.0.1:8000", "127.0.0.1", 8000, "127.0.0.1:8000"),
         (":7", "", 7, ":7"),
-        ("8000", "127.0.0.1", 8000, "127.0.0.1:8000"),
         ("[::]:8443", "::", 8443, "[::]:8443"),
         ("[0:0:0::1]:0", "::1", 0, "[::1]:0"),
         ("[FE80::1%eth0]:80", "fe80::1%eth0", 80, "[fe80::1%eth0]:80"),
@@ -71,9 +70,6 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
         ("h:-1", "'-1' is not a port"),
         ("h: 80", "' 80' is not a port"),
         ("h:٣", "is not a port"),
-        ("٣", "is not a port"),
-        ("70000", "'70000': '70000' is not a port: use 0 to 65535"),
-        ("-1", "'-1' has no port"),
         ("h:" + "9" * 5000, "is not a port"),
         ("::1:8000", "'::1:8000': an IPv6 address needs brackets: write"),
         ("::1", "'::1': an IPv6 address needs brackets"),

@@ -136,8 +136,7 @@ def _scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None
 def parse(text: str) -> Address:
     """Read an address.
 
-    A port alone is on 127.0.0.1. Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`)
-    give equal values.
+    Two texts of one IPv6 address (`[0:0::1]:7`, `[::1]:7`) or name (`Host:7`, `host:7`) give equal values.
 
     Raises:
         AddressError: the text is not an address.
@@ -190,12 +189,10 @@ def _inherited(name: str, text: str) -> InheritedAddress:
 
 def _tcp(text: str) -> TcpAddress:
     host, colon, port = text.rpartition(":")
-    if not colon and port.isdecimal():
-        host = "127.0.0.1"
-    elif not colon or text.endswith("]"):
+    if not colon or text.endswith("]"):
         msg = f"{text!r} has no port: write {FORMS}"
         raise AddressError(msg)
-    elif host.startswith("[") and host.endswith("]"):
+    if host.startswith("[") and host.endswith("]"):
         host = _ipv6(host[1:-1], text)
     elif ":" in host and _IPV6_CHARACTERS.issuperset(host.partition("%")[0]):
         msg = f"{text!r}: an IPv6 address needs brackets: write [V6]:PORT"

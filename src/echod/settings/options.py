@@ -69,9 +69,8 @@ def parse(arguments: Sequence[str], version: str) -> CommandLine:
     words += arguments[end + 1 :]
     command = words.pop(0) if words and words[0] in _WITH_SETTINGS else ""
     for word in words:
-        append_addresses(given.options, "command line", word)
-        for address in word.split(","):
-            _check_address(address.strip(), command, parser)
+        for address in append_addresses(given.options, "command line", word):
+            _check_address(address, command, parser)
     if given.help:
         sys.stdout.write(help_text(command))
         parser.exit()
@@ -142,7 +141,7 @@ def _check_address(text: str, command: str, parser: argparse.ArgumentParser) -> 
     try:
         addresses.parse_bindable(text)
     except addresses.AddressError as error:
-        parser.error(str(error) if ":" in text or text.isdecimal() else _advice_on_word(text, command))
+        parser.error(str(error) if ":" in text else _advice_on_word(text, command))
 
 
 def _advice_on_word(word: str, command: str) -> str:

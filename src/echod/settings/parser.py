@@ -225,11 +225,16 @@ class _Append(argparse.Action):
         append_addresses(namespace.options, option, value)
 
 
-def append_addresses(options: dict[Key, tuple[str, object]], option: str, text: str) -> None:
-    """Add addresses, separated by commas, to those that were given before."""
+def append_addresses(options: dict[Key, tuple[str, object]], option: str, text: str) -> list[str]:
+    """Add addresses, separated by commas, to those that were given before. Return the new ones.
+
+    A port alone is on 127.0.0.1.
+    """
+    new = [f"127.0.0.1:{part}" if part.isdecimal() else part for part in map(str.strip, text.split(","))]
     before: Any
     _, before = options.get(_LISTEN, (option, []))
-    options[_LISTEN] = option, [*before, *(part.strip() for part in text.split(","))]
+    options[_LISTEN] = option, [*before, *new]
+    return new
 
 
 def _key(option: str) -> Key:

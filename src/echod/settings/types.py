@@ -59,8 +59,8 @@ def _file_name(text: str) -> str:
 
 
 def _address(text: str) -> str:
-    address = addresses.parse_bindable(text)
-    return text if ":" in text else str(address)  # a port alone gets its host, as the address is the listener's name
+    addresses.parse_bindable(text)
+    return text
 
 
 def _admin_address(text: str) -> str:
