@@ -76,6 +76,7 @@ def test_help(command: Command) -> None:
         "--log.level {debug,info,warning,error} Lowest",
         "--log.file FILE",
         "--limits.max-line SIZE",
+        "--shutdown.delay TIME",
         "--limits.backlog N",
         "(default: 127.0.0.1:8000)",
         "(default: 64KiB)",

@@ -51,7 +51,7 @@ _NOTES = """
 Each named fault and listener has options that contain its name: --faults.NAME.trigger TEXT, --listeners.NAME.address
 ADDRESS, --listeners.NAME.tls.certificate FILE.
 
-A size is in bytes, or has a unit, such as 64KiB.
+A TIME is in seconds, or has a unit: 250ms, 10s, 5m, 1h. A SIZE is in bytes, or has a unit: 64KiB, 1MB.
 
 Each option is also a key of the settings file, such as idle_timeout in the table [limits], and a variable, such as
 ECHOD_LIMITS__IDLE_TIMEOUT. The command line overrides the environment, and both override the file.
@@ -184,7 +184,7 @@ def _metavar(key: Key, annotation: Any) -> str:
         return f"{{{','.join(get_args(annotation))}}}"
     if key == _LISTEN:
         return "ADDRESS"
-    return {float: "SECONDS", int: "N", ByteSize: "SIZE"}.get(annotation) or key[-1].upper()
+    return {float: "TIME", int: "N", ByteSize: "SIZE"}.get(annotation) or key[-1].upper()
 
 
 def _default_text(default: object) -> str:
