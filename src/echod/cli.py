@@ -30,6 +30,9 @@ EXIT_CONFIG = 78
 # Added to the number of a signal, as shells do.
 _SIGNALLED = 128
 
+# Seconds that the settings still have after a stop signal: a signal during the imports gets a receipt, too.
+_GRACE = 3.0
+
 _STDOUT = 1
 _STDERR = 2
 
@@ -124,7 +127,7 @@ def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Res
     from echod import threads  # noqa: PLC0415
 
     try:
-        return threads.wait(load, "settings", signals.is_stopping)
+        return threads.wait(load, "settings", signals.is_stopping, grace=_GRACE)
     except threads.ThreadError:
         return load()
 
@@ -154,8 +157,9 @@ def _warn(resources: Resources) -> None:
     from echod.text import printable  # noqa: PLC0415
 
     config = resources.config
-    for variable in config.unknown_variables:
-        _say(printable(f"warning: {variable} is not a setting"))
+    for variable, meant in config.unknown_variables.items():
+        advice = f": did you mean {meant}?" if meant else ""
+        _say(printable(f"warning: {variable} is not a setting{advice}"))
     for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
 

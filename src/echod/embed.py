@@ -185,7 +185,7 @@ def acquire(address: str, options: Mapping[str, Any], known: frozenset[str]) -> 
     # All values come from one call, so problems have no origin.
     origins: defaultdict[Key, str] = defaultdict(str)
     try:
-        return resources.acquire(Config(validate(settings, origins, problems), origins, ()))
+        return resources.acquire(Config(validate(settings, origins, problems), origins, {}))
     except SettingsError as error:
         raise SettingsError([problem._replace(key=_own(problem.key)) for problem in error.problems]) from None
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from echod import embed
 from echod.embed import Server
+from echod.extras import missing
 from echod.loops import loop_factory
 from echod.options import ThreadOptions
 
@@ -225,7 +226,7 @@ def _certify(folder: Path, authority: Path) -> dict[str, Any]:
     try:
         import trustme  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
-        msg = "trustme is needed to issue a certificate: pip install 'echod[pytest]'"
+        msg = f"a certificate {missing('trustme')}"
         raise ImportError(msg) from error
 
     ca = trustme.CA()

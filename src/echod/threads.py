@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,9 +18,6 @@ T = TypeVar("T")
 
 # Seconds between two looks at `stopped`.
 _PATIENCE = 0.1
-
-# Seconds that a function which may never return gets to end after the stop.
-_GRACE = 3.0
 
 
 class ThreadError(Exception):
@@ -76,16 +75,26 @@ def call(loop: asyncio.AbstractEventLoop, work: Callable[[], T], name: str) -> a
     return future
 
 
-def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
+def wait(
+    work: Callable[[], T],
+    name: str,
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    timeout: float = math.inf,
+    grace: float = 0.0,
+) -> T:
     """Call a function in a thread of its own, and return its result unless the wait ends first.
 
     Args:
         work: the function; it may never return.
         name: of the thread.
-        stopped: called every 100 ms. After the first True, the function has three more seconds.
+        stopped: called every 100 ms. True ends the wait.
+        timeout: seconds until the wait ends.
+        grace: seconds that the function still has once `stopped` has returned True.
 
     Raises:
         InterruptedError: `stopped` returned True, and the function did not return in time.
+        TimeoutError: the function did not return within the timeout.
         ThreadError: as `start`.
 
     """
@@ -103,11 +112,12 @@ def wait(work: Callable[[], T], name: str, stopped: Callable[[], bool]) -> T:
             outcomes.append(lambda: result)
 
     thread = start(run, name)
-    looks = round(_GRACE / _PATIENCE)
-    while thread.is_alive():
-        if stopped():
-            if not looks:
-                raise InterruptedError
-            looks -= 1
-        thread.join(_PATIENCE)
+    deadline = time.monotonic() + timeout
+    while thread.is_alive() and not stopped():
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        thread.join(min(left, _PATIENCE))
+    thread.join(grace)
+    if thread.is_alive():
+        raise InterruptedError
     return outcomes[0]()

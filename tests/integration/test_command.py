@@ -35,13 +35,17 @@ def test_check(tmp_path: Path) -> None:
     result = run("check", "--config", str(path))
     assert (result.returncode, result.stdout) == (78, "")
     assert result.stderr.splitlines() == [
-        f"echod: {path}: limits.backlog: should be greater than or equal to 1, not 0",
-        f"echod: {path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+        f"echod: {path}:3: limits.backlog: should be at least 1, not 0",
+        f"echod: {path}:2: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     path.write_text("[limits]\nidle_timeout = 3\n")
-    result = run("check", env={"ECHOD_CONFIG": str(path), "ECHOD_PORT": "tcp://10.0.0.1:80"})
+    variables = {"ECHOD_PORT": "tcp://10.0.0.1:80", "ECHOD_LIMITS_BACKLOG": "3"}
+    result = run("check", env={"ECHOD_CONFIG": str(path), **variables})
     assert (result.returncode, result.stdout) == (0, f"configuration OK: {path}\n")
-    assert result.stderr == "echod: warning: ECHOD_PORT is not a setting\n"
+    assert result.stderr.splitlines() == [
+        "echod: warning: ECHOD_LIMITS_BACKLOG is not a setting: did you mean ECHOD_LIMITS__BACKLOG?",
+        "echod: warning: ECHOD_PORT is not a setting",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,14 +112,14 @@ action = "raise"
         'file = "#\'\\\\"  # ECHOD_LOG__FILE',
         "[admin]",
         '[faults."#\\""]',
-        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}',
-        f'action = "raise"  # {path}',
+        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}:5',
+        f'action = "raise"  # {path}:6',
         "[faults.env]",
         'trigger = "ü # \\t\\n"  # ECHOD_FAULTS__ENV__TRIGGER',
         'action = "raise"  # --faults.env.action',
         '[listeners."a b.c"]',
-        f'address = "[::1]:1"  # {path}',
-        f'fault = "#\\""  # {path}',
+        f'address = "[::1]:1"  # {path}:2',
+        f'fault = "#\\""  # {path}:3',
     ]
     printed = tmp_path / "printed.toml"
     printed.write_text(first.stdout)
@@ -186,7 +190,7 @@ def test_sources_of_the_file(tmp_path: Path) -> None:
     path.write_text('loop = "asyncio"\n')
     missing = str(tmp_path / "none.toml")
     result = run("config", "--config", str(path), env={"ECHOD_CONFIG": missing})
-    assert f'loop = "asyncio"  # {path}\n' in result.stdout
+    assert f'loop = "asyncio"  # {path}:1\n' in result.stdout
     result = run("check", env={"ECHOD_CONFIG": missing})
     assert (result.returncode, result.stderr) == (78, f"echod: {missing}: cannot be read: No such file or directory\n")
     assert run("check", env={"ECHOD_CONFIG": ""}).returncode == 0
@@ -375,10 +379,13 @@ def test_auto_takes_uvloop() -> None:
 
 
 def test_unknown_variables_are_a_warning() -> None:
-    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80"}) as daemon:
-        warning = daemon.wait_for("unknown_variable")
-        assert len(daemon.all("unknown_variable")) == 1
-        assert (warning["level"], warning["variable"]) == ("warning", "ECHOD_PORT")
+    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80", "ECHOD_LIMITS_BACKLOG": "3"}) as daemon:
+        warning = daemon.wait_for("unknown_variable", variable="ECHOD_PORT")
+        assert warning["level"] == "warning"
+        assert "did_you_mean" not in warning
+        warning = daemon.wait_for("unknown_variable", variable="ECHOD_LIMITS_BACKLOG")
+        assert warning["did_you_mean"] == "ECHOD_LIMITS__BACKLOG"
+        assert len(daemon.all("unknown_variable")) == 2
         assert daemon.stop() == 0
 
 

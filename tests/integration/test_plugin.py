@@ -298,7 +298,9 @@ def test_failure_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    with pytest.raises(ImportError, match=r"trustme is needed .*: pip install 'echod\[pytest\]'$"):
+    with pytest.raises(
+        ImportError, match=r"^a certificate needs trustme, which is not installed: .* -m pip install trustme$"
+    ):
         ServerThread(tls=True)
 
 
@@ -429,7 +431,7 @@ MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
             "limits.backlg: unknown key; did you mean 'backlog'?",
         ],
     ),
-    "loop": ("loop='uvlop'", ["loop: should be 'auto', 'uvloop' or 'asyncio', not 'uvlop'"]),
+    "loop": ("loop='uvlop'", ['loop: should be "auto", "uvloop" or "asyncio", not "uvlop"']),
     "key": (
         "limits={'idl_timeout': 1}, shutdown={'quiet_perod': 1}, fault={'trigger': 'x', 'actoin': 'raise'}",
         [

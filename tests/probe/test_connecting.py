@@ -24,7 +24,7 @@ from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenError, ListenerSpec, open_listeners
 from echod.probe import arguments, connect
 from echod.probe.connect import Endpoint
-from echod.probe.deadline import Deadline
+from echod.probe.timing import Deadline
 from harness import PATIENCE, clean_environment, run, until
 from namespaces import DEAD_SERVER, namespace, without_name_server
 from peers import Peer, echo

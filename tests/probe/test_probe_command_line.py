@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from echod.probe import arguments
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, echo
 from probing import REFUSED, measure
@@ -34,7 +35,7 @@ def test_documentation() -> None:
 def test_help() -> None:
     result = run("probe", "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    for part in ("TARGET", "--rate R", "exit codes: 0 the echo was right", "64KiB", "(default: 64)"):
+    for part in ("TARGET", "--rate N", "0         the echo was right", "64KiB", "(default: 64)"):
         assert part in result.stdout
     assert "echod probe TARGET" in run("--help").stdout
 
@@ -42,28 +43,30 @@ def test_help() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: TARGET"),
+        ([], "TARGET is missing: write the server's address, such as 127.0.0.1:8000"),
         (["h:1", "h:2"], "'h:2' is a second TARGET: give only one"),
         (["h:1", "--cuont=3"], "unknown option --cuont; did you mean --count?"),
         (["h:1", "--xyzzy"], "unknown option --xyzzy\n"),
         (["h:1", "--count"], "argument --count: expected one argument"),
-        (["h"], "argument TARGET: 'h' has no port"),
-        (["h:0"], "argument TARGET: 'h:0': a server cannot listen on port 0: use 1 to 65535"),
-        (["systemd:echo"], "argument TARGET: 'systemd:echo': only a server inherits sockets; give the address"),
-        (["h:1", "--count", "0"], "argument --count: '0' is not a whole number: use 1 or more"),
+        (["h"], "TARGET 'h' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME\n"),
+        (["h:0"], "TARGET 'h:0': a server cannot listen on port 0: use 1 to 65535"),
+        (["systemd:echo"], "TARGET 'systemd:echo': only a server inherits sockets; give the address"),
+        (["h:1", "--count", "0"], "argument --count: '0' is not a whole number: use 1 or more, such as 50 or 10k\n"),
         (["h:1", "--seed", "x"], "argument --seed: 'x' is not a whole number: use 0 or more"),
         (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is not a size: write bytes, or for example 64KiB"),
         (["h:1", "--size", "0.5"], "argument --size: '0.5' is not a valid size: use 1 byte to 1TiB"),
-        (["h:1", "--timeout", "0"], "argument --timeout: '0' is not a time in seconds"),
-        (
-            ["h:1", "--timeout", "86401"],
-            "argument --timeout: '86401' is not a time in seconds: use more than 0, at most a day",
-        ),
-        (["h:1", "--duration", "nan"], "argument --duration: 'nan' is not a time in seconds"),
-        (["h:1", "--rate", "fast"], "argument --rate: 'fast' is not a number of messages per second"),
+        (["h:1", "--timeout", "0"], "argument --timeout: '0': use more than 0, at most a day\n"),
+        (["h:1", "--timeout", "25h"], "argument --timeout: '25h': use more than 0, at most a day\n"),
+        (["h:1", "--timeout", "5x"], "'5x' is not a duration: write seconds, or for example 250ms, 10s, 5m or 1h\n"),
+        (["h:1", "--duration", "nan"], "argument --duration: 'nan' is not a duration: write seconds, or for example"),
+        (["h:1", "--duration", "10000h"], "argument --duration: '10000h': use more than 0, at most a year\n"),
+        (["h:1", "--rate", "fast"], "argument --rate: 'fast' is not a rate: use messages per second, more than 0"),
+        (["h:1", "--rate", "11M"], "argument --rate: '11M' is not a rate: use messages per second, more than 0"),
+        (["h:1", "--rate", ""], "argument --rate: '' is not a rate"),
+        (["h:1", "--plot", "x.png"], "argument --plot: 'x.png': the plot is an SVG file: write 'x.svg'\n"),
         (["h:1", "--source", "h"], "argument --source: 'h' is not an IP address"),
         (["h:1", "--proxy-v1", "h:1"], "argument --proxy-v1: 'h:1' is not an IP address and a port, which"),
-        (["h:1", "--proxy-v2", "1.2.3.4"], "argument --proxy-v2: '1.2.3.4' has no port"),
+        (["h:1", "--proxy-v2", "1.2.3.4"], "argument --proxy-v2: '1.2.3.4' has no port: write SRC:PORT\n"),
         (["h:1", "--count", "1", "--duration", "1"], "--count and --duration both end the measurement"),
         (["h:1", "--stream", "--count", "1"], "--stream has no messages to --count"),
         (["h:1", "--stream", "--rate", "1"], "--stream sends at full speed"),
@@ -89,6 +92,76 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
     assert usage == "usage: echod probe TARGET [options]\n"
     assert error.startswith("echod probe: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "10", "h:1"], "unknown option -c; write --connections"),
+        (["h:1", "-c10"], "unknown option -c; write --connections"),
+        (["h:1", "-n", "5"], "unknown option -n; write --count"),
+        (["-d", "10s", "h:1"], "unknown option -d; write --duration"),
+        (["h:1", "-t", "5"], "unknown option -t; write --duration or --timeout"),
+        (["h:1", "-timeout=5"], "unknown option -timeout; did you mean --timeout?"),
+        (["--host", "h", "--port", "1"], "unknown option --host; write HOST:PORT"),
+        (["h:1", "--qps=5"], "unknown option --qps; write --rate"),
+        (["h:1", "-x6"], "unknown option -x"),
+        (["--version"], "unknown option --version; write echod --version"),
+        (["h:1", "--a\n\x1b"], "unknown option --a\\n\\x1b"),
+        (
+            ["h\n:1"],
+            "TARGET 'h\\n:1': 'h\\n' is not a host name: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME",
+        ),
+        (["http://h:80/path"], "TARGET 'http://h:80/path' is a URL: write h:80"),
+        (["HTTP://user@h?x"], "TARGET 'HTTP://user@h?x' is a URL: write h:80"),
+        (["https://[::1]/"], "TARGET 'https://[::1]/' is a URL: write [::1]:443 --tls"),
+        (["tcp://h:7"], "TARGET 'tcp://h:7' is a URL: write h:7"),
+        (["tcp://h"], "TARGET 'tcp://h' is a URL: write h:PORT"),
+        (["/run/echo.sock"], "TARGET '/run/echo.sock' has no port: for a unix socket, write unix:/run/echo.sock"),
+        (["@name"], "TARGET '@name' has no port: for a unix socket, write unix:@name"),
+        (["h:1", "8000"], "'8000' is a second TARGET: give only one"),
+        (["99999"], "TARGET ':99999': '99999' is not a port: use 0 to 65535"),
+    ],
+)
+def test_first_guesses(command: Command, arguments: list[str], message: str) -> None:
+    """The options and addresses of similar tools are answered with what to write."""
+    result = command("probe", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[1] == f"echod probe: error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        (["8000"], ":8000"),
+        (["localhost", "8000"], "localhost:8000"),
+        (["192.0.2.1", "8000"], "192.0.2.1:8000"),
+        (["::1", "8000"], "[::1]:8000"),
+        (["[::1]", "8000"], "[::1]:8000"),
+    ],
+)
+def test_targets(words: list[str], target: str) -> None:
+    """A port alone is on localhost, and HOST PORT is HOST:PORT. Options may stand before, between and after them."""
+    assert str(arguments.parse(["--", *words]).target) == target
+    for place in range(len(words) + 1):
+        options = arguments.parse([*words[:place], "--timeout", "1m", *words[place:]])
+        assert (str(options.target), options.timeout) == (target, 60)
+
+
+def test_units() -> None:
+    """Times, sizes and numbers have units."""
+    parsed = arguments.parse(["h:1", "--timeout", "250ms", "--duration", "1h30m", "--size", "64k", "--rate", "1.5k/s"])
+    assert (parsed.timeout, parsed.duration, parsed.size, parsed.rate) == (0.25, 5400, 64000, 1500)
+    parsed = arguments.parse(["h:1", "--count", "10k", "--connections", "007", "--size", "64KiB"])
+    assert (parsed.messages, parsed.connections, parsed.size) == (10_000, 7, 65536)
+    assert arguments.parse(["h:1", "--rate", "0.5"]).rate == 0.5
+    assert arguments.parse(["h:1", "--rate", "10M"]).rate == 10_000_000
+
+
+def test_plot_files() -> None:
+    """An SVG file, or a device without a suffix."""
+    for path in ("x.svg", "x.SVG", "/dev/stdout", "run.1/x"):
+        assert str(arguments.parse(["h:1", "--plot", path]).plot) == path
 
 
 HIDE = """
@@ -118,5 +191,5 @@ def test_without_the_extra(module: str, package: str) -> None:
         result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"echod: a measurement needs {package}, which is not installed: pip install 'echod[probe]'\n"
+        f"echod: a measurement needs {package}, which is not installed: {sys.executable} -m pip install {package}\n"
     )

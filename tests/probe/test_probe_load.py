@@ -11,10 +11,10 @@ import pytest
 
 from echod.probe import arguments, progress
 from echod.probe.load import Interrupt, LoadGenerator
-from echod.probe.timer import Timer
+from echod.probe.timing import Timer
 from harness import PATIENCE, receive, reset
 from peers import Peer, echo, messages
-from probing import narrow
+from probing import UNANSWERED, narrow
 from simulated_time import SimulatedTime
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def test_reset_before_the_first_message(options: tuple[str, ...]) -> None:
         results = generator.run()
     assert results.errors == {"reset": 1}
     assert (results.latencies.count, results.sent, results.unanswered) == (0, 0, 1)
-    assert results.problem == "connection 0: Connection reset by peer"
+    assert results.problem == f"connection 0: Connection reset by peer; {UNANSWERED}"
 
 
 def test_reset_of_a_connection_without_messages() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from echod.probe import arguments, report
 from echod.probe.latencies import Latencies
+from echod.probe.load import Results
+from echod.probe.model import Outcome
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, echo, ending
 from probing import REFUSED, measure
@@ -56,6 +60,44 @@ def test_report_of_a_rate_and_errors() -> None:
     assert re.search(r"errors +1 +early_eof 1\n", result.stdout)
     assert result.stderr.count("\n") == 1
     assert result.stderr.endswith(" (errors by kind: early_eof 1)\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "messages", "seconds", "latency", "lag", "reached", "verdict"),
+    [
+        ("--rate 1000", 1000, 1.0, 0.0001, 0.01, True, ""),
+        ("--rate 1000", 950, 1.0001, 0.0001, 0.01, True, ""),
+        ("--rate 1000", 1000, 1.3, 0.3, 0.01, True, ""),
+        ("--rate 3 --count 1", 1, 0.2, 0.2, 0.0, True, ""),
+        ("--rate 1k", 940, 1.0, 0.0001, 0.04, False, "940/s of 1,000/s: the probe sent too slowly"),
+        ("--rate 300k", 3000, 0.06, 0.0001, 0.04, False, "50,000/s of 300,000/s: the probe sent too slowly"),
+        ("--rate 10M", 3000, 0.06, 0.0001, 0.001, False, "50,000/s of 10,000,000/s: the server answered too slowly"),
+        ("--rate 1000", 0, 1.0, 0.0, 0.0, None, ""),
+        ("--count 10", 10, 9.0, 0.1, 0.0, None, ""),
+    ],
+)
+def test_verdict_on_a_rate(
+    options: str, messages: int, seconds: float, latency: float, lag: float, reached: bool | None, verdict: str
+) -> None:
+    """The report says if the rate was not reached, and which side was too slow. The exit code stays 0."""
+    results = Results(connected=1, seconds=seconds, lag=lag)
+    results.latencies.add([int(latency * 1e9)] * messages)
+    text = report.result(arguments.parse(["h:1", *options.split()]), results)
+    found = report.result(arguments.parse(["h:1", *options.split(), "--json"]), results)
+    assert text.outcome is found.outcome is Outcome.RIGHT
+    assert json.loads(found.text)["rate_reached"] is reached
+    lines = [line for line in text.text.splitlines() if "not reached" in line]
+    assert lines == ([f"rate not reached: {verdict}"] if verdict else [])
+
+
+def test_a_rate_that_no_probe_reaches() -> None:
+    with Peer(echo) as peer:
+        result = run("probe", peer.target, "--rate", "10M", "--count", "2000")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert re.search(
+            "\nrate not reached: [0-9,]+/s of 10,000,000/s: the (probe|server) .* too slowly\n", result.stdout
+        )
+        assert measure(peer.target, "--rate", "10M", "--count", "2000")["rate_reached"] is False
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")

@@ -12,11 +12,15 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import PATIENCE, clean_environment
+from harness import PATIENCE, clean_environment, run
 from peers import Peer, each, echo, ending, messages
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.once
 
@@ -62,13 +66,13 @@ def test_a_signal_ends_connecting() -> None:
 
 
 class Terminal:
-    """Runs a command in a terminal, and keeps its output."""
+    """Runs a command in a terminal of 80 columns, and keeps its output."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **variables: str) -> None:
         self.shown = ""
         self._pid, self._descriptor = pty.fork()
         if self._pid == 0:
-            environment = clean_environment({"TERM": "xterm", "COLUMNS": "120", "LINES": "40"})
+            environment = clean_environment({"TERM": "xterm", "COLUMNS": "80", "LINES": "40"} | variables)
             os.execve(sys.executable, [sys.executable, "-m", "echod", *arguments], environment)
 
     def write(self, text: str) -> None:
@@ -116,7 +120,7 @@ def test_progress_of_a_count_and_of_a_stream() -> None:
     """The bar of a count shows errors, that of a stream bytes per second."""
     with Peer(each(ending(640), echo)) as peer:
         terminal = Terminal("probe", peer.target, "--rate", "50", "--count", "100", "--connections", "2")
-        terminal.read_until("1 errors")
+        terminal.read_until("1 error")
         assert terminal.wait() == 1
         assert "early_eof 1" in terminal.shown
     with Peer(echo) as peer:
@@ -124,3 +128,55 @@ def test_progress_of_a_count_and_of_a_stream() -> None:
         terminal.read_until(r"0\.[0-9] s  [0-9.]+ .B/s")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.shown
+
+
+STYLE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--rate", "1000", "--count", "2000"), ("--stream", "--duration", "300ms"), ("--rate", "10M", "--count", "9")],
+)
+def test_a_terminal_of_80_columns(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """No line of the progress or the report is longer, even for a long target."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(f"{tmp_path}/socket".ljust(100, "x"))
+    sock.listen()
+    with Peer(echo, sock) as peer:
+        terminal = Terminal("probe", peer.target, *options)
+        assert terminal.wait() == 0
+    text = STYLE.sub("", terminal.shown)
+    assert "errors " in text
+    if "1000" in options:
+        assert re.search(r"p50 \S+ .s, max \S+ .s *\r", text), text
+    assert max(map(len, re.split("[\r\n]+", text))) <= 80
+
+
+@pytest.mark.parametrize(
+    ("variables", "styles"),
+    [({}, {"\x1b[36m", "\x1b[1m"}), ({"NO_COLOR": "1"}, {"\x1b[1m"}), ({"TERM": "dumb"}, set())],
+)
+def test_colours(variables: dict[str, str], styles: set[str]) -> None:
+    """NO_COLOR leaves bold text only, and a dumb terminal gets plain text."""
+    with Peer(echo) as peer:
+        terminal = Terminal("probe", peer.target, "--count", "20", **variables)
+        assert terminal.wait() == 0
+    assert {style for style in ("\x1b[36m", "\x1b[1m") if style in terminal.shown} == styles
+    assert styles or "\x1b" not in terminal.shown
+    assert "p99.9" in terminal.shown
+
+
+def test_no_terminal() -> None:
+    """In a pipe the report is plain, unless FORCE_COLOR is set."""
+    with Peer(echo) as peer:
+        assert "\x1b" not in run("probe", peer.target, "--count", "20").stdout
+        environment = {"FORCE_COLOR": "1", "TERM": "xterm"}
+        assert "\x1b[36m" in run("probe", peer.target, "--count", "20", env=environment).stdout
+
+
+def test_help_fits() -> None:
+    """The help fits a terminal of 80 columns."""
+    terminal = Terminal("probe", "--help")
+    assert terminal.wait() == 0
+    assert max(map(len, terminal.shown.splitlines())) <= 80
+    assert max(map(len, run("probe", "--help", env={"COLUMNS": ""}).stdout.splitlines())) <= 80

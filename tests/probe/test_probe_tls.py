@@ -15,11 +15,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from echod.probe import arguments, progress
-from echod.probe.deadline import Deadline
 from echod.probe.errors import TlsError
 from echod.probe.load import Interrupt, LoadGenerator
+from echod.probe.timing import Deadline
 from harness import PATIENCE, clean_environment, receive, run
-from peers import Peer, closing, each, echo, ending, resetting, silent
+from peers import Peer, each, echo, ending, resetting
 from probing import CHECK, REFUSED, Authority, check, measure, narrow
 
 if TYPE_CHECKING:
@@ -82,30 +82,17 @@ def test_tls_is_verified(authority: Authority) -> None:
     """An unknown authority or another name in the certificate ends the connection."""
     with Peer(echo, tls=authority.context) as peer:
         line = check(peer.target, "--tls", code=69)
-        assert line == "no connection: certificate verify failed: unable to get local issuer certificate"
+        assert line == (
+            "no TLS: certificate verify failed: unable to get local issuer certificate; --ca FILE trusts its authority,"
+            " --insecure accepts any certificate"
+        )
         line = check(peer.target, "--tls", "--ca", authority.ca, "--server-name", "example.org", code=69)
-        assert line.startswith("no connection: certificate verify failed: Hostname mismatch")
+        assert line.startswith("no TLS: certificate verify failed: Hostname mismatch")
+        assert line.endswith("'example.org'; --server-name NAME expects another, --insecure accepts any certificate")
         assert measure(peer.target, "--tls", code=69)["errors"] == {"tls": 1}
         assert measure(peer.target, "--tls", "--count", "1", code=69)["errors"] == {"tls": 1}
     # The alerts told the server the reason.
     assert set(peer.errors) == {"TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE"}
-
-
-def test_tls_with_a_server_that_has_none() -> None:
-    def talks(sock: socket.socket) -> None:
-        sock.sendall(b"220 hello\r\n")
-        silent(sock)
-
-    with Peer(talks) as peer:
-        assert check(peer.target, "--tls", "--insecure", code=69).startswith("no connection: ")
-    with Peer(closing) as peer:
-        line = check(peer.target, "--tls", "--insecure", code=69)
-        assert line in {  # a reset if our ClientHello arrived before the close
-            "no connection: the connection ended without close_notify",
-            "no connection: Connection reset by peer",
-        }
-    with Peer(silent) as peer:
-        assert check(peer.target, "--tls", "--insecure", "--timeout", "0.2", code=69) == "no connection: timed out"
 
 
 def test_tls_client_certificate(authority: Authority) -> None:
@@ -117,6 +104,15 @@ def test_tls_client_certificate(authority: Authority) -> None:
         line = check(peer.target, *options, code=1)
         assert re.fullmatch("no echo: .*alert certificate required", line)
         assert measure(peer.target, *options, "--count", "1", code=1)["errors"] == {"tls": 1}
+
+
+def test_a_server_that_rejects_the_handshake(tmp_path: Path) -> None:
+    """The alert of a TLS server is the reason, without the advice for a server that does not use TLS."""
+    context = Authority(tmp_path).demanding
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Peer(echo, tls=context) as peer:
+        line = check(peer.target, "--tls", "--insecure", code=69)
+    assert re.fullmatch("no TLS: [a-z0-9 ]*alert handshake failure", line)
 
 
 def test_tls_files(authority: Authority, tmp_path: Path) -> None:

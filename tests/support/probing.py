@@ -21,6 +21,9 @@ CHECK = re.compile(r"\S+: 64 bytes came back right in [0-9.]+ ms \(connected in 
 
 REFUSED = "127.0.0.1:1"  # no server listens on port 1
 
+# The advice if a server ends the connection without an answer.
+UNANSWERED = "if the server uses TLS, add --tls; if it expects a PROXY header, add --proxy-v2 SRC:PORT"
+
 
 def measure(*arguments: str, code: int = 0) -> dict[str, Any]:
     """Run a probe with --json, and return its report."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from echod.probe.timer import Timer
+from echod.probe.timing import Timer
 from harness import PATIENCE
 
 if TYPE_CHECKING:

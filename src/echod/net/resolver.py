@@ -9,16 +9,12 @@ from __future__ import annotations
 import errno
 import math
 import socket
-import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Found = Sequence[tuple[int, int, int, str, Any]]
-
-# Seconds between two looks at `stopped`.
-_PATIENCE = 0.1
 
 
 def resolve(
@@ -55,32 +51,12 @@ def resolve(
     except socket.gaierror as error:
         if error.errno != socket.EAI_NONAME:
             raise
-    return _in_thread(lambda: look_up(flags), time.monotonic() + timeout, stopped)
-
-
-def _in_thread(look_up: Callable[[], Found], deadline: float, stopped: Callable[[], bool]) -> Found:
     from echod import threads  # noqa: PLC0415  (an IP address does not need it)
 
-    found: list[tuple[int, int, int, str, Any]] = []
-    failures: list[Exception] = []
-
-    def work() -> None:
-        try:
-            found.extend(look_up())
-        except Exception as error:  # noqa: BLE001  (it is raised in the caller's thread)
-            failures.append(error)
-
     try:
-        thread = threads.start(work, "resolver")
+        return threads.wait(lambda: look_up(flags), "resolver", stopped, timeout=timeout)
+    except TimeoutError as error:
+        raise socket.gaierror(socket.EAI_AGAIN, "timed out") from error
     except threads.ThreadError as error:
         msg = f"the name cannot be resolved: {error}"
         raise OSError(errno.EAGAIN, msg) from error
-    while thread.is_alive():
-        if stopped():
-            raise InterruptedError(errno.EINTR, "stopped while a name was resolved")
-        if (left := deadline - time.monotonic()) <= 0:
-            raise socket.gaierror(socket.EAI_AGAIN, "timed out")
-        thread.join(min(left, _PATIENCE))
-    for failure in failures:
-        raise failure
-    return found

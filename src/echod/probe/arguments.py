@@ -4,44 +4,81 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 import re
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from echod.net import addresses
 from echod.net.addresses import TcpAddress, UnixAddress
 from echod.probe.connect import Route
-from echod.probe.errors import TlsFileError
 from echod.probe.model import ProbeOptions
-from echod.text import closest
+from echod.text import closest, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echod.probe.tls import ClientTls
 
+T = TypeVar("T")
+
+_TIMEOUT = 5.0
 _DURATION = 10.0
 _MESSAGE_SIZE = 64
 _STREAM_SIZE = 65536
 _LARGEST_SIZE = 1024**4
+_DAY = 86400
+_HIGHEST_RATE = 10_000_000
 
 # Any of these options makes the probe a measurement.
 _MEASUREMENT = ("count", "duration", "connections", "size", "rate", "pipeline", "stream", "seed", "plot")
 
-_DESCRIPTION = """\
-Check or measure an echo server: echod, or any other (RFC 862). TARGET is HOST:PORT, [V6]:PORT, :PORT (localhost),
-unix:PATH or unix:@NAME.
+_FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME"
 
-Without a measurement option, the probe is one quick check: it connects, sends a line, compares the echo and closes.
+_FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+# The options of similar tools, by the text to write instead.
+_SIMILAR = {
+    "--connections": ("-c", "--concurrency", "--clients"),
+    "--count": ("-n", "--number", "--requests", "--messages"),
+    "--duration": ("-d", "-z", "--time"),
+    "--duration or --timeout": ("-t",),
+    "--timeout": ("-w", "--wait"),
+    "--rate": ("-q", "-R", "--qps"),
+    "--size": ("-s", "-l", "--length", "--bytes", "--payload-size"),
+    "--json": ("-j",),
+    "--ca": ("--cacert", "--cafile"),
+    "--insecure": ("-k",),
+    "--server-name": ("--sni", "--servername"),
+    "--proxy-v1 or --proxy-v2": ("--proxy", "--proxy-protocol", "--send-proxy"),
+    "echod --version": ("-v", "-V", "--version"),
+    "HOST:PORT": ("-p", "-H", "--port", "--host", "--target", "--url", "--listen"),
+}
+
+_DESCRIPTION = """\
+Check or measure an echo server: echod, or any other (RFC 862).
+
+Without a measurement option, the probe is one quick check: it connects, sends
+a line, compares the echo and closes.
 """
 
 _EPILOG = """\
-sizes are in bytes, or with a unit such as 64KiB; durations are in seconds
+TIME is in seconds, or has units: 250ms, 10s, 5m, 1h. SIZE is in bytes, or has
+a unit: 64k, 64KiB, 1MB. N may end in k or M: 10k is 10,000.
 
-exit codes: 0 the echo was right; 1 it was wrong or missing; 2 usage error; 69 no connection; 130 or 143 SIGINT or
-SIGTERM ended a measurement (the results so far are printed)
+exit codes:
+  0         the echo was right
+  1         the echo was wrong or missing, or the output could not be written
+  2         the command line is wrong
+  69        no connection, or no TLS
+  130, 143  SIGINT or SIGTERM ended the probe; a measurement prints its results
+            so far
+
+examples:
+  echod probe 127.0.0.1:8000
+  echod probe localhost:8443 --tls --ca ca.pem
+  echod probe :8000 --connections 50 --size 1KiB --duration 30s
+  echod probe :8000 --rate 10k --duration 1m --plot latency.svg
 """
 
 
@@ -53,9 +90,10 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
 
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(command_line)
+    given, unknown = parser.parse_known_intermixed_args(command_line)
     if unknown:
         _reject(parser, unknown[0])
+    given.target = _target(parser, given.target)
     for present, message in _contradictions(given):
         if present:
             parser.error(message)
@@ -88,19 +126,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("target", metavar="TARGET", type=_target, help="address of the echo server")
-    add = parser.add_argument
-    text = "seconds to connect, and to wait for an echo (default: 5)"
-    add("--timeout", metavar="S", type=_timeout, default=5.0, help=text)
+    text = f"{_FORMS}; :PORT and PORT are on localhost"
+    parser.add_argument_group("server").add_argument("target", metavar="TARGET", nargs="*", help=text)
+    add = parser.add_argument_group("connection").add_argument
+    text = f"time limit to connect, and to wait for an echo (default: {_TIMEOUT:g}s)"
+    add("--timeout", metavar="TIME", type=_timeout, default=_TIMEOUT, help=text)
     add("--half-close", action="store_true", help="half-close at the end, and require the whole echo and EOF")
-    add("--json", action="store_true", help="print one JSON object")
     add("--source", metavar="ADDRESS", type=_ip, help="local IP address to connect from")
     add("--proxy-v1", metavar="SRC:PORT", type=_claim, help="send a PROXY v1 header with this client address")
-    add("--proxy-v2", metavar="SRC:PORT", type=_claim, help="send a PROXY v2 header")
+    add("--proxy-v2", metavar="SRC:PORT", type=_claim, help="send a PROXY v2 header with this client address")
 
     add = parser.add_argument_group("TLS").add_argument
-    add("--tls", action="store_true", help="use TLS")
+    add("--tls", action="store_true", help="use TLS 1.2 or later")
     add("--ca", metavar="FILE", type=Path, help="trusted authorities, PEM (default: those of the system)")
     add("--cert", metavar="FILE", type=Path, help="client certificate, PEM")
     add("--key", metavar="FILE", type=Path, help="private key of --cert, PEM (default: in the same file)")
@@ -110,25 +149,82 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("measurement (any of these options starts one)").add_argument
     add("--count", metavar="N", type=_number, help="number of messages over all connections")
-    add("--duration", metavar="S", type=_seconds, help=f"seconds to measure, without --count (default: {_DURATION:g})")
-    add("--connections", metavar="C", type=_number, help="number of connections (default: 1)")
+    text = f"time to measure, without --count (default: {_DURATION:g}s)"
+    add("--duration", metavar="TIME", type=_duration, help=text)
+    add("--connections", metavar="N", type=_number, help="number of connections (default: 1)")
     text = f"message size (default: {_MESSAGE_SIZE}); with --stream, size of each write (default: 64KiB)"
-    add("--size", metavar="B", type=_size, help=text)
+    add("--size", metavar="SIZE", type=_size, help=text)
     text = "messages per second over all connections, sent on schedule (open loop); latency counts from the due time"
-    add("--rate", metavar="R", type=_rate, help=text)
-    add("--pipeline", metavar="D", type=_number, help="messages in flight per connection (default: 1)")
+    add("--rate", metavar="N", type=_rate, help=text)
+    add("--pipeline", metavar="N", type=_number, help="messages in flight per connection (default: 1)")
     add("--stream", action="store_true", help="send and receive at full speed in both directions")
     add("--seed", metavar="N", type=_seed, help="seed of the random bytes (default: 0)")
-    add("--plot", metavar="FILE.svg", type=Path, help="plot latency by percentile")
+    add("--plot", metavar="FILE.svg", type=_plot, help="plot latency by percentile, as SVG")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("-h", "--help", action="help", help="print this help and exit")
     return parser
 
 
 def _reject(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
-    if not argument.startswith("-"):
-        parser.error(f"{argument!r} is a second TARGET: give only one")
-    option = argument.partition("=")[0]
-    near = closest(option, parser._option_string_actions)  # noqa: SLF001  (argparse has no public list of options)
+    known = parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
+    option = printable(argument.partition("=")[0])
+    if f"-{option}" in known:  # as Go writes options
+        parser.error(f"unknown option {option}; did you mean -{option}?")
+    if not option.startswith("--"):
+        option = option[:2]  # the value may follow at once: -c10
+    for instead, options in _SIMILAR.items():
+        if option in options:
+            parser.error(f"unknown option {option}; write {instead}")
+    near = closest(option, known)
     parser.error(f"unknown option {option}" + (f"; did you mean {near}?" if near else ""))
+
+
+def _target(parser: argparse.ArgumentParser, words: Sequence[str]) -> TcpAddress | UnixAddress:
+    """Return the target, which may also be a port alone or HOST and PORT."""
+    match words:
+        case []:
+            parser.error("TARGET is missing: write the server's address, such as 127.0.0.1:8000")
+        case [port] if _is_number(port):
+            text = f":{port}"
+        case [host, port] if _is_number(port) and (":" not in host or _family(_unbracketed(host)) is not None):
+            text = f"[{_unbracketed(host)}]:{port}" if ":" in host else f"{host}:{port}"
+        case [text]:
+            pass
+        case _:
+            parser.error(f"{words[1]!r} is a second TARGET: give only one")
+    try:
+        return _server(text)
+    except ValueError as error:
+        parser.error(f"TARGET {error}")
+
+
+def _server(text: str) -> TcpAddress | UnixAddress:
+    if url := re.match(r"([a-z][a-z0-9+.-]*)://(?:[^/?#@]*@)?([^/?#]+)", text, re.ASCII | re.IGNORECASE):
+        scheme, host = url[1].lower(), url[2]
+        port = "" if re.search(r":[0-9]+$", host) else {"http": ":80", "https": ":443"}.get(scheme, ":PORT")
+        tls = " --tls" if scheme in {"https", "tls", "ssl", "tcps"} else ""
+        msg = f"{text!r} is a URL: write {host}{port}{tls}"
+        raise addresses.AddressError(msg)
+    if text.startswith(("/", "./", "@")):
+        msg = f"{text!r} has no port: for a unix socket, write unix:{text}"
+        raise addresses.AddressError(msg)
+    try:
+        address = addresses.parse(text)
+    except addresses.AddressError as error:
+        raise addresses.AddressError(str(error).replace(addresses.FORMS, _FORMS)) from None
+    if not isinstance(address, TcpAddress | UnixAddress):
+        msg = f"{text!r}: only a server inherits sockets; give the address that they are bound to"
+        raise addresses.AddressError(msg)
+    if isinstance(address, TcpAddress) and not address.port:
+        msg = f"{text!r}: a server cannot listen on port 0: use 1 to {addresses.HIGHEST_PORT}"
+        raise addresses.AddressError(msg)
+    return address
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
@@ -215,29 +311,28 @@ def _tls(parser: argparse.ArgumentParser, given: argparse.Namespace) -> ClientTl
         return ClientTls(
             ca=given.ca, certificate=given.cert, private_key=given.key, server_name=name, insecure=given.insecure
         )
-    except TlsFileError as error:
-        parser.error(f"{error.option}: {error}")
+    except ValueError as error:
+        parser.error(str(error))
 
 
-def _target(text: str) -> TcpAddress | UnixAddress:
-    try:
-        address = addresses.parse(text)
-    except addresses.AddressError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not isinstance(address, TcpAddress | UnixAddress):
-        msg = f"{text!r}: only a server inherits sockets; give the address that they are bound to"
-        raise argparse.ArgumentTypeError(msg)
-    if isinstance(address, TcpAddress) and not address.port:
-        msg = f"{text!r}: a server cannot listen on port 0: use 1 to 65535"
-        raise argparse.ArgumentTypeError(msg)
-    return address
+def _value(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return the parser of a value, with errors in the form that argparse shows."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
+@_value
 def _server_name(text: str) -> str:
     name = _unbracketed(text)
     if _family(name) is None and not addresses.is_name(name):
         msg = f"{text!r} is not a host name or an IP address"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return name
 
 
@@ -245,70 +340,89 @@ def _unbracketed(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
+@_value
 def _ip(text: str) -> str:
     host = _unbracketed(text)
     if _family(host) is None:
         msg = f"{text!r} is not an IP address"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return host
 
 
+@_value
 def _claim(text: str) -> TcpAddress:
     try:
         address = addresses.parse(text)
     except addresses.AddressError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise ValueError(str(error).replace(addresses.FORMS, "SRC:PORT")) from error
     if not isinstance(address, TcpAddress) or _family(address.host) is None or "%" in address.host:
         msg = f"{text!r} is not an IP address and a port, which a PROXY header contains"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return address
 
 
+@_value
 def _number(text: str) -> int:
-    if not re.fullmatch("0*[1-9][0-9]{0,14}", text, re.ASCII):
-        msg = f"{text!r} is not a whole number: use 1 or more"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
+    match = re.fullmatch("0*([1-9][0-9]{0,8})([km]?)", text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        msg = f"{text!r} is not a whole number: use 1 or more, such as 50 or 10k"
+        raise ValueError(msg)
+    return int(match[1]) * _FACTORS[match[2].lower()]
 
 
+@_value
 def _seed(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text, re.ASCII):
         msg = f"{text!r} is not a whole number: use 0 or more"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return int(text)
 
 
+@_value
 def _size(text: str) -> int:
     from echod import units  # noqa: PLC0415  (a quick check does not need it)
 
-    try:
-        size = units.parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    size = units.parse_size(text)
     if not 0 < size <= _LARGEST_SIZE:
         msg = f"{text!r} is not a valid size: use 1 byte to 1TiB"
-        raise argparse.ArgumentTypeError(msg)
+        raise ValueError(msg)
     return size
 
 
-def _seconds(text: str) -> float:
-    return _positive(text, "a time in seconds: use more than 0, at most a year", 366 * 86400)
+@_value
+def _duration(text: str) -> float:
+    return _seconds(text, 366 * _DAY, "a year")
 
 
+@_value
 def _timeout(text: str) -> float:
-    return _positive(text, "a time in seconds: use more than 0, at most a day", 86400)  # poll(2) takes at most 24 days
+    return _seconds(text, _DAY, "a day")  # poll(2) takes at most 24 days
 
 
+def _seconds(text: str, most: float, limit: str) -> float:
+    from echod import units  # noqa: PLC0415  (most checks do not need it)
+
+    seconds = units.parse_duration(text)
+    if not 0 < seconds <= most:
+        msg = f"{text!r}: use more than 0, at most {limit}"
+        raise ValueError(msg)
+    return seconds
+
+
+@_value
 def _rate(text: str) -> float:
-    return _positive(text, "a number of messages per second: use more than 0, at most 10 million", 1e7)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([km]?)(?:/s)?", text, re.ASCII | re.IGNORECASE)
+    rate = float(match[1]) * _FACTORS[match[2].lower()] if match else 0.0
+    if not 0 < rate <= _HIGHEST_RATE:
+        msg = f"{text!r} is not a rate: use messages per second, more than 0 and at most 10M, such as 500 or 10k"
+        raise ValueError(msg)
+    return rate
 
 
-def _positive(text: str, expected: str, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= most:
-        msg = f"{text!r} is not {expected}"
-        raise argparse.ArgumentTypeError(msg)
-    return value
+@_value
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in {".svg", ""}:  # a device or a pipe has no suffix
+        msg = f"{text!r}: the plot is an SVG file: write {str(path.with_suffix('.svg'))!r}"
+        raise ValueError(msg)
+    return path

@@ -7,9 +7,9 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from echod.probe.deadline import Deadline
-from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, kind, reason
+from echod.probe.errors import EarlyEofError, Mismatch, WrongEchoError, ended, kind, reason, unreachable
 from echod.probe.model import Outcome, ProbeResult
+from echod.probe.timing import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,17 +37,20 @@ def run(options: ProbeOptions, clock: Callable[[], float] = time.perf_counter) -
     try:
         connection = options.route.connect(options.route.endpoints(options.timeout), deadline)
     except OSError as error:
-        return _failure(options, Outcome.UNREACHABLE, error, f"no connection: {reason(error)}")
+        return _failure(options, Outcome.UNREACHABLE, error, unreachable(error))
     echo = bytearray()
     began = clock()
     try:
         _exchange(connection, message, echo, deadline, half_close=options.half_close)
         seconds = clock() - began
-    except OSError as error:
-        progress = f"{len(echo)} of {_SIZE} bytes came back, then" if echo else "no echo"
-        return _failure(options, Outcome.FAILED, error, f"{progress}: {reason(error)}")
-    except (EarlyEofError, WrongEchoError) as error:
-        return _failure(options, Outcome.FAILED, error, reason(error))
+    except (OSError, EarlyEofError, WrongEchoError) as error:
+        if not echo and connection.tls is None and ended(error):
+            error.add_note(options.route.advice)
+        problem = reason(error)
+        if isinstance(error, OSError):
+            progress = f"{len(echo)} of {_SIZE} bytes came back, then" if echo else "no echo"
+            problem = f"{progress}: {problem}"
+        return _failure(options, Outcome.FAILED, error, problem)
     finally:
         connection.channel.close()
     if options.json:
@@ -76,7 +79,7 @@ def _exchange(connection: Connected, message: bytes, echo: bytearray, deadline: 
             break
         echo += data
         if not message.startswith(echo):
-            raise WrongEchoError(Mismatch.find(message, bytes(echo)))
+            raise WrongEchoError(Mismatch.find(message, bytes(echo)), bytes(echo))
     if len(echo) < len(message):
         msg = f"the server closed the connection after {len(echo)} of {len(message)} bytes"
         raise EarlyEofError(msg)

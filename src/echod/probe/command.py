@@ -1,4 +1,4 @@
-"""Run `echod probe`: a quick check or a measurement."""
+"""Run `echod probe`: a quick check, or a measurement and its report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,35 @@ from echod.probe.model import Outcome, ProbeResult
 if TYPE_CHECKING:
     from echod.probe.model import ProbeOptions
 
-# The packages of the extra `probe`, by the module that is imported.
-_EXTRA = {"rich": "rich", "hdrh": "hdrhistogram"}
-
 
 def run(options: ProbeOptions) -> ProbeResult:
     """Run the probe."""
     if not options.measure:
         return check.run(options)
     try:
-        from echod.probe import measure  # noqa: PLC0415  (a quick check does not need it)
-    except ModuleNotFoundError as error:
-        if (package := _EXTRA.get(str(error.name).partition(".")[0])) is None:
+        return _measure(options)
+    except ModuleNotFoundError:
+        from echod.extras import missing  # noqa: PLC0415  (a quick check does not need it)
+
+        if not (message := missing("hdrhistogram", "rich")):
             raise
-        message = f"a measurement needs {package}, which is not installed: pip install 'echod[probe]'"
-        return ProbeResult(Outcome.FAILED, problem=message)
-    return measure.run(options)
+        return ProbeResult(Outcome.FAILED, problem=f"a measurement {message}")
+
+
+def _measure(options: ProbeOptions) -> ProbeResult:
+    # A quick check needs none of these.
+    from echod.net import kernel  # noqa: PLC0415
+    from echod.probe import progress, report  # noqa: PLC0415
+    from echod.probe.load import Interrupt, LoadGenerator  # noqa: PLC0415
+
+    interrupt = Interrupt()
+    interrupt.install()
+    kernel.raise_descriptor_limit()
+    # Check before the measurement, so that no result is lost.
+    if options.plot is not None and (problem := report.unwritable(options.plot)):
+        return ProbeResult(Outcome.FAILED, problem=problem)
+    with progress.Display(options) as display:
+        generator = LoadGenerator(options, interrupt, display)
+        generator.connect()
+        results = generator.run()
+    return report.result(options, results)

@@ -18,7 +18,7 @@ from echod.net.addresses import TcpAddress, UnixAddress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echod.probe.deadline import Deadline
+    from echod.probe.timing import Deadline
     from echod.probe.tls import ClientTls, TlsChannel
 
 # Seconds between attempts on a unix socket with a full backlog.
@@ -113,11 +113,21 @@ class Route(NamedTuple):
             if self.header is not None:
                 host, port = sock.getpeername()[:2]
                 sock.sendall(self.header(TcpAddress(host.partition("%")[0], port)))
-            secure = self.tls.handshake(sock, deadline) if self.tls is not None else None
+            secure = self.tls.handshake(sock, deadline, self.advice) if self.tls is not None else None
         except BaseException:
             sock.close()
             raise
         return Connected(sock, secure or sock, secure, deadline.clock() - began)
+
+    @property
+    def advice(self) -> str:
+        """Advice on a server that ended the connection, or was silent in the handshake, without an answer."""
+        tls = "if the server does not use TLS, remove --tls" if self.tls else "if the server uses TLS, add --tls"
+        if isinstance(self.target, UnixAddress):
+            return tls
+        if self.header is None:
+            return f"{tls}; if it expects a PROXY header, add --proxy-v2 SRC:PORT"
+        return f"{tls}; if it expects no PROXY header, remove the --proxy option"
 
     def _begin(self, endpoint: Endpoint) -> socket.socket:
         """Start to connect, and return the TCP socket."""

@@ -215,7 +215,7 @@ class Connection:
         """Handle EOF and wrong data. Return 0, as no message is complete."""
         if data:
             expected = self._pattern[self._place : self._place + min(len(data), self.sent - self.received)]
-            raise WrongEchoError(Mismatch.find(expected, data, self.received))
+            raise WrongEchoError(Mismatch.find(expected, data, self.received), data)
         if not (self.shut and self.echoed):
             msg = f"the server closed it, {self.sent - self.received} bytes of echo missing"
             raise EarlyEofError(msg)

@@ -6,23 +6,17 @@ import errno
 import socket
 from typing import NamedTuple, Self
 
+# A difference within these first bytes means that the answer may be of another protocol.
+_GREETING = 12
+# The bytes of a received text that are shown at most, and the fewest that count as a text.
+_LONGEST_TEXT = 60
+_SHORTEST_TEXT = 4
+
+_PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+
 
 class TlsError(OSError):
-    """The peer broke the TLS protocol, or its certificate is not accepted. The message is OpenSSL's reason."""
-
-
-class TlsFileError(ValueError):
-    """A certificate, key or CA file cannot be used.
-
-    Args:
-        option: the option that names the file, such as "--ca".
-        message: the problem with the file.
-
-    """
-
-    def __init__(self, option: str, message: str) -> None:
-        super().__init__(message)
-        self.option = option
+    """The server does not use TLS, broke its protocol, or has a certificate that is not accepted."""
 
 
 class EarlyEofError(Exception):
@@ -58,11 +52,37 @@ class Mismatch(NamedTuple):
 
 
 class WrongEchoError(Exception):
-    """The server sent a byte that is not the echo."""
+    """The server sent a byte that is not the echo.
 
-    def __init__(self, mismatch: Mismatch) -> None:
-        super().__init__(str(mismatch))
+    Args:
+        mismatch: the first wrong byte.
+        received: the data received on the connection so far, or its first bytes.
+
+    """
+
+    def __init__(self, mismatch: Mismatch, received: bytes) -> None:
+        answer = identify(received) if mismatch.offset < _GREETING else ""
+        super().__init__(f"wrong echo: the server {answer}" if answer else str(mismatch))
         self.mismatch = mismatch
+
+
+def identify(received: bytes) -> str:
+    """Describe the answer of a server that is not an echo server. Return an empty text if it is not recognised.
+
+    Args:
+        received: the first bytes of its answer.
+
+    """
+    if received.startswith(b"\x15\x03"):  # the alert record of TLS (RFC 8446, section 5.1)
+        return "sent a TLS alert, so it uses TLS; add --tls"
+    for start, option in ((b"PROXY ", "--proxy-v1"), (_PROXY_V2, "--proxy-v2")):
+        if received.startswith(start):
+            return f"sent the PROXY header back, so it does not use the PROXY protocol; remove {option}"
+    line = next(iter(received.strip().splitlines()), b"")
+    text = line.decode("ascii", "replace")
+    if len(line) < _SHORTEST_TEXT or not (line.isascii() and text.isprintable()):
+        return ""
+    return f"sent {text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + '...'!r}"
 
 
 ProbeError = OSError | EarlyEofError | WrongEchoError
@@ -89,13 +109,24 @@ def kind(error: ProbeError) -> str:
 
 
 def reason(error: ProbeError) -> str:
-    """Describe an error to the user."""
+    """Describe an error to the user, followed by its notes."""
     match error:
         case TimeoutError(errno=int()):
-            return "timed out"
+            text = "timed out"
         case socket.gaierror():
-            return f"the name cannot be resolved ({error.strerror})"
+            text = f"the name cannot be resolved ({error.strerror})"
         case OSError(strerror=str(text)):
-            return text
+            pass
         case _:
-            return str(error)
+            text = str(error)
+    return "; ".join([text, *getattr(error, "__notes__", ())])
+
+
+def unreachable(error: OSError) -> str:
+    """Describe the error of a connection that could not be opened."""
+    return f"{'no TLS' if isinstance(error, TlsError) else 'no connection'}: {reason(error)}"
+
+
+def ended(error: ProbeError) -> bool:
+    """Tell whether the server ended the connection."""
+    return isinstance(error, EarlyEofError | ConnectionError)

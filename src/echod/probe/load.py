@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 from echod import threads
 from echod.probe import workloads
 from echod.probe.connection import LARGEST, Connection, Traffic, random_pattern
-from echod.probe.deadline import Deadline
-from echod.probe.errors import EarlyEofError, WrongEchoError, kind, reason
+from echod.probe.errors import EarlyEofError, WrongEchoError, ended, kind, reason, unreachable
 from echod.probe.latencies import Latencies
-from echod.probe.timer import Timer
+from echod.probe.timing import Deadline, Timer
 
 if TYPE_CHECKING:
     import socket
@@ -84,20 +83,20 @@ class Results:
     signal: signal.Signals | None = None
     """The signal that ended the measurement early."""
 
-    def add_error(self, error: ProbeError, context: str, number: int | None = None) -> None:
+    def add_error(self, error: ProbeError, problem: str, number: int | None = None) -> None:
         """Count an error. Keep the first one, but prefer the first wrong echo.
 
         Args:
             error: the error.
-            context: the start of its description.
+            problem: its description.
             number: that of the connection, if there is one.
 
         """
         self.errors[kind(error)] += 1
         if isinstance(error, WrongEchoError) and self.mismatch is None and number is not None:
             self.mismatch = number, error.mismatch
-            self.problem = context + reason(error)
-        self.problem = self.problem or context + reason(error)
+            self.problem = problem
+        self.problem = self.problem or problem
 
 
 class Interrupt:
@@ -190,7 +189,7 @@ class LoadGenerator:
                 try:
                     opened.append((number, self._options.route.connect(endpoints, Deadline(self._options.timeout))))
                 except OSError as error:
-                    self.results.add_error(error, f"connection {number}: no connection: ")
+                    self.results.add_error(error, f"connection {number}: {unreachable(error)}")
 
         self._share(work, min(_OPENERS, self._options.connections))
         for number, connected in sorted(opened, key=operator.itemgetter(0)):
@@ -206,7 +205,7 @@ class LoadGenerator:
         except InterruptedError:
             pass
         except OSError as error:
-            self.results.add_error(error, "no connection: ")
+            self.results.add_error(error, unreachable(error))
         return []
 
     def _share(self, work: Callable[[], None], count: int) -> None:
@@ -327,7 +326,9 @@ class LoadGenerator:
             connection.shutdown(self._now())
 
     def _fail(self, connection: Connection, error: ProbeError) -> None:
-        self.results.add_error(error, f"connection {connection.number}: ", connection.number)
+        if not connection.received and connection.secure is None and ended(error):
+            error.add_note(self._options.route.advice)
+        self.results.add_error(error, f"connection {connection.number}: {reason(error)}", connection.number)
         self._close(connection)
 
     def _close(self, connection: Connection) -> None:

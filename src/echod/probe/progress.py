@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from echod.units import bytes_text, seconds_text
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # Latencies that are enough for the figures shown.
 _SAMPLE = 256
+
+# Columns of the target at most, so that the figures fit on a terminal of 80 columns.
+_TARGET = 22
 
 
 class Display:
@@ -87,9 +91,13 @@ def _draw(options: ProbeOptions, reading: int) -> None:
     """Draw each state that is read from the pipe, until EOF."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent closes the pipe soon
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=_TARGET)),
+        BarColumn(None, table_column=Column(ratio=1)),
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+    )
     # Drawn for each state, without a thread that draws in between.
-    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+    bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False, expand=True)
     total = options.messages or options.duration
     task = bar.add_task(str(options.target), total=total, text="connecting")
     before, then = 0, 0.0
@@ -104,6 +112,6 @@ def _draw(options: ProbeOptions, reading: int) -> None:
             if largest:
                 parts.append(f"p50 {seconds_text(median / 1e9)}, max {seconds_text(largest / 1e9)}")
             if errors:
-                parts.append(f"[red]{errors} errors[/red]")
+                parts.append(f"[red]{errors} error{'s' if errors > 1 else ''}[/red]")
             bar.update(task, completed=messages if options.messages else seconds, text="  ".join(parts))
             live.refresh()

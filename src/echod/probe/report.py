@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from echod.probe.model import ProbeOptions
 
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
-_WIDTH = 100
+# Columns of the text, which is the same on a terminal and in a file.
+_WIDTH = 80
 # Columns of the longest bar.
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+# The part of the requested rate that counts as reached.
+_REACHED = 0.95
 
 
 def unwritable(path: Path) -> str:
@@ -74,7 +77,7 @@ def _title(options: ProbeOptions) -> str:
     if options.stream:
         how = f"a stream in writes of {options.size} B"
     elif options.rate:
-        how = f"{options.rate:g} messages of {options.size} B a second"
+        how = f"{options.rate:.10g} messages of {options.size} B a second"
     else:
         how = f"messages of {options.size} B, {options.pipeline} at a time"
     return f"{options.target}: {connections}, {how}"
@@ -82,6 +85,15 @@ def _title(options: ProbeOptions) -> str:
 
 def _per_second(count: float, results: Results) -> float:
     return count / results.seconds if results.seconds else 0.0
+
+
+def _rate_reached(options: ProbeOptions, results: Results) -> bool | None:
+    """Tell whether messages were answered at the requested rate, or return None if none was requested or answered."""
+    latencies = results.latencies
+    if options.rate is None or not latencies.count:
+        return None
+    # The schedule ends before the last echo, by the round trip.
+    return latencies.count >= _REACHED * options.rate * (results.seconds - latencies.least)
 
 
 def _json(options: ProbeOptions, results: Results, outcome: Outcome) -> str:
@@ -102,6 +114,7 @@ def _json(options: ProbeOptions, results: Results, outcome: Outcome) -> str:
         "size": options.size,
         "pipeline": None if options.stream or options.rate else options.pipeline,
         "rate": options.rate,
+        "rate_reached": _rate_reached(options, results),
         "seed": options.seed,
         "seconds": results.seconds,
         "cpu_seconds": results.cpu_seconds,
@@ -126,8 +139,8 @@ def _json(options: ProbeOptions, results: Results, outcome: Outcome) -> str:
 
 def _text(options: ProbeOptions, results: Results) -> str:
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    # The width is fixed, so that the text is the same in a file.
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=_WIDTH, highlight=False)
+    # None leaves the decision to FORCE_COLOR.
+    console = Console(file=io.StringIO(), force_terminal=terminal or None, width=_WIDTH, highlight=False)
     console.print(Text(f"{_title(options)}, {results.seconds:.3f} s", style="bold"))
     if results.signal is not None:
         console.print(f"ended by {results.signal.name}: these are the results so far")
@@ -150,6 +163,9 @@ def _text(options: ProbeOptions, results: Results) -> str:
     if options.rate:
         table.add_row("sent late by", f"{seconds_text(results.lag)}", "at most")
     console.print(table)
+    if _rate_reached(options, results) is False:
+        console.print()
+        console.print(Text(_verdict(options, results), style="bold yellow"))
     if options.stream and len(results.throughput) > 1:
         console.print()
         most = max(results.throughput)
@@ -176,6 +192,15 @@ def _text(options: ProbeOptions, results: Results) -> str:
         )
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def _verdict(options: ProbeOptions, results: Results) -> str:
+    """Describe a rate that was not reached, and the side that was too slow."""
+    assert options.rate is not None
+    count = results.latencies.count
+    late = results.seconds - count / options.rate
+    slow = "the probe sent too slowly" if results.lag > late / 2 else "the server answered too slowly"
+    return f"rate not reached: {_per_second(count, results):,.0f}/s of {options.rate:,.10g}/s: {slow}"
 
 
 def _bars(rows: Iterable[tuple[str, str, float]]) -> Table:

@@ -8,17 +8,25 @@ import ssl
 from typing import TYPE_CHECKING
 
 from echod.net import files, openssl, pem
-from echod.probe.errors import TlsError, TlsFileError
+from echod.probe.errors import TlsError, identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from echod.probe.deadline import Deadline
+    from echod.probe.timing import Deadline
 
 _CIPHERTEXT = 65536
 # Bytes that one `send` accepts at most, since ciphertext that the socket refuses is kept in memory.
 _PLAINTEXT = 65536
+
+# Bytes of the server's handshake that are kept, to explain a failure.
+_ANSWER = 256
+# The first bytes of a record (RFC 8446, section 5.1), and the place and the type of its handshake message (section 4).
+_HANDSHAKE_RECORD, _ALERT_RECORD = b"\x16\x03", b"\x15\x03"
+_TYPE, _CLIENT_HELLO = 5, b"\x01"
+# X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL.
+_OTHER_NAME = (62, 64)
 
 
 class ClientTls:
@@ -33,7 +41,7 @@ class ClientTls:
         insecure: accept any certificate.
 
     Raises:
-        TlsFileError: a file cannot be used.
+        ValueError: a file cannot be used. The message starts with the option that names it.
 
     """
 
@@ -66,15 +74,20 @@ class ClientTls:
                 key = data if private_key is None else files.read(str(private_key)).data
                 pem.load_pair(self._context, data, key, _no_password)
 
-    def handshake(self, sock: socket.socket, deadline: Deadline) -> TlsChannel:
+    def handshake(self, sock: socket.socket, deadline: Deadline, advice: str) -> TlsChannel:
         """Do the handshake on a blocking socket.
+
+        Args:
+            sock: the connected socket.
+            deadline: for the handshake.
+            advice: becomes a note of the error if the server sends nothing.
 
         Raises:
             TlsError: the handshake failed.
             OSError: the connection failed, or the deadline has passed.
 
         """
-        return TlsChannel(sock, self._context, self._server_name, deadline)
+        return TlsChannel(sock, self._context, self._server_name, deadline, advice)
 
 
 def _no_password() -> str:
@@ -89,11 +102,14 @@ def _blame(option: str, path: Path) -> Iterator[None]:
     except ssl.SSLError as error:
         # OpenSSL gives no reason if the file has no PEM of the expected kind.
         why = openssl.explain(error) if error.reason else "the file has no PEM data of the kind that is needed"
-        raise TlsFileError(option, f"{str(path)!r}: {why}") from error
+        msg = f"{option}: {str(path)!r}: {why}"
+        raise ValueError(msg) from error
     except OSError as error:
-        raise TlsFileError(option, f"{str(path)!r} cannot be read: {error.strerror}") from error
+        msg = f"{option}: {str(path)!r} cannot be read: {error.strerror}"
+        raise ValueError(msg) from error
     except ValueError as error:
-        raise TlsFileError(option, f"{str(path)!r}: {error}") from error
+        msg = f"{option}: {str(path)!r}: {error}"
+        raise ValueError(msg) from error
 
 
 class TlsChannel:
@@ -104,27 +120,45 @@ class TlsChannel:
     """
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: Deadline
+        self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None, deadline: Deadline, advice: str
     ) -> None:
         self._sock = sock
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         self._unsent = b""
-        while True:
-            try:
-                self._object.do_handshake()
-            except ssl.SSLWantReadError:
+        answer = b""
+        try:
+            while not self._shake_hands(answer):
                 deadline.limit(sock)  # for each call, as the server may send byte by byte
                 self.flush()
-                self._fill()
-            except ssl.SSLError as error:
-                with contextlib.suppress(OSError):
-                    self.flush()  # the alert tells the peer why
-                raise TlsError(openssl.explain(error)) from error
-            else:
-                self.flush()
-                return
+                answer += self._fill()[: _ANSWER - len(answer)]
+            self.flush()
+        except OSError as error:
+            if not answer:
+                error.add_note("no answer to the TLS handshake")
+                error.add_note(advice)
+            raise
+
+    def _shake_hands(self, answer: bytes) -> bool:
+        """Continue the handshake. Return whether it is complete.
+
+        Args:
+            answer: the first bytes that the server has sent so far.
+
+        Raises:
+            TlsError: the handshake failed.
+
+        """
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        except ssl.SSLError as error:
+            with contextlib.suppress(OSError):
+                self.flush()  # the alert tells the peer why
+            raise TlsError(_explain(error, answer)) from error
+        return True
 
     @property
     def version(self) -> str | None:
@@ -201,8 +235,30 @@ class TlsChannel:
             self.shutdown(socket.SHUT_WR)
         self._sock.close()
 
-    def _fill(self) -> None:
+    def _fill(self) -> bytes:
         if data := self._sock.recv(_CIPHERTEXT):
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+        return data
+
+
+def _explain(error: ssl.SSLError, answer: bytes) -> str:
+    """Describe the failure of a handshake.
+
+    Args:
+        error: the failure.
+        answer: the first bytes that the server sent.
+
+    """
+    if not answer:
+        return "the server closed the connection"
+    if answer.startswith(_HANDSHAKE_RECORD) and answer[_TYPE : _TYPE + 1] == _CLIENT_HELLO:
+        return "the server sent the ClientHello back, as an echo server without TLS does; remove --tls"
+    if not answer.startswith((_HANDSHAKE_RECORD, _ALERT_RECORD)):
+        return f"the server {identify(answer) or 'answered without TLS'}; remove --tls"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        name = error.verify_code in _OTHER_NAME
+        advice = "--server-name NAME expects another" if name else "--ca FILE trusts its authority"
+        return f"{openssl.explain(error).removesuffix('.')}; {advice}, --insecure accepts any certificate"
+    return openssl.explain(error)
