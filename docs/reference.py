@@ -7,13 +7,15 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ByteSize
-from pydantic.fields import FieldInfo
 
 from echod.settings import toml
 from echod.settings.model import FaultSettings, ListenerSettings, Settings, TlsSettings, leaves, section
+from echod.settings.types import LONGEST, Bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from pydantic.fields import FieldInfo
 
 HEAD = """\
 # Configuration
@@ -40,11 +42,18 @@ and exits with code 78, or with 0 if there is no problem. It opens and closes `l
 a process that reads from a FIFO, and waits for its first writer, sees the end of its input. `echod config` prints the settings in force as a TOML file, each
 line with the origin of its value.
 
+A problem in the file has the file's name and the line in front: `echo.toml:3: limits.backlog: should be at least 1, not 0`.
+Items of a list are numbered from 0: `listen[2]`.
+
 An unknown key is an error in the file and on the command line. In the environment, it is an error if its section is known.
 Other unknown variables are warnings: Kubernetes injects `ECHOD_PORT` for a service named echod.
 
-Durations are seconds, at least 0, fractions allowed. Sizes are bytes, or strings such as `"64KiB"` and `"1MB"`. An
-address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. If a
+A duration is a number of seconds, such as `60` or `0.25`, or a text such as `"250ms"`, `"10s"`, `"5m"`, `"1h"` or
+`"1h30m"`. It is at most a year. A size is a number of bytes, or a text such as `"64KiB"`, `"64k"` or `"1.5MB"`: units with an
+i are powers of 1024, all others are powers of 1000. Words to choose from, such as `"info"`, are accepted in any case. In the
+file, a text needs quotes.
+
+An address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. If a
 host name has several addresses, such as localhost, echod listens on each of them. `unix:PATH` is a unix socket, and
 `unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` stands for the inherited sockets of that name
 ([sockets.md](../how-to/sockets.md)).
@@ -115,33 +124,31 @@ def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def bare(field: FieldInfo) -> tuple[object, dict[str, float]]:
+def bare(field: FieldInfo) -> tuple[object, Bounds | None]:
     """Return the type and the bounds of a field, which may be optional."""
     annotation: Any = field.annotation
     metadata: list[object] = field.metadata
     if get_origin(annotation) in {Union, UnionType}:
         (annotation,) = (choice for choice in get_args(annotation) if choice is not NoneType)
     if get_origin(annotation) is Annotated:
-        annotation, *given = get_args(annotation)
-        metadata = [part for item in given for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
-    return annotation, {
-        name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le") if hasattr(item, name)
-    }
+        annotation, *metadata = get_args(annotation)
+    validators = (getattr(item, "func", None) for item in metadata)
+    return annotation, next((each for each in validators if isinstance(each, Bounds)), None)
 
 
-def kind(annotation: object, bound: dict[str, float]) -> str:
-    """Describe a type, with the range of a number unless it is obvious."""
+def kind(annotation: object, bounds: Bounds | None) -> str:
+    """Describe a type, with the range of a number or a size."""
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list"
-    if bound.keys() == {"gt", "le"}:
-        return f"number, above {bound['gt']}, to {bound['le']}"
-    name = {ByteSize: "size", float: "seconds", int: "number", str: "text"}[annotation]  # type: ignore[index]
-    if "le" in bound:
-        low, high = (ByteSize(bound[end]) if annotation is ByteSize else bound[end] for end in ("ge", "le"))
-        return f"{name}, {toml.value(low)} to {toml.value(high)}".replace('"', "")
-    return f"{name}, above {bound['gt']}" if "gt" in bound else name
+    if bounds is None:
+        return "text"
+    if bounds.highest == LONGEST:
+        return f"duration, above {bounds.lowest}" if bounds.above else "duration"
+    low, high = (bounds.unit(bound).replace('"', "") for bound in (bounds.lowest, bounds.highest))
+    name = "size" if annotation is ByteSize else "number"
+    return f"{name}, above {low}, to {high}" if bounds.above else f"{name}, {low} to {high}"
 
 
 if __name__ == "__main__":

@@ -154,8 +154,9 @@ def _warn(resources: Resources) -> None:
     from echod.text import printable  # noqa: PLC0415
 
     config = resources.config
-    for variable in config.unknown_variables:
-        _say(printable(f"warning: {variable} is not a setting"))
+    for variable, meant in config.unknown_variables.items():
+        advice = f": did you mean {meant}?" if meant else ""
+        _say(printable(f"warning: {variable} is not a setting{advice}"))
     for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
 
@@ -193,10 +194,12 @@ def _probe(command_line: Sequence[str]) -> int:
 def _completion(command_line: Sequence[str]) -> int:
     try:
         from echod import completion  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name != "shtab":
+    except ModuleNotFoundError:
+        from echod.extras import missing  # noqa: PLC0415
+
+        if not (problem := missing("shtab")):
             raise
-        return _fail(EXIT_FAILURE, ["completion needs shtab, which is not installed: pip install shtab"])
+        return _fail(EXIT_FAILURE, [f"completion {problem}"])
     return _print(completion.script(_parse(lambda: completion.parse(command_line))))
 
 

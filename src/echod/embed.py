@@ -244,7 +244,7 @@ def check_names(options: Collection[str], known: Collection[str]) -> None:
 def _acquire(values: Mapping[str, Any]) -> Resources:
     # All values come from one call, so problems have no origin.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Config(validate(values, origins), origins, ()))
+    return resources.acquire(Config(validate(values, origins), origins, {}))
 
 
 def _own(key: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echod import embed
 from echod.embed import Server
+from echod.extras import missing
 from echod.loops import loop_factory
 from echod.net.addresses import TcpAddress
 
@@ -211,7 +212,7 @@ def _certify(folder: Path, authority: Path) -> dict[str, Any]:
     try:
         import trustme  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
-        msg = "trustme is needed to issue a certificate: pip install 'echod[pytest]'"
+        msg = f"a certificate {missing('trustme')}"
         raise ImportError(msg) from error
 
     ca = trustme.CA()

@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     if match is None or match[2].lower() not in _SIZES:
         msg = f"{text!r} is not a size: write bytes, or for example 64KiB"
         raise ValueError(msg)
-    return int(float(match[1]) * _SIZES[match[2].lower()])
+    return int(Fraction(match[1]) * _SIZES[match[2].lower()])
 
 
 def parse_duration(text: str) -> float:

@@ -94,10 +94,10 @@ def test_status(start: Start, loop_name: str, tmp_path: Path) -> None:
         {"key": "loop", "value": loop_name, "source": "--loop"},
         {"key": "listen", "value": ["127.0.0.1:0"], "source": "--listen"},
         {"key": "limits.max_connections", "value": 9, "source": "--limits.max-connections"},
-        {"key": "limits.backlog", "value": 7, "source": str(path)},
+        {"key": "limits.backlog", "value": 7, "source": f"{path}:6"},
         {"key": "admin.address", "value": "127.0.0.1:0", "source": "--admin.address"},
-        {"key": "listeners.lines.address", "value": "127.0.0.1:0", "source": str(path)},
-        {"key": "listeners.lines.mode", "value": "line", "source": str(path)},
+        {"key": "listeners.lines.address", "value": "127.0.0.1:0", "source": f"{path}:2"},
+        {"key": "listeners.lines.mode", "value": "line", "source": f"{path}:3"},
     ]
 
 
@@ -286,7 +286,7 @@ def test_address_in_use() -> None:
 @pytest.mark.parametrize("missing", ["aiohttp", "prometheus_client"])
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_without_the_extra(missing: str, command: str) -> None:
-    """Without the libraries, the command names the extra to install. Without `admin.address`, it needs neither."""
+    """Without the libraries, the command names the package to install. Without `admin.address`, it needs neither."""
     hide = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -300,7 +300,8 @@ sys.exit(main())
 """
     line = [sys.executable, "-c", hide, command, *WATCHED]
     result = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
-    message = "needs aiohttp and prometheus-client: pip install 'echod[admin]'"
+    package = missing.replace("_", "-")
+    message = f"needs {package}, which is not installed: {sys.executable} -m pip install {package}"
     assert (result.returncode, result.stderr) == (78, f"echod: --admin.address: admin.address: {message}\n")
     with Daemon(module=("-c", hide)) as daemon:
         daemon.echo(b"x")

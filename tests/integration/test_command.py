@@ -35,13 +35,17 @@ def test_check(tmp_path: Path) -> None:
     result = run("check", "--config", str(path))
     assert (result.returncode, result.stdout) == (78, "")
     assert result.stderr.splitlines() == [
-        f"echod: {path}: limits.backlog: should be greater than or equal to 1, not 0",
-        f"echod: {path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+        f"echod: {path}:3: limits.backlog: should be at least 1, not 0",
+        f"echod: {path}:2: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     path.write_text("[limits]\nidle_timeout = 3\n")
-    result = run("check", env={"ECHOD_CONFIG": str(path), "ECHOD_PORT": "tcp://10.0.0.1:80"})
+    variables = {"ECHOD_PORT": "tcp://10.0.0.1:80", "ECHOD_LIMITS_BACKLOG": "3"}
+    result = run("check", env={"ECHOD_CONFIG": str(path), **variables})
     assert (result.returncode, result.stdout) == (0, f"configuration OK: {path}\n")
-    assert result.stderr == "echod: warning: ECHOD_PORT is not a setting\n"
+    assert result.stderr.splitlines() == [
+        "echod: warning: ECHOD_LIMITS_BACKLOG is not a setting: did you mean ECHOD_LIMITS__BACKLOG?",
+        "echod: warning: ECHOD_PORT is not a setting",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -369,10 +373,13 @@ def test_auto_takes_uvloop() -> None:
 
 
 def test_unknown_variables_are_a_warning() -> None:
-    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80"}) as daemon:
-        warning = daemon.wait_for("unknown_variable")
-        assert len(daemon.all("unknown_variable")) == 1
-        assert (warning["level"], warning["variable"]) == ("warning", "ECHOD_PORT")
+    with Daemon(env={"ECHOD_PORT": "tcp://10.0.0.1:80", "ECHOD_LIMITS_BACKLOG": "3"}) as daemon:
+        warning = daemon.wait_for("unknown_variable", variable="ECHOD_PORT")
+        assert warning["level"] == "warning"
+        assert "did_you_mean" not in warning
+        warning = daemon.wait_for("unknown_variable", variable="ECHOD_LIMITS_BACKLOG")
+        assert warning["did_you_mean"] == "ECHOD_LIMITS__BACKLOG"
+        assert len(daemon.all("unknown_variable")) == 2
         assert daemon.stop() == 0
 
 

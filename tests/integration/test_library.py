@@ -429,17 +429,17 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "address": ("nowhere", {}, "address: 'nowhere' has no port: write HOST:PORT, .*"),
     "option": ("127.0.0.1:0", {"mod": "line"}, "mod: unknown option; did you mean 'mode'\\?"),
     "not for one server": ("127.0.0.1:0", {"loop": "asyncio"}, "loop: unknown option; use one of: fault, limits, .*"),
-    "value": ("127.0.0.1:0", {"mode": "lines"}, "mode: should be 'stream', 'line' or 'info', not 'lines'"),
+    "value": ("127.0.0.1:0", {"mode": "lines"}, 'mode: should be "stream", "line" or "info", not "lines"'),
     "key": (
         "127.0.0.1:0",
         {"limits": {"idle_timout": 1}, "shutdown": {"quiet_period": -1}},
         (
             "limits.idle_timout: unknown key; did you mean 'idle_timeout'\\?\n"
-            "shutdown.quiet_period: should be greater than or equal to 0, not -1"
+            "shutdown.quiet_period: should be at least 0, not -1"
         ),
     ),
     "no table": ("127.0.0.1:0", {"limits": 7}, "limits: should be a table"),
-    "fault": ("127.0.0.1:0", {"fault": {"action": "rise"}}, "fault.action: should be 'raise', .*, not 'rise'"),
+    "fault": ("127.0.0.1:0", {"fault": {"action": "rise"}}, 'fault.action: should be "raise", .*, not "rise"'),
     "together": (
         "127.0.0.1:0",
         {"proxy_trusted": ["::1"]},

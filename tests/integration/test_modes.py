@@ -268,13 +268,13 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
         ),
         (
             ("--listeners.x.socket-mode", "888"),
-            "--listeners.x.socket-mode: listeners.x.socket_mode: should be permissions in octal, such as '0660', not '888'",
+            '--listeners.x.socket-mode: listeners.x.socket_mode: should be permissions in octal such as "0660", not "888"',
         ),
         (
             ("--listeners.x.proxy-protocol", "require", "--listeners.x.proxy-trusted", "10.0.0.1/8"),
             (
-                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted.0: should be a network such as '10.0.0.0/8' or "
-                "'2001:db8::/32', or an address, not '10.0.0.1/8'"
+                "--listeners.x.proxy-trusted: listeners.x.proxy_trusted[0]: '10.0.0.1/8' has host bits set: write 10.0.0.0/8, "
+                "or 10.0.0.1 for that address alone"
             ),
         ),
         (

@@ -167,8 +167,8 @@ tls = {{ certificate = "{certificates.ca}", private_key = "{certificates.key}" }
 """
     problems = file.reload(daemon, text, "reload_failed")["problems"]
     assert problems == [
-        f"{file.path}: limits.backlog: should be greater than or equal to 1, not 0",
-        f"{file.path}: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
+        f"{file.path}:5: limits.backlog: should be at least 1, not 0",
+        f"{file.path}:4: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
     ]
     text = text.replace("idle_timout", "idle_timeout").replace("backlog = 0", "backlog = 1")
     (problem,) = file.reload(daemon, text, "reload_failed")["problems"]
@@ -319,7 +319,7 @@ def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -
     file.write("")
     daemon = start("--config", str(file.path))
     file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
-    problem = f"{file.path}: log.file: '{pipe}' cannot be written: No such device or address"
+    problem = f"{file.path}:2: log.file: '{pipe}' cannot be written: No such device or address"
     assert daemon.all("reload_failed")[0]["problems"] == [problem]
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:

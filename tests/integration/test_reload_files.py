@@ -162,7 +162,8 @@ def test_endless_certificates(start: Start, tmp_path: Path, certificates: Certif
     files[key] = "/dev/zero"
     config.write_text(text())
     daemon.send_signal(signal.SIGHUP)
-    problem = f"{config}: listeners.x.tls.{key}: '/dev/zero' cannot be read: {LARGE}"
+    line = config.read_text()[: config.read_text().index(f"{key} =")].count("\n") + 1
+    problem = f"{config}:{line}: listeners.x.tls.{key}: '/dev/zero' cannot be read: {LARGE}"
     assert daemon.wait_for("reload_failed")["problems"] == [problem]
     assert daemon.stop() == 0
 
@@ -453,7 +454,7 @@ def test_backlog_that_is_refused(loop_name: str, tmp_path: Path) -> None:
         ports = [event["port"] for event in daemon.all("listen")]
         config.write_text(text)
         daemon.send_signal(signal.SIGHUP)
-        problem = f"{config}: limits.backlog: cannot be set on b: Cannot allocate memory"
+        problem = f"{config}:2: limits.backlog: cannot be set on b: Cannot allocate memory"
         assert daemon.wait_for("reload_failed")["problems"] == [problem]
         made = [(event["port"], event["backlog"]) for event in daemon.all("listen")]
         in_force = {port: backlog for port, backlog in made if (port, backlog) != (ports[1], 77)}
@@ -475,7 +476,7 @@ def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
         os.mkfifo(link)  # only open(2) shows that it has no reader
         config.write_text(f'log.file = "{link}"\nlimits.backlog = 12\n')
         daemon.send_signal(signal.SIGHUP)
-        problem = f"{config}: log.file: '{link}' cannot be written: No such device or address"
+        problem = f"{config}:1: log.file: '{link}' cannot be written: No such device or address"
         assert daemon.wait_for("reload_failed")["problems"] == [problem]
         assert [event["backlog"] for event in daemon.all("listen")] == [11, 12, 11]
         assert daemon.stop() == 0

@@ -381,7 +381,7 @@ def test_inherited_socket_named_admin(loop_name: str, parents: list[socket.socke
     with hand_over(sockets, "web:admin", "--config", str(config), loop_name=loop_name) as daemon:
         config.write_text('admin.address = "127.0.0.1:0"\n')
         daemon.send_signal(signal.SIGHUP)
-        assert daemon.wait_for("reload_failed")["problems"] == [f"{config}: {CALLED_ADMIN}"]
+        assert daemon.wait_for("reload_failed")["problems"] == [f"{config}:1: {CALLED_ADMIN}"]
         assert daemon.stop() == 0
 
 

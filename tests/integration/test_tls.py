@@ -331,10 +331,18 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
         ({"certificate": missing}, "certificate", f"'{missing}' cannot be read: No such file or directory"),
         ({"private_key": missing}, "private_key", f"'{missing}' cannot be read: No such file or directory"),
         ({"certificate": tmp_path}, "certificate", f"'{tmp_path}' cannot be read: Is a directory"),
-        ({"certificate": key}, "certificate", f"'{key}' holds no certificate in PEM form"),
+        (
+            {"certificate": key, "private_key": certificate},
+            "certificate",
+            f"'{key}' holds a private key and no certificate: a private key belongs under private_key",
+        ),
         ({"certificate": empty}, "certificate", f"'{empty}' holds no certificate in PEM form"),
         ({"private_key": empty}, "private_key", f"'{empty}' holds no private key in PEM form"),
-        ({"private_key": certificate}, "private_key", f"'{certificate}' holds no private key in PEM form"),
+        (
+            {"private_key": certificate},
+            "private_key",
+            f"'{certificate}' holds a certificate and no private key: a certificate belongs under certificate",
+        ),
         (
             {"private_key": other_key},
             "private_key",
@@ -355,7 +363,11 @@ def test_settings(command: Command, certificates: Certificates, tmp_path: Path) 
             "certificate",
             f"'{curve}': the certificate cannot be used: no suitable signature algorithm",
         ),
-        ({"client_ca": key}, "client_ca", f"'{key}' holds no certificate in PEM form"),
+        (
+            {"client_ca": key},
+            "client_ca",
+            f"'{key}' holds a private key and no certificate: a private key belongs under private_key",
+        ),
         ({"client_ca": missing}, "client_ca", f"'{missing}' cannot be read: No such file or directory"),
     ]
     for files, setting, message in cases:

@@ -179,7 +179,7 @@ def test_log_file_that_cannot_be_reopened(start: Start, manager: FakeManager, tm
     daemon.send_signal(signal.SIGHUP)
     daemon.wait_for("reload_failed")
     manager.wait_for("RELOADING", "1")
-    assert f"settings not reloaded, 1 problem: {config}: log.file" in manager.wait_for("READY", "1")["STATUS"]
+    assert f"settings not reloaded, 1 problem: {config}:1: log.file" in manager.wait_for("READY", "1")["STATUS"]
     assert daemon.stop() == 0
 
 

@@ -166,7 +166,8 @@ def reloaded(container: Container) -> None:
     assert container.run("systemctl", "reload", "echod", check=False).returncode == 1
     assert "log.connections" in "".join(entry["MESSAGE"] for entry in container.journal("_COMM=echod"))
     container.run("systemctl", "kill", "--signal=HUP", "echod")
-    problem = "settings not reloaded, 1 problem: /etc/echod/echod.toml: log.connections"
+    line = text.count("\n") + 1
+    problem = f"settings not reloaded, 1 problem: {path}:{line}: log.connections"
     wait(lambda: problem in container.property("StatusText"))
     states = {name: container.property(name) for name in ("ActiveState", "SubState", "MainPID", "NRestarts")}
     assert states == {"ActiveState": "active", "SubState": "running", "MainPID": pid, "NRestarts": "0"}

@@ -118,5 +118,5 @@ def test_without_the_extra(module: str, package: str) -> None:
         result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"echod: a measurement needs {package}, which is not installed: pip install 'echod[probe]'\n"
+        f"echod: a measurement needs {package}, which is not installed: {sys.executable} -m pip install {package}\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,20 @@ def loaded(*arguments: str, config: str | None = None) -> Config:
     return load(line.options, line.config)
 
 
-def problems(*arguments: str, config: str | None = None) -> list[str]:
-    """Return the problems with the settings of a command line."""
+def problems(*arguments: str, config: str | None = None, places: bool = False) -> list[str]:
+    """Return the problems with the settings of a command line.
+
+    Args:
+        arguments: those of the command line.
+        config: the settings file, which is called FILE in the problems.
+        places: keep the line and column behind FILE.
+
+    """
     with pytest.raises(SettingsError) as caught:
         loaded(*arguments, config=config)
     lines = [str(problem) for problem in caught.value.problems]
     assert str(caught.value) == "\n".join(lines)
-    return [line.replace(config, "FILE") if config else line for line in lines]
+    if config is None:
+        return lines
+    lines = [line.replace(config, "FILE") for line in lines]
+    return lines if places else [re.sub(r"^FILE(:\d+)+", "FILE", line) for line in lines]

@@ -89,6 +89,14 @@ def test_parse(text: str, host: str, port: int, canonical: str) -> None:
         ("tcp:h:80", "'tcp:h' is not a host name"),
         ("unix/x:80", "'unix/x' is not a host name"),
         ("*:80", r"'\*' is not a host name"),
+        ("8000", "'8000' is a port without a host: write 127.0.0.1:8000, or :8000 for all addresses"),
+        ("99999", "'99999' is not a port: use 0 to 65535"),
+        # getaddrinfo(3) takes 010 for 8.
+        ("127.0.0.010:80", "'127.0.0.010' is ambiguous, .*: write 127.0.0.10 if it is decimal"),
+        ("010.00.0.0:80", "'010.00.0.0' is ambiguous, .*: write 10.0.0.0 if it is decimal"),
+        ("127.0.0.01.:80", "'127.0.0.01.' is ambiguous"),
+        ("256.1.1.1:80", "'256.1.1.1' is not an IPv4 address: write four numbers of at most 255"),
+        ("1.2.3.4.5:80", "'1.2.3.4.5' is not an IPv4 address"),
         # For these, the resolver would raise an error that is not an OSError.
         ("a" * 64 + ":80", "is not a host name"),
         ("a..b:80", "'a..b' is not a host name"),
@@ -275,14 +283,34 @@ def test_clients_that_share_a_quota(first: str, second: str, *, one: bool) -> No
         ("::/0", "192.0.2.1", False),
         ("::/0", "2001:db8::1", True),
         ("fe80::/10", "fe80::1%eth0", True),
-        ("fe80::%eth0/64", "fe80::1%eth0", True),
-        ("fe80::%eth0/64", "fe80::1%eth1", False),
-        ("fe80::1%eth0", "fe80::1", False),
+        ("fe80::1", "fe80::2%eth0", False),
     ],
 )
 def test_networks(text: str, host: str, *, within: bool) -> None:
-    """A network in IPv4-mapped form has IPv4 hosts, and one with a zone has hosts of that zone only."""
+    """A network in IPv4-mapped form has IPv4 hosts, and an IPv6 network has hosts of every zone."""
     assert is_within(host, [network("192.0.2.99/32"), network(text)]) is within
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("10.1.2.3/8", "'10.1.2.3/8' has host bits set: write 10.0.0.0/8, or 10.1.2.3 for that address alone"),
+        ("::ffff:10.1.2.3/104", "has host bits set: write 10.0.0.0/8, or ::ffff:"),
+        ("2001:db8::1/32", "has host bits set: write 2001:db8::/32, or 2001:db8::1 for that address alone"),
+        ("fe80::1%eth0", "'fe80::1%eth0': a network has no zone: write fe80::1, which matches on every interface"),
+        ("fe80::%eth0/64", "a network has no zone: write fe80::/64, which matches on every interface"),
+        ("10", "'10' is not a network: write for example 10.0.0.0/8, 2001:db8::/32 or an address"),
+        ("127.0.0.010", "'127.0.0.010' is not a network"),
+        ("proxy.example", "'proxy.example' is not a network"),
+    ],
+)
+def test_invalid_networks(command: Command, text: str, message: str) -> None:
+    """Refuse a text that is not a network, and say what to write."""
+    with pytest.raises(AddressError, match=message):
+        network(text)
+    result = command("check", "--listeners.a.address=h:1", f"--listeners.a.proxy_trusted={text}")
+    assert result.returncode == 78
+    assert message in result.stderr
 
 
 def test_mapped_networks_are_trusted(start: Start) -> None:

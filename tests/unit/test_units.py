@@ -18,6 +18,7 @@ from echod.units import bytes_text, parse_duration, parse_size, seconds_text
         ("1MB", 10**6),
         ("3GiB", 3 * 2**30),
         ("64k", 64000),
+        ("1.001kB", 1001),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

@@ -66,8 +66,8 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
         SettingsError: the settings do not fit the inherited sockets; no address is open then.
 
     """
-    for variable in resources.config.unknown_variables:
-        log.logger.warning("unknown_variable", variable=variable)
+    for variable, meant in resources.config.unknown_variables.items():
+        log.logger.warning("unknown_variable", variable=variable, **({"did_you_mean": meant} if meant else {}))
     manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()

@@ -113,24 +113,33 @@ def network(text: str) -> Network:
     """Read a network of clients. A network of IPv4-mapped addresses is the IPv4 network that `from_sockaddr` shows.
 
     Raises:
-        ValueError: the text is not a network, or has bits set beyond its prefix.
+        AddressError: the text is not a network, or has bits set beyond its prefix.
 
     """
-    parsed = ipaddress.ip_network(text)
-    mapped = parsed.network_address.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Network) else None
-    if mapped is None or parsed.prefixlen < _MAPPED_PREFIX:
-        return parsed
-    return ipaddress.IPv4Network((mapped, parsed.prefixlen - _MAPPED_PREFIX))
+    try:
+        interface = ipaddress.ip_interface(text)
+    except ValueError:
+        msg = f"{text!r} is not a network: write for example 10.0.0.0/8, 2001:db8::/32 or an address"
+        raise AddressError(msg) from None
+    if "%" in text:
+        address, *prefix = text.split("/")
+        right = "/".join((address.partition("%")[0], *prefix))
+        msg = f"{text!r}: a network has no zone: write {right}, which matches on every interface"
+        raise AddressError(msg)
+    found: Network = interface.network
+    mapped = found.network_address.ipv4_mapped if isinstance(found, ipaddress.IPv6Network) else None
+    if mapped is not None and found.prefixlen >= _MAPPED_PREFIX:
+        found = ipaddress.IPv4Network((mapped, found.prefixlen - _MAPPED_PREFIX))
+    if interface.ip != interface.network.network_address:
+        msg = f"{text!r} has host bits set: write {found}, or {interface.ip} for that address alone"
+        raise AddressError(msg)
+    return found
 
 
 def is_within(host: str, networks: Iterable[Network]) -> bool:
-    """Tell whether an IP address belongs to one of the networks. A network with a zone contains that zone only."""
+    """Tell whether an IP address belongs to one of the networks, whatever its zone."""
     address = ipaddress.ip_address(host)
-    return any(address in each and _scope(each.network_address) in {None, _scope(address)} for each in networks)
-
-
-def _scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
-    return address.scope_id if isinstance(address, ipaddress.IPv6Address) else None
+    return any(address in each for each in networks)
 
 
 def parse(text: str) -> Address:
@@ -189,6 +198,10 @@ def _inherited(name: str, text: str) -> InheritedAddress:
 
 def _tcp(text: str) -> TcpAddress:
     host, colon, port = text.rpartition(":")
+    if text.isascii() and text.isdecimal():
+        number = _port(text, text)
+        msg = f"{text!r} is a port without a host: write 127.0.0.1:{number}, or :{number} for all addresses"
+        raise AddressError(msg)
     if not colon or text.endswith("]"):
         msg = f"{text!r} has no port: write {FORMS}"
         raise AddressError(msg)
@@ -201,8 +214,25 @@ def _tcp(text: str) -> TcpAddress:
         msg = f"{text!r}: {host!r} is not a host name: write {FORMS}"
         raise AddressError(msg)
     else:
+        _check_ipv4(host, text)
         host = host.lower()  # not for an IPv6 zone: interface names are case-sensitive
     return TcpAddress(host, _port(port, text))
+
+
+def _check_ipv4(host: str, text: str) -> None:
+    """Refuse digits and dots that getaddrinfo(3) does not read as an IPv4 address, or reads as octal numbers."""
+    labels = host.removesuffix(".").split(".")
+    if not all(label.isascii() and label.isdecimal() for label in labels):
+        return
+    if any(label.startswith("0") and len(label) > 1 for label in labels):
+        decimal = ".".join(label.lstrip("0") or "0" for label in labels)
+        msg = f"{text!r}: {host!r} is ambiguous, as a number with a leading zero may be octal: write {decimal} if it is decimal"
+        raise AddressError(msg)
+    try:
+        socket.inet_aton(host)
+    except OSError:
+        msg = f"{text!r}: {host!r} is not an IPv4 address: write four numbers of at most 255"
+        raise AddressError(msg) from None
 
 
 def is_name(text: str) -> bool:

@@ -176,8 +176,10 @@ def _blamed(key: str, file: str) -> Iterator[None]:
 def _trust(context: ssl.SSLContext, key: str, file: str, data: bytes) -> list[x509.Certificate]:
     """Trust each certificate in the data, also one that is not self-signed, and return their fields."""
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    missing = f"{file!r} holds no certificate in PEM form"
     blocks = list(pem.blocks(data))
+    missing = f"{file!r} holds no certificate in PEM form"
+    if any(block.is_private_key for block in blocks):
+        missing = f"{file!r} holds a private key and no certificate: a private key belongs under private_key"
     failure: ssl.SSLError | None = None
     with _blamed(key, file):
         try:
@@ -226,10 +228,18 @@ def _load_chain(
                 message = f"{certificate!r}: {openssl.explain(error)} for OpenSSL's security level"
                 raise CertificateError(message, "certificate") from error
             else:
-                keys = (block for block in pem.blocks(key_data) if block.label.endswith("PRIVATE KEY"))
-                bad = next((f"{private_key!r}: {key} {key.problem() or 'cannot be used'}" for key in keys), None)
-                message = bad or f"{private_key!r} holds no private key in PEM form"
+                message = _key_problem(private_key, list(pem.blocks(key_data)))
             raise CertificateError(message, "private_key") from error
+
+
+def _key_problem(file: str, blocks: list[pem.Block]) -> str:
+    """Return the reason why OpenSSL finds no usable private key in a file."""
+    for block in blocks:
+        if block.is_private_key:
+            return f"{file!r}: {block} {block.problem() or 'cannot be used'}"
+    if any(block.label.endswith("CERTIFICATE") for block in blocks):
+        return f"{file!r} holds a certificate and no private key: a certificate belongs under certificate"
+    return f"{file!r} holds no private key in PEM form"
 
 
 def _try(context: ssl.SSLContext, trusting: ssl.SSLContext, certificate: str) -> str:

@@ -33,6 +33,11 @@ class Block(NamedTuple):
         return f"the {self.label} in line {self.line}"
 
     @property
+    def is_private_key(self) -> bool:
+        """Whether the block is a private key of any kind, encrypted or not."""
+        return self.label.endswith("PRIVATE KEY")
+
+    @property
     def is_complete(self) -> bool:
         """Whether the block ends before the next one begins."""
         return f"-----END {self.label}-----".encode("latin-1") in self.data

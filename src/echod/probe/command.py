@@ -10,9 +10,6 @@ from echod.probe.model import Outcome, ProbeResult
 if TYPE_CHECKING:
     from echod.probe.model import ProbeOptions
 
-# The packages of the extra `probe`, by the module that is imported.
-_EXTRA = {"rich": "rich", "hdrh": "hdrhistogram"}
-
 
 def run(options: ProbeOptions) -> ProbeResult:
     """Run the probe."""
@@ -20,9 +17,10 @@ def run(options: ProbeOptions) -> ProbeResult:
         return check.run(options)
     try:
         from echod.probe import measure  # noqa: PLC0415  (a quick check does not need it)
-    except ModuleNotFoundError as error:
-        if (package := _EXTRA.get(str(error.name).partition(".")[0])) is None:
+    except ModuleNotFoundError:
+        from echod.extras import missing  # noqa: PLC0415  (as above)
+
+        if not (message := missing("hdrhistogram", "rich")):
             raise
-        message = f"a measurement needs {package}, which is not installed: pip install 'echod[probe]'"
-        return ProbeResult(Outcome.FAILED, problem=message)
+        return ProbeResult(Outcome.FAILED, problem=f"a measurement {message}")
     return measure.run(options)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-    from echod.settings.types import Key
+    from echod.settings.types import Key, Location
 
 
 class Conflict(NamedTuple):
     """A setting that conflicts with others."""
 
-    key: Key
+    key: Location
     message: str
     depends_on: tuple[Key, ...] = ()
     """Settings that take part in the conflict. If one of them is invalid, the conflict may be a consequence."""
@@ -29,7 +29,7 @@ class Conflict(NamedTuple):
         """Return the conflict with the path of its table added to each key."""
         return Conflict((*table, *self.key), self.message, tuple((*table, *key) for key in self.depends_on))
 
-    def is_consequence(self, wrong: Iterable[tuple[int | str, ...]]) -> bool:
+    def is_consequence(self, wrong: Iterable[Location]) -> bool:
         """Tell whether the conflict depends on an invalid setting.
 
         Args:
@@ -39,7 +39,7 @@ class Conflict(NamedTuple):
         return any(_overlap(location, key) for location in wrong for key in self.depends_on)
 
 
-def _overlap(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+def _overlap(one: Location, other: Location) -> bool:
     """Tell whether one of two paths leads to the other, or to a part of it."""
     return all(name == other_name for name, other_name in zip(one, other, strict=False))
 
@@ -73,7 +73,7 @@ def raise_all(title: str, conflicts: Iterable[Conflict], errors: Iterable[ErrorD
         raise ValidationError.from_exception_data(title, details)
 
 
-def repeated(places: Iterable[tuple[Key, str]]) -> Iterator[Conflict]:
+def repeated(places: Iterable[tuple[Location, str]]) -> Iterator[Conflict]:
     """Yield a conflict for each address that occurs earlier in the sequence.
 
     Port 0 stands for another free port each time, so different keys may share it.
@@ -86,6 +86,6 @@ def repeated(places: Iterable[tuple[Key, str]]) -> Iterator[Conflict]:
     for key, text in places:
         address = addresses.parse(text)
         free_port = isinstance(address, addresses.TcpAddress) and not address.port
-        if address in seen and (not free_port or key == ("listen",)):
+        if address in seen and (not free_port or key[0] == "listen"):
             yield Conflict(key, f"{text!r} is already listened on: choose another address")
         seen.add(address)

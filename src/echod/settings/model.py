@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -19,9 +19,11 @@ from echod.settings.types import (
     Address,
     Addresses,
     AdminAddress,
+    AnyCase,
     Count,
     FileName,
     Key,
+    Location,
     Networks,
     Number,
     Permissions,
@@ -113,14 +115,16 @@ class ShutdownSettings(_Section):
 class LogSettings(_Section):
     """Level, format and destination of the log."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    format: Literal["auto", "console", "json", "logfmt"] = Field(
+    level: Annotated[Literal["debug", "info", "warning", "error"], AnyCase] = Field(
+        "info", description="Lowest level that is logged."
+    )
+    format: Annotated[Literal["auto", "console", "json", "logfmt"], AnyCase] = Field(
         "auto", description="Format of a line. auto: console on a terminal, otherwise json."
     )
     file: FileName = Field(
         "-", description='File that lines are appended to. "-": standard error. "/dev/stdout": standard output.'
     )
-    connections: Literal["all", "nonempty", "failed", "none"] = Field(
+    connections: Annotated[Literal["all", "nonempty", "failed", "none"], AnyCase] = Field(
         "nonempty",
         description="Closed connections that are logged. nonempty: those that sent a byte. failed: those that did not "
         "end well.",
@@ -155,7 +159,10 @@ class FaultSettings(_Section):
         None, description="Random seed. Set it to make runs repeatable. Without it, each run differs."
     )
     action: (
-        Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
+        Annotated[
+            Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"],
+            AnyCase,
+        ]
         | None
     ) = Field(
         None,
@@ -228,12 +235,12 @@ class ListenerSettings(_Section):
     """A named listener with settings of its own."""
 
     address: Address = Field(description=f"Address to listen on: {addresses.FORMS}.")
-    mode: Literal["stream", "line", "info"] = Field(
+    mode: Annotated[Literal["stream", "line", "info"], AnyCase] = Field(
         "stream",
         description="stream: echo every byte at once. line: echo whole lines, and an unfinished line at the end. info: "
         "send one JSON object that describes the connection, then close.",
     )
-    proxy_protocol: Literal["off", "require"] = Field(
+    proxy_protocol: Annotated[Literal["off", "require"], AnyCase] = Field(
         "off", description="require: every client starts with a PROXY header of version 1 or 2."
     )
     proxy_trusted: Networks = Field(
@@ -281,7 +288,7 @@ class ListenerSettings(_Section):
 class Settings(_Section):
     """All settings of the daemon."""
 
-    loop: Literal["auto", "uvloop", "asyncio"] = Field(
+    loop: Annotated[Literal["auto", "uvloop", "asyncio"], AnyCase] = Field(
         "auto", description="Event loop. auto: uvloop if it is installed, otherwise asyncio."
     )
     listen: Addresses = Field(
@@ -310,7 +317,7 @@ class Settings(_Section):
         if values.get("listeners"):
             values = {"listen": (), **values}
         errors: list[ErrorDetails] = []
-        wrong: set[tuple[int | str, ...]] = set()
+        wrong: set[Location] = set()
         try:
             settings = handler(values)
         except ValidationError as error:
@@ -328,7 +335,7 @@ class Settings(_Section):
             yield Conflict(("listen",), message, (("listen",), ("listeners",)))
         for name, fault in self.faults.items():
             yield from (conflict.within("faults", name) for conflict in fault.conflicts())
-        places: list[tuple[Key, str]] = [(("listen",), text) for text in self.listen]
+        places: list[tuple[Location, str]] = [(("listen", index), text) for index, text in enumerate(self.listen)]
         places += [(("listeners", name, "address"), listener.address) for name, listener in self.listeners.items()]
         places.append((("admin", "address"), self.admin.address))
         yield from repeated((key, text) for key, text in places if text)
@@ -352,15 +359,18 @@ class Config(NamedTuple):
 
     settings: Settings
     origins: Mapping[Key, str]
-    """The file, variable or option of each value that is not a default."""
-    unknown_variables: tuple[str, ...]
-    """`ECHOD_` variables that name no setting, such as those of Kubernetes for a service called echod."""
+    """The file and its line, the variable or the option of each value that is not a default."""
+    unknown_variables: Mapping[str, str]
+    """`ECHOD_` variables that name no setting, such as those of Kubernetes for a service called echod.
+
+    For each, the variable that was probably meant; empty if none is similar.
+    """
 
 
-def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
+def _valid_part(values: Mapping[str, Any], locations: Iterable[Location]) -> dict[str, Any]:
     """Return the valid values that may conflict with each other.
 
-    A named table remains even if nothing in it is valid. A listener without a valid address gets one without conflicts.
+    A named table remains even if nothing in it is valid. An invalid address is replaced by one without conflicts.
 
     Args:
         values: tables of tables.
@@ -378,7 +388,10 @@ def _valid_part(values: Mapping[str, Any], locations: Iterable[tuple[int | str, 
 
     listen: Any = () if ("listen",) in wrong else split(values.get("listen", Settings.model_fields["listen"].default))
     return {
-        "listen": [address for index, address in enumerate(listen) if ("listen", index) not in wrong],
+        "listen": [
+            f"unix:@invalid address {index}" if ("listen", index) in wrong else address
+            for index, address in enumerate(listen)
+        ],
         "admin": valid_keys(values.get("admin", {}), "admin"),
         "faults": valid_tables("faults"),
         "listeners": {name: {"address": ":0"} | table for name, table in valid_tables("listeners").items()},

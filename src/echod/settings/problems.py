@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from datetime import date, time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from echod.settings.model import Settings, has_named_tables, section
-from echod.text import hint, printable
+from echod.settings import suggestions, toml
+from echod.settings.model import Settings
+from echod.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pydantic import BaseModel
     from pydantic_core import ErrorDetails
 
-    from echod.settings.types import Key
+    from echod.settings.types import Key, Location
+
+
+_LONGEST_VALUE = 80
+
+# By the types of Pydantic's errors.
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    "finite_number": "should be a finite number",
+    "string_type": "should be text",
+    "string_unicode": "should be UTF-8 text",
+    "tuple_type": "should be a list",
+}
 
 
 class Problem(NamedTuple):
     """One problem with the settings."""
 
     source: str
-    """The file, variable or option; empty if the origin is unknown."""
+    """The file and the line, the variable or the option; empty if the origin is unknown."""
     key: str
     """Dotted; empty if the problem concerns the whole source."""
     message: str
@@ -40,13 +55,19 @@ class SettingsError(Exception):
         self.problems = problems
 
 
-def validate(values: Mapping[str, Any], origins: Mapping[Key, str], problems: Iterable[Problem] = ()) -> Settings:
+def validate(
+    values: Mapping[str, Any],
+    origins: Mapping[Key, str],
+    problems: Iterable[Problem] = (),
+    written: Mapping[Key, str] = MappingProxyType({}),
+) -> Settings:
     """Validate merged values.
 
     Args:
         values: tables of tables.
-        origins: the file, variable or option of each value, if it is known.
+        origins: the place in the file, the variable or the option of each value, if it is known.
         problems: those found earlier.
+        written: the values that are from the file, as they are written there.
 
     Raises:
         SettingsError: with the earlier problems and every problem with the values.
@@ -56,46 +77,62 @@ def validate(values: Mapping[str, Any], origins: Mapping[Key, str], problems: It
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError([*problems, *(_problem(details, origins) for details in error.errors())]) from None
+        raise SettingsError([*problems, *(_problem(each, origins, written) for each in error.errors())]) from None
     if problems:
         raise SettingsError(problems)
     return settings
 
 
-def _problem(details: ErrorDetails, origins: Mapping[Key, str]) -> Problem:
-    key = tuple(str(part) for part in details["loc"])
+def _problem(details: ErrorDetails, origins: Mapping[Key, str], written: Mapping[Key, str]) -> Problem:
+    location = details["loc"]
+    key = tuple(str(part) for part in location)
     match details["type"]:
         case "extra_forbidden":
-            message = _unknown(key)
+            origin = _origin(key, origins)
+            advice = suggestions.for_option(origin) if origin.startswith("--") else suggestions.for_key(key)
+            message = f"unknown key; {advice}"
         case "missing":
             message = "is missing"
-        case "model_type" | "dict_type":
-            message = "should be a table"
+        case "dict_type":
+            message = f"should be a table for each name: write [{key[0]}.NAME]"
+        case "model_type":
+            message = "should be a table" + suggestions.for_value(key)
         case "value_error":  # the message names the value
             message = details["msg"].removeprefix("Value error, ")
-        case "tuple_type":
-            message = f"should be a list, not {details['input']!r}"
-        case "byte_size" | "byte_size_unit":
-            message = f"should be bytes, or a size like '64KiB', not {details['input']!r}"
-        case _:
-            # After the comma, Pydantic explains its own parsing.
-            text = details["msg"].removeprefix("Input ").removeprefix("String ").partition(", unable")[0]
-            message = f"{text}, not {details['input']!r}"
-    return Problem(_origin(key, origins), ".".join(key), message)
+        case kind:
+            value, text = details["input"], written.get(key, "")
+            expected = _EXPECTED.get(kind) or _expected(details["msg"])
+            message = f"{expected}, not {_shown(value, text)}"
+            quoted = toml.value(text.replace("0o", "0"))
+            if text and isinstance(value, int | float | date | time) and (kind == "string_type" or quoted in expected):
+                message += f": write {quoted}"
+    return Problem(_origin(key, origins), _dotted(location), message)
+
+
+def _dotted(location: Location) -> str:
+    """Return a key as TOML writes it, with the index of an item in brackets."""
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{toml.key_part(part)}" for part in location
+    ).removeprefix(".")
+
+
+def _expected(message: str) -> str:
+    """Return the requirement of one of Pydantic's messages, with choices as TOML writes them."""
+    return message.removeprefix("Input ").removeprefix("String ").replace("'", '"')
+
+
+def _shown(value: object, written: str) -> str:
+    """Return a value as it is written, or as TOML would write it, shortened to a part of a line."""
+    text = written
+    if not text or "\n" in text:
+        try:
+            text = toml.value(value)
+        except TypeError:  # an object from Python
+            text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _origin(key: Key, origins: Mapping[Key, str]) -> str:
     """Return the origin of a key, or else of the nearest table around it."""
     lengths = range(len(key), 0, -1)
     return next((origins[key[:length]] for length in lengths if key[:length] in origins), "")
-
-
-def _unknown(key: Key) -> str:
-    model: type[BaseModel] = Settings
-    names = iter(key[:-1])
-    for name in names:
-        field = model.model_fields[name]
-        if has_named_tables(field):
-            next(names, None)  # all named tables of a field have one model
-        model = section(field) or model
-    return f"unknown key; {hint(key[-1], model.model_fields)}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
+from echod.extras import missing
 from echod.loops import has_uvloop
 from echod.net import certificates
 from echod.settings.problems import Problem, SettingsError
@@ -63,6 +63,5 @@ def _missing(config: Config) -> Iterator[Problem]:
     if settings.loop == "uvloop" and not has_uvloop():
         message = "uvloop is not installed: install it, or choose auto or asyncio"
         yield Problem(config.origins["loop",], "loop", message)
-    if settings.admin.address and not all(map(importlib.util.find_spec, ("aiohttp", "prometheus_client"))):
-        message = "needs aiohttp and prometheus-client: pip install 'echod[admin]'"
+    if settings.admin.address and (message := missing("aiohttp", "prometheus-client")):
         yield Problem(config.origins["admin", "address"], "admin.address", message)

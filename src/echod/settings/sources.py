@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
-from echod.net import files
+from echod.settings import suggestions
+from echod.settings.file import read
 from echod.settings.model import Config, Settings, section
-from echod.settings.problems import Problem, validate
+from echod.settings.problems import Problem, SettingsError, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_settings import PydanticBaseSettingsSource
 
+    from echod.settings.places import Place
     from echod.settings.types import Key
 
 CONFIG_VARIABLE = "ECHOD_CONFIG"
@@ -43,11 +45,13 @@ def load(
 
     """
     problems: list[Problem] = []
-    file = _File(config, problems, had_values=before is not None and config in before.values())
+    had_values = before is not None and config in {origin.rpartition(":")[0] for origin in before.values()}
+    file = _File(config, problems, had_values=had_values)
     environment = _Environment(problems)
     command_line = _CommandLine(options)
     origins = file.origins | environment.origins | command_line.origins
-    settings = validate(_merge(command_line, environment, file), origins, problems)
+    written = {key: place.value for key, place in file.places.items() if origins[key] == file.origins[key]}
+    settings = validate(_merge(command_line, environment, file), origins, problems, written)
     return Config(settings, origins, environment.unknown)
 
 
@@ -84,7 +88,7 @@ class _Environment(EnvSettingsSource):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__(_MODEL, env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER)
         self.origins: dict[Key, str] = {}
-        unknown: list[str] = []
+        self.unknown: dict[str, str] = {}
         values: dict[str, str] = {}
         for name in sorted(name for name in os.environ if name.startswith(_PREFIX)):
             key = tuple(name.removeprefix(_PREFIX).lower().split(_DELIMITER))
@@ -92,16 +96,16 @@ class _Environment(EnvSettingsSource):
             if name == CONFIG_VARIABLE:
                 continue
             if field is None or (len(key) > 1 and section(field) is None):
-                unknown.append(name)
+                meant = suggestions.for_variable(name.removeprefix(_PREFIX))
+                self.unknown[name] = _variable(meant) if meant else ""
             elif len(key) == 1 and section(field) is not None:
                 problems.append(Problem(name, "", f"is a section: set {name}__KEY for each key"))
             else:
                 values[name.lower()] = os.environ[name]
                 for path in _tables_around(key):
-                    self.origins[path] = (_PREFIX + _DELIMITER.join(path)).upper()
+                    self.origins[path] = _variable(path)
                 self.origins[key] = name
         self.env_vars = values
-        self.unknown = tuple(unknown)
 
     def __call__(self) -> dict[str, Any]:
         return {"tables": super().__call__()}
@@ -113,43 +117,21 @@ class _Environment(EnvSettingsSource):
 
 class _File(InitSettingsSource):
     def __init__(self, file: str | None, problems: list[Problem], *, had_values: bool) -> None:
-        tables = {} if file is None else _read_file(file, problems, had_values=had_values)
-        self.origins = dict.fromkeys(_keys(tables), file or "")
+        self.places: Mapping[Key, Place] = {}
+        tables: dict[str, Any] = {}
+        if file is not None:
+            try:
+                tables, self.places = read(file, had_values=had_values)
+            except SettingsError as error:
+                problems += error.problems
+        self.origins = {key: f"{file}:{place.line}" for key, place in self.places.items()}
         super().__init__(_MODEL, {"tables": tables})
+
+
+def _variable(key: Key) -> str:
+    return (_PREFIX + _DELIMITER.join(key)).upper()
 
 
 def _tables_around(key: Key) -> Iterator[Key]:
     """Yield the paths of the tables that contain a key, outermost first."""
     return (key[:length] for length in range(1, len(key)))
-
-
-def _keys(tables: Mapping[str, Any], path: Key = ()) -> Iterator[Key]:
-    """Yield the key of every table and every value."""
-    for name, value in tables.items():
-        yield (*path, name)
-        if isinstance(value, dict):
-            yield from _keys(value, (*path, name))
-
-
-def _read_file(file: str, problems: list[Problem], *, had_values: bool) -> dict[str, Any]:
-    if not file:
-        problems.append(Problem("--config", "", "names no file"))
-        return {}
-    import tomllib  # noqa: PLC0415  (needed with a file only)
-
-    data = b""
-    try:
-        # Not read by pydantic-settings, which takes a pipe for an empty file.
-        data, regular = files.read(file)
-        if data or regular or not had_values:
-            return tomllib.loads(data.decode())
-        message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
-    except OSError as error:
-        message = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        message = f"is not UTF-8 text: byte {error.start}"
-    except (ValueError, RecursionError) as error:  # tomllib raises these for endless numbers and for deep nesting
-        last = data.count(b"\n") + 1
-        message = f"is not TOML: {error}".replace("at end of document", f"at line {last}, the end of the file")
-    problems.append(Problem(file, "", message))
-    return {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date, time
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ByteSize
 
+from echod.settings.types import size_text
 from echod.text import printable
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from echod.settings.types import Key
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def document(settings: BaseModel, origins: Mapping[Key, str]) -> str:
@@ -25,23 +26,32 @@ def document(settings: BaseModel, origins: Mapping[Key, str]) -> str:
 
 
 def value(setting: object) -> str:
-    """Return one setting as a TOML value.
+    """Return a value as TOML writes it.
 
     Raises:
-        TypeError: no setting has a value of that type.
+        TypeError: TOML has no value of that type.
 
     """
     match setting:
         case ByteSize():
-            return _string(_size(setting))
+            return size_text(setting)
+        case bool() | str():
+            return _string(setting)
         case int() | float():
             return repr(setting)
-        case str():
-            return _string(setting)
-        case tuple():
+        case date() | time():
+            return setting.isoformat()
+        case dict():
+            return f"{{{', '.join(f'{key_part(name)} = {value(item)}' for name, item in setting.items())}}}"
+        case list() | tuple():
             return f"[{', '.join(value(item) for item in setting)}]"
         case _:
             raise TypeError(type(setting).__name__)
+
+
+def key_part(name: str) -> str:
+    """Return a part of a key as TOML writes it."""
+    return name if _BARE_KEY.fullmatch(name) else _string(name)
 
 
 def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[Key, str]) -> Iterator[str]:
@@ -52,25 +62,12 @@ def _table(table: BaseModel | dict[str, BaseModel], path: Key, origins: Mapping[
             continue  # TOML has no null
         if isinstance(item, BaseModel | dict):
             if not isinstance(item, dict):
-                yield f"\n[{'.'.join(map(_key, key))}]"
+                yield f"\n[{'.'.join(map(key_part, key))}]"
             yield from _table(item, key, origins)
         else:
-            yield f"{_key(name)} = {value(item)}  # {printable(origins.get(key, 'default'))}"
+            yield f"{key_part(name)} = {value(item)}  # {printable(origins.get(key, 'default'))}"
 
 
-def _size(size: int) -> str:
-    """Return a size in the largest unit that leaves a whole number."""
-    power = 0
-    while size % 1024 == 0 and power + 1 < len(_UNITS):
-        size //= 1024
-        power += 1
-    return f"{size}{_UNITS[power]}"
-
-
-def _string(text: str) -> str:
+def _string(text: str | bool) -> str:  # noqa: FBT001  (a value, as text is)
     # JSON's escapes are valid in TOML. JSON leaves DEL as it is, which TOML forbids.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if _BARE_KEY.fullmatch(name) else _string(name)

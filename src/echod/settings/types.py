@@ -2,37 +2,60 @@
 
 # Annotations are not deferred here: Pydantic would have to evaluate each of them again at every start.
 
-import math
 import re
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
 from pydantic_core import PydanticCustomError
 
 from echod.net import addresses
+from echod.units import parse_duration, parse_size
 
 ADMIN_FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME"
 
 # The event loops and the kernel take these numbers as a C int.
 _HIGHEST_COUNT = 2**31 - 1
-_LARGEST_SIZE = 2**30
+
+LONGEST = 365 * 24 * 3600.0
+"""The longest duration: a year."""
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 Key = tuple[str, ...]
 """The path of a setting, such as ("limits", "backlog")."""
 
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        kind = "number_type"
-        raise PydanticCustomError(kind, "Input should be a number")
-    return value
+Location = tuple[int | str, ...]
+"""The path of a setting or of an item, such as ("listen", 0)."""
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        kind = "finite_number"
-        raise PydanticCustomError(kind, "Input should be a finite number")
-    return value
+class Bounds(NamedTuple):
+    """A validator of numbers in a range."""
+
+    lowest: float
+    highest: float
+    unit: Callable[[float], str] = str
+    """Formats a bound as a value of the settings."""
+    parse: Callable[[Any], float] = lambda value: value
+    above: bool = False
+    """Whether the lowest number itself is excluded."""
+
+    def __call__(self, value: object) -> object:
+        """Return the value as a number within the bounds."""
+        number = self.parse(value)
+        if number > self.highest:
+            message = f"should be at most {self.unit(self.highest)}"
+        elif number > self.lowest or (number == self.lowest and not self.above):
+            return number
+        else:
+            message = f"should be {'above' if self.above else 'at least'} {self.unit(self.lowest)}"
+        raise _error(message)
+
+
+def _error(message: str) -> PydanticCustomError:
+    """Return an error whose message is followed by the value."""
+    kind = "unsuitable"
+    return PydanticCustomError(kind, message)
 
 
 def is_utf8(text: str) -> bool:
@@ -46,16 +69,58 @@ def is_utf8(text: str) -> bool:
 
 def _text(text: str) -> str:
     if not is_utf8(text):
-        kind = "text"
-        raise PydanticCustomError(kind, "Input should be UTF-8 text")
+        message = "should be UTF-8 text"
+        raise _error(message)
     return text
 
 
 def _file_name(text: str) -> str:
     if not text or "\0" in text:
-        kind = "file_name"
-        raise PydanticCustomError(kind, "Input should be the name of a file")
+        message = "should be the name of a file"
+        raise _error(message)
     return text
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        message = "should be a number"
+        raise _error(message)
+    return value
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    message = 'should be bytes, or a size such as "64KiB"'
+    raise _error(message)
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, str):
+        return parse_duration(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    message = 'should be seconds, or a duration such as "250ms", "10s", "5m" or "1h"'
+    raise _error(message)
+
+
+def size_text(size: float) -> str:
+    """Return a size as a value of the settings, in the largest unit that leaves a whole number."""
+    power = 0
+    while size % 1024 == 0 and power + 1 < len(_UNITS):
+        size //= 1024
+        power += 1
+    return f'"{size}{_UNITS[power]}"'
+
+
+def _hours(seconds: float) -> str:
+    return f'"{seconds / 3600:g}h"' if seconds else "0"
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _address(text: str) -> str:
@@ -76,37 +141,41 @@ def _admin_address(text: str) -> str:
     return text
 
 
+def _port(value: object) -> object:
+    """Return a number as text, for which `echod.net.addresses` has advice."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def split(value: object) -> object:
     """Split a text at its commas. Return all other values as they are."""
+    value = _port(value)
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _network(text: str) -> str:
-    try:
-        addresses.network(text)
-    except ValueError:
-        kind = "network"
-        message = "Input should be a network such as '10.0.0.0/8' or '2001:db8::/32', or an address"
-        raise PydanticCustomError(kind, message) from None
+    addresses.network(text)
     return text
 
 
 def _mode(text: str) -> str:
     if not re.fullmatch("0?[0-7]{3}", text):
-        kind = "permissions"
-        raise PydanticCustomError(kind, "Input should be permissions in octal, such as '0660'")
+        message = 'should be permissions in octal such as "0660"'
+        raise _error(message)
     return text
 
 
-Seconds = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(ge=0)]
-PositiveSeconds = Annotated[Seconds, Field(gt=0)]
-Size = Annotated[ByteSize, BeforeValidator(_no_bool), Field(ge=1, le=_LARGEST_SIZE)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=_HIGHEST_COUNT)]
-Number = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=_HIGHEST_COUNT)]
-Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite), Field(gt=0, le=1)]
+AnyCase = BeforeValidator(_lower)
+"""Makes a choice of lower-case words accept them in any case."""
+
+Seconds = Annotated[float, BeforeValidator(Bounds(0, LONGEST, _hours, _seconds))]
+PositiveSeconds = Annotated[float, BeforeValidator(Bounds(0, LONGEST, _hours, _seconds, above=True))]
+Size = Annotated[ByteSize, BeforeValidator(Bounds(1, 2**30, size_text, _size))]
+Count = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(1, _HIGHEST_COUNT))]
+Number = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(0, _HIGHEST_COUNT))]
+Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(0, 1, above=True))]
 Trigger = Annotated[str, Field(min_length=1)]
-Address = Annotated[str, AfterValidator(_address)]
-AdminAddress = Annotated[str, AfterValidator(_admin_address)]
+Address = Annotated[str, BeforeValidator(_port), AfterValidator(_address)]
+AdminAddress = Annotated[str, BeforeValidator(_port), AfterValidator(_admin_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Networks = Annotated[tuple[Network, ...], BeforeValidator(split)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(split)]
