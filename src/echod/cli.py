@@ -140,7 +140,7 @@ def _checked(origins: Mapping[Key, str], file: str | None, *, given: bool) -> st
     """
     from echod.text import printable  # noqa: PLC0415
 
-    variables = dict.fromkeys(origin for origin in origins.values() if origin in os.environ and origin != file)
+    variables = dict.fromkeys(origin for origin in origins.values() if origin in os.environ)
     sources = ", ".join([*([file] if file else []), *variables, *(["the command line"] if given else [])])
     if not sources:
         return "only the defaults were checked; name a file with --config FILE"
