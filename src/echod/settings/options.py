@@ -67,9 +67,9 @@ def parse(arguments: Sequence[str], version: str) -> CommandLine:
         parser.error(_wrong_value(error, parser))
     words += arguments[end + 1 :]
     command = words.pop(0) if words and words[0] in _WITH_SETTINGS else ""
-    for word in words:
+    for word, after in zip(words, [*words[1:], ""], strict=True):
         for address in append_addresses(given.options, "command line", word):
-            _check_address(address, command, parser)
+            _check_address(address, after, command, parser)
     if given.help:
         sys.stdout.write(help_text(command))
         parser.exit()
@@ -109,18 +109,20 @@ def _wrong_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser)
     )
 
 
-def _check_address(text: str, command: str, parser: argparse.ArgumentParser) -> None:
+def _check_address(text: str, after: str, command: str, parser: argparse.ArgumentParser) -> None:
     try:
         addresses.parse_bindable(text)
     except addresses.AddressError as error:
-        parser.error(str(error) if ":" in text else _advice_on_word(text, command))
+        parser.error(str(error) if ":" in text else _advice_on_word(text, after, command))
 
 
-def _advice_on_word(word: str, command: str) -> str:
+def _advice_on_word(word: str, after: str, command: str) -> str:
     if word in _WITH_SETTINGS:
         return f"{word!r} is a command: write it first, and only one command"
     if word in COMMANDS:
         return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
+    if after.isdecimal():
+        return f"{word!r} is not an address; did you mean {word}:{after}?"
     if "/" in word or word.endswith(".toml"):
         return (
             f"{word!r} is not an address; write --config {word!r} for a settings file, {f'unix:{word}'!r} for a socket"
