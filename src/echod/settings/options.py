@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod.net import addresses
@@ -67,7 +68,7 @@ def parse(arguments: Sequence[str], version: str) -> CommandLine:
         parser.error(_wrong_value(error, parser))
     words += arguments[end + 1 :]
     command = words.pop(0) if words and words[0] in _WITH_SETTINGS else ""
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in pairwise([*words, ""]):
         for address in append_addresses(given.options, "command line", word):
             _check_address(address, after, command, parser)
     if given.help:
@@ -127,8 +128,7 @@ def _advice_on_word(word: str, after: str, command: str) -> str:
         return (
             f"{word!r} is not an address; write --config {word!r} for a settings file, {f'unix:{word}'!r} for a socket"
         )
-    if command:
-        return f"{word!r} is not an address: write PORT, {addresses.FORMS}"
-    if near := closest(word, COMMANDS):
+    if not command and (near := closest(word, COMMANDS)):
         return f"{word!r} is neither a command nor an address; did you mean {near}?"
-    return f"{word!r} is neither a command ({', '.join(COMMANDS)}) nor an address, such as 8000, :8000 or HOST:8000"
+    wrong = "not an address" if command else f"neither a command ({', '.join(COMMANDS)}) nor an address"
+    return f"{word!r} is {wrong}, such as 8000, :8000, HOST:8000 or unix:PATH"
