@@ -112,14 +112,14 @@ action = "raise"
         'file = "#\'\\\\"  # ECHOD_LOG__FILE',
         "[admin]",
         '[faults."#\\""]',
-        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}',
-        f'action = "raise"  # {path}',
+        f'trigger = "q\\"\\\\\\u0000\\u007f#\\r\\n🎉"  # {path}:5',
+        f'action = "raise"  # {path}:6',
         "[faults.env]",
         'trigger = "ü # \\t\\n"  # ECHOD_FAULTS__ENV__TRIGGER',
         'action = "raise"  # --faults.env.action',
         '[listeners."a b.c"]',
-        f'address = "[::1]:1"  # {path}',
-        f'fault = "#\\""  # {path}',
+        f'address = "[::1]:1"  # {path}:2',
+        f'fault = "#\\""  # {path}:3',
     ]
     printed = tmp_path / "printed.toml"
     printed.write_text(first.stdout)
@@ -190,7 +190,7 @@ def test_sources_of_the_file(tmp_path: Path) -> None:
     path.write_text('loop = "asyncio"\n')
     missing = str(tmp_path / "none.toml")
     result = run("config", "--config", str(path), env={"ECHOD_CONFIG": missing})
-    assert f'loop = "asyncio"  # {path}\n' in result.stdout
+    assert f'loop = "asyncio"  # {path}:1\n' in result.stdout
     result = run("check", env={"ECHOD_CONFIG": missing})
     assert (result.returncode, result.stderr) == (78, f"echod: {missing}: cannot be read: No such file or directory\n")
     assert run("check", env={"ECHOD_CONFIG": ""}).returncode == 0

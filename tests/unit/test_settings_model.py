@@ -121,6 +121,7 @@ def test_keys_that_are_not_utf8_do_not_hide_problems(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
+        ("listen = ['x', 'y']", 2),
         ("listen = ['x']", 1),  # and there is an address to listen on
         ("listen = 3\n[admin]\naddress = '127.0.0.1:8000'", 1),
         ("listeners = {a = 3}", 1),

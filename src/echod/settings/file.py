@@ -51,7 +51,7 @@ def read(file: str, *, had_values: bool) -> Document:
         message = "is empty now: a pipe can be read only once; use a regular file if the settings are to be reloaded"
         raise _error(file, message)
     try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         lines = error.object[: error.start].split(b"\n")
         byte = error.object[error.start]

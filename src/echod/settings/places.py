@@ -36,7 +36,7 @@ def find(document: str) -> dict[Key, Place]:
     """Return the place of each table, key and item. An item's name is its index.
 
     Args:
-        document: TOML that tomllib has read, with LF as line ending.
+        document: TOML that tomllib has read.
 
     """
     return _Reader(document).places

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
 from echod.settings import suggestions
-from echod.settings.file import read
 from echod.settings.model import Config, Settings, section
 from echod.settings.problems import Problem, SettingsError, validate
 
@@ -120,6 +119,8 @@ class _File(InitSettingsSource):
         self.places: Mapping[Key, Place] = {}
         tables: dict[str, Any] = {}
         if file is not None:
+            from echod.settings.file import read  # noqa: PLC0415  (a file is optional)
+
             try:
                 tables, self.places = read(file, had_values=had_values)
             except SettingsError as error:

@@ -67,7 +67,8 @@ def for_key(key: Key) -> str:
     if here:
         return f"did you mean {'.'.join(here)!r}?"
     if closest(unknown, model.model_fields) is None and (there := _find(unknown, Settings)):
-        return f"did you mean {there[-1]!r} below [{'.'.join(there[:-1])}]?"
+        place = f"below [{'.'.join(there[:-1])}]" if there[:-1] else "at the top level"
+        return f"did you mean {there[-1]!r} {place}?"
     return hint(unknown, model.model_fields)
 
 

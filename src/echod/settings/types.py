@@ -53,7 +53,7 @@ class Bounds(NamedTuple):
 
 
 def _error(message: str) -> PydanticCustomError:
-    """Return an error whose message is followed by the value."""
+    """Return an error. `echod.settings.problems` adds the value to its message."""
     kind = "unsuitable"
     return PydanticCustomError(kind, message)
 
