@@ -180,7 +180,7 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         ([""], "'' is neither a command"),
         (
             ["check", "extra"],
-            "'extra' is not an address, such as 8000, :8000, HOST:8000 or unix:PATH"),
+            "'extra' is not an address, such as 8000, :8000, HOST:8000 or unix:PATH",
         ),
         (
             ["echo.toml"],
