@@ -122,7 +122,7 @@ def _advice_on_word(word: str, after: str, command: str) -> str:
         return f"{word!r} is a command: write it first, and only one command"
     if word in COMMANDS:
         return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
-    if after.isdecimal():
+    if after.isdecimal() and ("." in word or word == "localhost"):
         return f"{word!r} is not an address; did you mean {word}:{after}?"
     if "/" in word or word.endswith(".toml"):
         return (
