@@ -173,6 +173,7 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         # words that are neither commands nor addresses
         (["chekc"], "'chekc' is neither a command nor an address; did you mean check?"),
         (["serv", "--help"], "'serv' is neither a command nor an address; did you mean serve?"),
+        (["echo.toml", "8000"], "'echo.toml' is not an address; write --config 'echo.toml' for a settings file"),
         (["localhost", "8000"], "'localhost' is not an address; did you mean localhost:8000?"),
         (["serve", "127.0.0.1", "8000"], "'127.0.0.1' is not an address; did you mean 127.0.0.1:8000?"),
         (["serv", "8000"], "'serv' is neither a command nor an address; did you mean serve?"),

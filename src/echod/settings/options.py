@@ -122,12 +122,12 @@ def _advice_on_word(word: str, after: str, command: str) -> str:
         return f"{word!r} is a command: write it first, and only one command"
     if word in COMMANDS:
         return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
-    if after.isdecimal() and ("." in word or word == "localhost"):
-        return f"{word!r} is not an address; did you mean {word}:{after}?"
     if "/" in word or word.endswith(".toml"):
         return (
             f"{word!r} is not an address; write --config {word!r} for a settings file, {f'unix:{word}'!r} for a socket"
         )
+    if after.isdecimal() and ("." in word or word == "localhost"):
+        return f"{word!r} is not an address; did you mean {word}:{after}?"
     if not command and (near := closest(word, COMMANDS)):
         return f"{word!r} is neither a command nor an address; did you mean {near}?"
     wrong = "not an address" if command else f"neither a command ({', '.join(COMMANDS)}) nor an address"
