@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
+from echod.settings.problems import SettingsError, validate
+from echod.settings.sources import load
 from loading import loaded, problems
 
 if TYPE_CHECKING:
@@ -113,6 +116,10 @@ def test_syntax_errors(write: Write, text: str, line: str) -> None:
             "[listeners.a]\naddress = 'h:1'\ntls = {certificate = 'x', private_key = 'x', minimum_version = 1.2}",
             'listeners.a.tls.minimum_version: should be "1.2" or "1.3", not 1.2: write "1.2"',
         ),
+        (
+            "[listeners.a]\naddress = 'unix:x'\nsocket_mode = '888'",
+            "listeners.a.socket_mode: should be permissions in octal such as \"0660\", not '888'",
+        ),
         ("[admin]\naddress = 99999", "admin.address: '99999': '99999' is not a port: use 0 to 65535"),
     ],
 )
@@ -133,14 +140,27 @@ def test_values_of_other_sources(write: Write, monkeypatch: pytest.MonkeyPatch) 
     """A value that overrides one of the file is shown, and not the one that the file has."""
     config = write("[limits]\nbacklog = 0x0\nmax_line = 0")
     monkeypatch.setenv("ECHOD_LIMITS__BACKLOG", "many")
-    assert problems("--limits.max-line=x", config=config, places=True) == [
+    assert problems("--limits.max-line=x", "--loop=Twisted", config=config, places=True) == [
+        '--loop: loop: should be "auto", "uvloop" or "asyncio", not "Twisted"',
         'ECHOD_LIMITS__BACKLOG: limits.backlog: should be a whole number, not "many"',
         "--limits.max-line: limits.max_line: 'x' is not a size: write bytes, or for example 64KiB",
     ]
 
 
-def test_pipe_whose_settings_are_in_force(tmp_path: Path) -> None:
-    """A name with a colon is recognised as the origin of earlier settings, whose origins have a line."""
-    path = tmp_path / "a:1"
-    path.write_text("[limits]\nbacklog = 3\n")
-    assert loaded(config=str(path)).origins["limits",] == f"{path}:1"
+def test_values_from_python() -> None:
+    """A program may pass a value that TOML does not have."""
+    with pytest.raises(SettingsError, match=r"^limits\.backlog: should be a whole number, not None$"):
+        validate({"limits": {"backlog": None}}, {})
+
+
+def test_pipe_whose_settings_are_in_force() -> None:
+    """A pipe that provided values before is empty, and its problem says that it can be read only once."""
+    receiver, sender = os.pipe()
+    os.close(sender)
+    file = f"/dev/fd/{receiver}"
+    try:
+        assert load({}, file, {("loop",): "--loop"}).origins == {}
+        with pytest.raises(SettingsError, match=f"^{file}: is empty now: a pipe can be read only once"):
+            load({}, file, {("limits", "backlog"): f"{file}:2"})
+    finally:
+        os.close(receiver)

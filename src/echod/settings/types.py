@@ -6,7 +6,15 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from echod.net import addresses
@@ -119,8 +127,11 @@ def _hours(seconds: float) -> str:
     return f'"{seconds / 3600:g}h"' if seconds else "0"
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _any_case(value: object, choose: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return choose(value.lower() if isinstance(value, str) else value)
+    except ValidationError:
+        return choose(value)  # for an error that shows the value as the user wrote it
 
 
 def _address(text: str) -> str:
@@ -164,7 +175,7 @@ def _mode(text: str) -> str:
     return text
 
 
-AnyCase = BeforeValidator(_lower)
+AnyCase = WrapValidator(_any_case)
 """Makes a choice of lower-case words accept them in any case."""
 
 Seconds = Annotated[float, BeforeValidator(Bounds(0, LONGEST, _hours, _seconds))]
