@@ -143,7 +143,7 @@ def _checked(origins: Mapping[Key, str], file: str | None, *, given: bool) -> st
     """
     from echod.text import printable  # noqa: PLC0415
 
-    variables = dict.fromkeys(origin for origin in origins.values() if origin in os.environ and origin != file)
+    variables = dict.fromkeys(origin for origin in origins.values() if origin in os.environ)
     sources = ", ".join([*([file] if file else []), *variables, *(["the command line"] if given else [])])
     if not sources:
         return "only the defaults were checked; name a file with --config FILE"
@@ -197,10 +197,12 @@ def _probe(command_line: Sequence[str]) -> int:
 def _completion(command_line: Sequence[str]) -> int:
     try:
         from echod import completion  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name != "shtab":
+    except ModuleNotFoundError:
+        from echod.extras import missing  # noqa: PLC0415
+
+        if not (problem := missing("shtab")):
             raise
-        return _fail(EXIT_FAILURE, ["completion needs shtab, which is not installed: pip install shtab"])
+        return _fail(EXIT_FAILURE, [f"completion {problem}"])
     return _print(completion.script(_parse(lambda: completion.parse(command_line))))
 
 

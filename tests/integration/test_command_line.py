@@ -143,6 +143,8 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         (["--idle_timout=5"], "unknown option --idle_timout; did you mean --limits.idle-timeout?"),
         (["--delay", "5"], "unknown option --delay; did you mean --shutdown.delay or --faults.NAME.delay?"),
         (["--private-key", "x"], "unknown option --private-key; did you mean --listeners.NAME.tls.private-key?"),
+        (["--timeout=5"], "unknown option --timeout; did you mean --limits.idle-timeout or --shutdown.drain-timeout?"),
+        (["--log_level", "x"], "unknown option --log_level; did you mean --log.level?"),
         (["--limits", "3"], "unknown option --limits; name a key of the section, as in --limits.max-connections"),
         (["--faults=3"], "unknown option --faults; name a key of the section, as in --faults.NAME.trigger"),
         # options of other servers
@@ -155,6 +157,7 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
         (["--host=h", "7"], "unknown option --host; write the address alone"),
         (["--bind", "h:7"], "unknown option --bind; write the address alone"),
         (["-v"], "unknown option -v; write --log.level debug for a more detailed log, or -V for the version"),
+        (["--cert=x"], "unknown option --cert; did you mean --listeners.NAME.tls.certificate?"),
         (["--tls"], "unknown option --tls; write --listeners.NAME.address, --listeners.NAME.tls.certificate and"),
         # values
         (["--listen"], "--listen needs a value: write --listen ADDRESS"),
@@ -237,4 +240,27 @@ def test_repeated_address(command: Command) -> None:
     """An address that is given twice, with and without its host, is a problem with the settings."""
     result = command("check", "--listen", "127.0.0.1:8000", "8000")
     assert result.returncode == 78
-    assert result.stderr.startswith("echod: command line: listen: '127.0.0.1:8000' is already listened on")
+    assert result.stderr.startswith("echod: command line: listen[1]: '127.0.0.1:8000' is already listened on")
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("--limits.idle-timout", "did you mean --limits.idle-timeout?"),
+        ("--limits.idle_timout", "did you mean --limits.idle-timeout?"),
+        ("--limts.idle-timeout", "did you mean --limits.idle-timeout?"),
+        ("--shutdown.timeout", "did you mean --shutdown.drain-timeout?"),
+        ("--log.Idle-Timeout", "did you mean --limits.idle-timeout?"),
+        ("--log.backlog", "did you mean --limits.backlog?"),
+        ("--faults.a.delai", "did you mean --faults.NAME.delay?"),
+        ("--listeners.a.tls.key", "did you mean --listeners.NAME.tls.private-key?"),
+        ("--admin.colour", "use one of: --admin.address"),
+        ("--colour.x", "`echod --help` lists the options"),
+    ],
+)
+def test_unknown_keys(command: Command, option: str, advice: str) -> None:
+    """An option with an unknown key is a problem with the settings, as in a file. The advice is an option."""
+    result = command("check", option, "5")
+    assert result.returncode == 78
+    assert f"unknown key; {advice}\n" in result.stderr
+    assert result.stderr.startswith(f"echod: {option}: ")

@@ -95,7 +95,7 @@ def test_other_shells(command: Command) -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("shtab", "echod: completion needs shtab, which is not installed: pip install shtab\n"),
+        ("shtab", f"echod: completion needs shtab, which is not installed: {sys.executable} -m pip install shtab\n"),
         ("echod.settings.parser", "ModuleNotFoundError: import of echod.settings.parser halted; None in sys.modules\n"),
     ],
 )

@@ -9,14 +9,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from echod.net import addresses
-from echod.settings.model import Settings, has_named_tables, section
+from echod.settings import suggestions
 from echod.settings.parser import COMMANDS, add_unlisted, append_addresses, build_parser, help_text
 from echod.text import closest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from pydantic import BaseModel
+    from collections.abc import Sequence
 
     from echod.settings.types import Key
 
@@ -24,15 +22,16 @@ if TYPE_CHECKING:
 _WITH_SETTINGS = ("serve", "check", "config")
 
 _ADDRESS_ALONE = "write the address alone: `echod 8000` listens on 127.0.0.1, `echod :8000` on all addresses"
-_TLS_KEYS = "write --listeners.NAME.address, --listeners.NAME.tls.certificate and --listeners.NAME.tls.private-key"
 
 # Advice on options that other servers have.
 _INSTEAD = (
     dict.fromkeys(("-p", "--port", "-H", "--host", "-b", "--bind", "--address"), _ADDRESS_ALONE)
     | dict.fromkeys(("-d", "--debug", "--verbose"), "write --log.level debug")
     | dict.fromkeys(("-q", "--quiet"), "write --log.level warning")
-    | dict.fromkeys(("--tls", "--cert", "--key"), _TLS_KEYS)
-    | {"-v": "write --log.level debug for a more detailed log, or -V for the version"}
+    | {
+        "-v": "write --log.level debug for a more detailed log, or -V for the version",
+        "--tls": "write --listeners.NAME.address, --listeners.NAME.tls.certificate and --listeners.NAME.tls.private-key",
+    }
 )
 
 
@@ -96,38 +95,11 @@ def _check_option(argument: str, parser: argparse.ArgumentParser) -> None:
         if option[:2] in known:  # such as -lADDRESS
             return
         option = option[:2]
-    parser.error(f"unknown option {option}; {_advice(option)}")
+    parser.error(f"unknown option {option}; {_INSTEAD.get(option) or suggestions.for_option(option)}")
 
 
 def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
-
-
-def _advice(option: str) -> str:
-    """Return advice on an unknown option."""
-    if option in _INSTEAD:
-        return _INSTEAD[option]
-    spellings = ["--help", "--version", "--config", *_spellings(Settings, "--")]
-    if keys := [spelling for spelling in spellings if spelling.startswith(f"{option}.")]:
-        return f"name a key of the section, as in {keys[0]}"
-    # The key alone is a common guess.
-    guesses: dict[str, list[str]] = {}
-    for spelling in spellings:
-        for guess in {spelling, f"--{spelling.lstrip('-').rpartition('.')[2]}"}:
-            guesses.setdefault(guess, []).append(spelling)
-    near = closest(option if option.startswith("--") else f"-{option}", guesses)
-    return f"did you mean {' or '.join(guesses[near])}?" if near else "`echod --help` lists the options"
-
-
-def _spellings(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Yield the option of every setting, those of named tables with NAME."""
-    for name, field in model.model_fields.items():
-        option = prefix + name.replace("_", "-")
-        table = section(field)
-        if table is None:
-            yield option
-        else:
-            yield from _spellings(table, f"{option}.NAME." if has_named_tables(field) else f"{option}.")
 
 
 def _wrong_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
