@@ -5,6 +5,10 @@ PYTHON ?= python3
 VERSIONS ?= 3.11 3.12 3.13
 ARGUMENTS ?= --config config.example.toml
 
+# Helm, and the version of Kubernetes for which `make manifests` renders the chart.
+HELM ?= helm
+KUBERNETES = 1.35
+
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
@@ -23,6 +27,20 @@ soak: .venv/installed
 
 docs: .venv/installed
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
+	.venv/bin/python docs/values.py
+
+.PHONY: site manifests
+
+site: ## build the documentation site in build/docs/site (needs npm, which provides Mermaid)
+	[ -x build/docs/venv/bin/python ] || $(PYTHON) -m venv build/docs/venv
+	build/docs/venv/bin/python -m pip install --quiet -r docs/requirements.txt
+	build/docs/venv/bin/python docs/make_site.py build/docs
+
+manifests: ## render the Helm chart to packaging/kubernetes, for clusters without Helm
+	mkdir -p build
+	{ echo "# Written by \`make manifests\` from packaging/helm/echod: change that."; $(HELM) template echod packaging/helm/echod \
+		--skip-tests --kube-version $(KUBERNETES); } > build/echod.yaml
+	mv build/echod.yaml packaging/kubernetes/echod.yaml
 
 # Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed

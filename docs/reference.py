@@ -38,7 +38,7 @@ that of the next source, and so do the addresses of `listen`. Only named tables 
 key.
 
 `echod check` accepts the same options as `echod serve` and opens no address. It reports every problem on a line of its own
-and exits with code 78, or with 0 if there is no problem. It opens and closes `log.file` if that exists, and creates none. So
+and exits with code 78, or with 0 if there is no problem ([exit codes](exit-codes.md)). It opens and closes `log.file` if that exists, and creates none. So
 a process that reads from a FIFO, and waits for its first writer, sees the end of its input. `echod config` prints the settings in force as a TOML file, each
 line with the origin of its value.
 
@@ -73,19 +73,6 @@ The name is part of the key: `[{name}.NAME]` in the file, `--{name}.NAME.{key} â
 environment, it cannot contain a double underscore and becomes lower case.
 """
 
-TAIL = """\
-## Exit codes
-
-| code | when |
-| --- | --- |
-| 0 | a graceful stop, even if its deadline cut clients off (the receipt says how many) |
-| 1 | an unexpected failure, or the system refuses the thread that writes the log |
-| 2 | the command line could not be parsed |
-| 69 | an address could not be opened; then none is |
-| 78 | the settings are invalid |
-| 130, 131, 143 | a second SIGINT, a SIGQUIT or a second SIGTERM forced the stop |
-"""
-
 
 def page() -> Iterator[str]:
     """Yield the page's parts."""
@@ -109,7 +96,6 @@ def page() -> Iterator[str]:
         if model is ListenerSettings:
             yield f"### [listeners.NAME.tls]\n\n{model.model_fields['tls'].description}\n"
             yield table(TlsSettings.model_fields.items())
-    yield TAIL
 
 
 def table(fields: Iterable[tuple[str, FieldInfo]]) -> str:

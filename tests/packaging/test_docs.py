@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from harness import PATIENCE
 
 if TYPE_CHECKING:
     from certificates import Certificates
@@ -74,6 +77,27 @@ def headings(page: Path) -> set[str]:
     """Return the link fragments of a page's headings."""
     found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_site(tmp_path: Path) -> None:
+    """The site is built without a warning, needs no other server, and has every page in its navigation."""
+    script = [sys.executable, str(ROOT / "docs" / "make_site.py"), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=PATIENCE * 10)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = tmp_path / "site"
+    home = (site / "index.html").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix(".html")
+        assert f'href="./{name}"' in home or page.name == "index.md", f"{name} is missing in the nav of mkdocs.yml"
+    assert '<pre class="mermaid">' in (site / "architecture.html").read_text()
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert re.findall(r'(?:src=|<link[^>]* href=)"(?:https?:)?//[^"]*', text) == []
+        for link in re.findall(r'(?:src|href)="([^":#]+)(?:#[^"]*)?"', text):
+            target = site / link[1:] if link.startswith("/") else page.parent / link
+            assert target.exists(), f"{page.name}: {link}"
+    assert '<script src="./mermaid.min.js">' in home
 
 
 def test_architecture() -> None:

@@ -23,7 +23,7 @@ from echod.settings.model import LimitsSettings, ListenerSettings, LogSettings, 
 from harness import run
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pydantic import BaseModel
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.once
 
-CHART = Path(__file__).parents[2] / "packaging" / "helm" / "echod"
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "packaging" / "helm" / "echod"
 VALUES = sorted((CHART / "ci").iterdir())
 KUBERNETES = "1.35"
 
@@ -134,6 +135,42 @@ def test_manifests_are_resources(values: str, tmp_path: Path) -> None:
         return sorted((found["kind"], found["metadata"]["name"]) for found in yaml.safe_load_all(text) if found)
 
     assert names(done.stdout) == names(text)
+
+
+def test_plain_manifests() -> None:
+    """packaging/kubernetes has the chart's manifests, and kubectl sets the image in them."""
+    folder = ROOT / "packaging" / "kubernetes"
+    done = HELM.run("template", "echod", str(CHART), "--skip-tests", f"--kube-version={KUBERNETES}")
+    title, _, text = (folder / "echod.yaml").read_text().partition("\n")
+    assert title == "# Written by `make manifests` from packaging/helm/echod: change that."
+    assert text == done.stdout, "run `make manifests`"
+    assert f"\nKUBERNETES = {KUBERNETES}\n" in (ROOT / "Makefile").read_text()
+    built = KUBECTL.run("kustomize", str(folder))
+    assert built.returncode == 0, built.stderr
+    found = list(yaml.safe_load_all(built.stdout))
+    assert pod(found)["containers"][0]["image"] == f"registry.example.org/echod:{echod.__version__}"
+
+
+def leaves(value: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the default of each value."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, *path, key)
+    else:
+        yield ".".join(path), value
+
+
+@pytest.mark.parametrize(
+    "page", [CHART / "README.md", ROOT / "docs" / "how-to" / "kubernetes.md"], ids=lambda path: path.stem
+)
+def test_table_of_values(page: Path) -> None:
+    """The table has each value with its default and a description."""
+    table = page.read_text().partition("| value | default | meaning |")[2]
+    found = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| \w.+\. \|$", table, re.MULTILINE)
+    expected = dict(leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
+    assert expected.pop("topologySpread")
+    assert {key: yaml.safe_load(default) for key, default in found if default != "[…]"} == expected
+    assert ("topologySpread", "[…]") in found
 
 
 def test_echod_accepts_its_settings(values: str, tmp_path: Path, certificates: Certificates) -> None:

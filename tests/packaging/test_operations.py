@@ -1,4 +1,4 @@
-"""Test that the page on operations lists exactly the events that the source logs."""
+"""Test that the reference pages list exactly the events, reasons and exit codes of the source."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from echod import cli
 from echod.connection.outcome import Reason
 from echod.server.ledger import Entry
 from echod.server.receipt import Receipt
+from watching import WATCHED, status
 
 if TYPE_CHECKING:
     from harness import Start
 
-PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "operations.md").read_text()
+PAGES = Path(__file__).parents[2] / "docs" / "reference"
 
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 
@@ -73,7 +74,7 @@ def logged() -> dict[str, Logged]:
             match node:
                 case ast.Call(
                     func=ast.Attribute(attr=method), args=[ast.Constant(value=str(name))], keywords=keywords
-                ) if method in LEVELS:
+                ) if method in LEVELS and name.isidentifier():  # a parser's errors are sentences
                     fields = {keyword.arg for keyword in keywords if keyword.arg}
                     fields |= UNPACKED.get(name, set()) | ({"listener"} if name in BOUND else set())
                     if method == "exception" or "exc_info" in fields:
@@ -84,9 +85,9 @@ def logged() -> dict[str, Logged]:
     return found
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(heading: str, page: str = "events.md") -> list[list[str]]:
     """Return the cells of the first table after a heading."""
-    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    table = re.search(rf"^#+ {heading}$.*?^(\|.*?)\n\n", (PAGES / page).read_text(), re.MULTILINE | re.DOTALL)
     assert table, heading
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()[2:]]
 
@@ -94,10 +95,12 @@ def rows(heading: str) -> list[list[str]]:
 def test_events() -> None:
     """Check the level and fields of each event, and that the page has advice for it."""
     source = logged()
-    page = {name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("The log")}
+    page = {
+        name.strip("`"): (level, set(re.findall("`(.*?)`", fields))) for name, level, fields, _ in rows("All events")
+    }
     assert page == {name: (event.level, set(event.fields)) for name, event in source.items()}
     assert len(page) > 15
-    assert all(row[3] for row in rows("The log"))
+    assert all(row[3] for row in rows("All events"))
 
 
 def test_a_run(start: Start) -> None:
@@ -106,7 +109,7 @@ def test_a_run(start: Start) -> None:
     daemon.echo(b"hello")
     daemon.wait_for("client_closed")
     assert daemon.stop() == 0
-    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("The log")}
+    page = {name.strip("`"): set(re.findall("`(.*?)`", fields)) for name, _, fields, _ in rows("All events")}
     for event in daemon.events:
         fields = set(event) - {"timestamp", "level", "event"}
         assert fields == page[event["event"]] or (event["event"] == "client_closed" and fields < page["client_closed"])
@@ -114,10 +117,23 @@ def test_a_run(start: Start) -> None:
 
 
 def test_reasons() -> None:
-    assert {row[0].strip("`") for row in rows("How connections end")} == set(get_args(Reason))
+    assert {row[0].strip("`") for row in rows("Reasons")} == set(get_args(Reason))
+
+
+def test_status(start: Start) -> None:
+    """The page on the status has every key that a report has."""
+    daemon = start(*WATCHED)
+    with daemon.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        report = status(daemon)
+    objects = [report, report["clients"], *report["listeners"], *report["clients"]["most_traffic"]]
+    keys = {key for each in objects for key in each}
+    assert {"uptime_seconds", "accept_pauses", "unsent"} <= keys
+    assert keys - set(re.findall("`(.*?)`", (PAGES / "status.md").read_text())) == set()
 
 
 def test_exit_codes() -> None:
-    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes"))))
+    codes = set(re.findall(r"\d+", " ".join(row[0] for row in rows("Exit codes", "exit-codes.md"))))
     own = {cli.EXIT_OK, cli.EXIT_FAILURE, cli.EXIT_UNAVAILABLE, cli.EXIT_CONFIG}
     assert codes == {str(code) for code in own} | {"2", "130", "131", "143"}

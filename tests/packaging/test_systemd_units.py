@@ -20,7 +20,9 @@ from echod.settings.model import Settings
 from harness import PATIENCE, receive, run
 from nspawn import Container, wait, why_not
 
-UNITS = Path(__file__).parents[2] / "packaging" / "systemd"
+ROOT = Path(__file__).parents[2]
+UNITS = ROOT / "packaging" / "systemd"
+PAGE = ROOT / "docs" / "how-to" / "systemd.md"
 
 
 def seconds_to_stop(unit: str) -> float:
@@ -83,10 +85,8 @@ DROP_IN = "/etc/systemd/system/echod.service.d/test.conf"
 
 
 def block(name: str) -> str:
-    """Return the code block of the README after the comment with this name."""
-    found = re.search(
-        rf"^<!-- {name} -->\n```\w+\n(.*?)^```$", (UNITS / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
+    """Return the code block of docs/how-to/systemd.md after the comment with this name."""
+    found = re.search(rf"^<!-- {name} -->\n```\w+\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert found is not None, name
     return found[1]
 
@@ -114,7 +114,7 @@ def status(container: Container) -> dict[str, str]:
 
 @pytest.mark.container
 def test_in_a_container(tmp_path: Path) -> None:
-    """Run the commands of the README under real systemd. All scenes share one container, as booting is slow."""
+    """Run the commands of docs/how-to/systemd.md under real systemd. All scenes share one container, as booting is slow."""
     if (reason := why_not()) is not None:
         pytest.skip(f"cannot run systemd in a container: {reason}")
     with Container() as container:
@@ -130,7 +130,7 @@ def test_in_a_container(tmp_path: Path) -> None:
 
 
 def installed(container: Container) -> None:
-    """Check that systemd-analyze has no complaints, and that the exposure level is the README's."""
+    """Check that systemd-analyze has no complaints, and that the exposure level is the page's."""
     units = "/etc/systemd/system/echod.service", "/etc/systemd/system/echod.socket"
     verified = container.run("systemd-analyze", "verify", *units)
     assert (verified.stdout, verified.stderr) == ("", "")
@@ -222,7 +222,7 @@ def stopped_under_load(container: Container) -> None:
 
 
 def with_tls(container: Container, folder: Path) -> None:
-    """Check the README's TLS drop-in, which passes a key that the service's user cannot read."""
+    """Check the page's TLS drop-in, which passes a key that the service's user cannot read."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     command = [
         "openssl",
