@@ -41,6 +41,10 @@ fault = 3
 level = "loud"
 """)
     limits = f"use one of: {', '.join(LimitsSettings.model_fields)}"
+    options = f"use one of: {', '.join(f'--limits.{name}' for name in LimitsSettings.model_fields)}".replace("_", "-")
+    fault_options = f"use one of: {', '.join(f'--faults.NAME.{name}' for name in FaultSettings.model_fields)}".replace(
+        "_", "-"
+    )
     choices = '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate" or "truncate"'
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config, places=True) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
@@ -53,12 +57,12 @@ level = "loud"
         "FILE:8: limits.write_buffer: '64 potatoes' is not a size: write bytes, or for example 64KiB",
         "FILE:5: limits.idle_timout: unknown key; did you mean 'idle_timeout'?",
         f"ECHOD_LIMITS__QUX: limits.qux: unknown key; {limits}",
-        f"--limits.zz: limits.zz: unknown key; {limits}",
+        f"--limits.zz: limits.zz: unknown key; {options}",
         "ECHOD_SHUTDOWN__DELAY: shutdown.delay: 'abc' is not a duration: write seconds, or for example 250ms, 10s, 5m or 1h",
         'FILE:19: log.level: should be "debug", "info", "warning" or "error", not "loud"',
         '--log.file: log.file: should be the name of a file, not ""',
         f'FILE:12: faults.b.action: should be {choices}, not "zap"',
-        f"--faults.b.when: faults.b.when: unknown key; use one of: {', '.join(FaultSettings.model_fields)}",
+        f"--faults.b.when: faults.b.when: unknown key; {fault_options}",
         "FILE:16: listeners.r.address: is missing",
         'FILE:17: listeners.r.fault: should be text, not 3: write "3"',
         "FILE:3: colour: unknown key; use one of: loop, listen, limits, shutdown, log, admin, faults, listeners",

@@ -88,7 +88,9 @@ def _problem(details: ErrorDetails, origins: Mapping[Key, str], written: Mapping
     key = tuple(str(part) for part in location)
     match details["type"]:
         case "extra_forbidden":
-            message = f"unknown key; {suggestions.for_key(key)}"
+            origin = _origin(key, origins)
+            advice = suggestions.for_option(origin) if origin.startswith("--") else suggestions.for_key(key)
+            message = f"unknown key; {advice}"
         case "missing":
             message = "is missing"
         case "dict_type":

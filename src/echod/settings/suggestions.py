@@ -104,6 +104,39 @@ def for_variable(name: str) -> Key:
     return () if table is None else (table, *rest)
 
 
+def for_option(option: str) -> str:
+    """Return advice on an unknown option. A key without its section, or the name in another server, is a common guess."""
+    every = list(paths(Settings))
+    tables = {path[:length] for path in every for length in range(1, len(path))}
+    options = [path for path in every if path not in tables] + [("config",), ("help",), ("version",)]
+    *table, last = option.lstrip("-").replace("-", "_").lower().split(".")
+    if inside := [path for path in options if len(path) > len(table) + 1 and path[: len(table) + 1] == (*table, last)]:
+        return f"name a key of the section, as in {_spelling(inside[0])}"
+    meant: dict[str, list[Key]] = {}
+    for path in options:
+        for name in {path[-1], *ALIASES.get(path[-1], "").split()}:
+            meant.setdefault(name, []).append(path)
+    # All named tables of a section have the same keys.
+    beside = [path for path in options if len(path) == len(table) + 1 and (not table or path[0] == table[0])]
+    near = closest(last, [path[-1] for path in beside])
+    exact = meant.get(last, [])
+    found = (
+        [path for path in exact if path in beside]
+        or exact
+        or [path for path in beside if path[-1] == near]
+        or meant.get(closest(last, meant) or "", [])
+    )
+    if found:
+        return f"did you mean {' or '.join(map(_spelling, found))}?"
+    if table and beside:
+        return f"use one of: {', '.join(map(_spelling, beside))}"
+    return "`echod --help` lists the options"
+
+
+def _spelling(path: Key) -> str:
+    return f"--{'.'.join(path)}".replace("_", "-")
+
+
 def _find(unknown: str, model: type[BaseModel]) -> Key:
     """Return the path of the key that has this name, or means the same, in a table or in its tables. () if there is none."""
     name = unknown.lower().replace("-", "_")
