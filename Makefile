@@ -22,9 +22,9 @@ soak: .venv/installed
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 
 docs: .venv/installed
-	.venv/bin/python docs/reference.py > docs/configuration.md
+	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 
-# Measure the figures of docs/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
+# Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed
 	PYTHONPATH=tests/support .venv/bin/python examples/evolution/measure.py
 

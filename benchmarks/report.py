@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and its charts from a summary that benchmarks/run.py wrote.
+"""Write docs/explanation/benchmarks.md and its charts from a summary that benchmarks/run.py wrote.
 
     python benchmarks/report.py benchmarks/results/full.json [DOCS]
 
@@ -218,7 +218,7 @@ def remarks(peer: str, row: Row) -> Iterator[str]:
 
 
 def page(results: Results, changes: str) -> str:
-    """Return docs/benchmarks.md.
+    """Return docs/explanation/benchmarks.md.
 
     Args:
         results: The summary of the measurement.
@@ -248,7 +248,7 @@ def page(results: Results, changes: str) -> str:
     return "\n".join([*parts, TAIL.format_map(facts)])
 
 
-def main(file: str, docs: str = str(HERE.parent / "docs")) -> None:
+def main(file: str, docs: str = str(HERE.parent / "docs" / "explanation")) -> None:
     """Write the page, and the charts beside it.
 
     Args:

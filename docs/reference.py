@@ -1,4 +1,4 @@
-"""Write docs/configuration.md, the reference page of the settings, from their model."""
+"""Write docs/reference/configuration.md, the reference page of the settings, from their model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Each setting has one name and three sources. The first source that contains it w
 2. The environment: `ECHOD_LIMITS__IDLE_TIMEOUT=60`. Two underscores join the parts of the name. An empty variable is a
    value too.
 3. The TOML file named by `--config`, or else by the variable `ECHOD_CONFIG`: `idle_timeout = 60` under `[limits]`. A pipe
-   such as `/dev/stdin` can be read only once, so a [reload](reload.md) of it fails.
+   such as `/dev/stdin` can be read only once, so a [reload](../how-to/reload.md) of it fails.
 
 A setting without a source has its default.
 
@@ -47,9 +47,9 @@ Durations are seconds, at least 0, fractions allowed. Sizes are bytes, or string
 address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. If a
 host name has several addresses, such as localhost, echod listens on each of them. `unix:PATH` is a unix socket, and
 `unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` stands for the inherited sockets of that name
-([sockets.md](sockets.md)).
+([sockets.md](../how-to/sockets.md)).
 
-SIGHUP makes echod read all sources again ([reload.md](reload.md)).
+SIGHUP makes echod read all sources again ([reload.md](../how-to/reload.md)).
 
 `config.example.toml` contains every key with its default.
 """

@@ -1,4 +1,4 @@
-"""Measure the six steps and echod, and write the table in docs/evolution.md and the picture docs/evolution.svg.
+"""Measure the six steps and echod, and write the table in docs/explanation/evolution.md and the picture next to it.
 
     PYTHONPATH=tests/support python examples/evolution/measure.py [ROUNDS]
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DOCS = HERE.parents[1] / "docs"
+DOCS = HERE.parents[1] / "docs" / "explanation"
 PAGE, PICTURE = DOCS / "evolution.md", DOCS / "evolution.svg"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "echod")

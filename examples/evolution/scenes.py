@@ -1,4 +1,4 @@
-"""Provide the four scenes of docs/evolution.md, which both the measurement and the tests use."""
+"""Provide the four scenes of docs/explanation/evolution.md, which both the measurement and the tests use."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Server:
             logger: logger of structlog for the lines that the daemon would log, such as `client_closed` for each client
                 that sent a byte. None: log nothing.
             observe: called in the loop with the entry of every closed connection.
-            options: the keys of `echod.embed.Options`. docs/configuration.md has every key and default.
+            options: the keys of `echod.embed.Options`. docs/reference/configuration.md has every key and default.
 
         Raises:
             SettingsError: options are wrong; it has all problems.

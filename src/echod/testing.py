@@ -52,7 +52,7 @@ class ServerThread:
     stop the server raise RuntimeError there.
 
     Args:
-        options: the keys of `ThreadOptions`. docs/testing.md explains them.
+        options: the keys of `ThreadOptions`. docs/how-to/testing.md explains them.
 
     Raises:
         SettingsError: options are wrong; it has all problems.

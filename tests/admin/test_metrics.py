@@ -1,4 +1,4 @@
-"""The metrics: their names and form, their list in docs/metrics.md, and the dashboard."""
+"""The metrics: their names and form, their list in docs/reference/metrics.md, and the dashboard."""
 
 from __future__ import annotations
 
@@ -157,9 +157,11 @@ def test_promtool(exposition: str) -> None:
 
 
 def test_docs_list_them_all(exposition: str) -> None:
-    """docs/metrics.md lists exactly echod's metrics, with their types and labels."""
+    """docs/reference/metrics.md lists exactly echod's metrics, with their types and labels."""
     rows = re.findall(
-        r"^\| `(echod_\w+)` \| (\w+) \| (.*?) \| .+ \|$", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
+        r"^\| `(echod_\w+)` \| (\w+) \| (.*?) \| .+ \|$",
+        (ROOT / "docs" / "reference" / "metrics.md").read_text(),
+        re.MULTILINE,
     )
     listed = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     found = {}

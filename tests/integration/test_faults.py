@@ -1,4 +1,4 @@
-"""Each recipe in docs/faults.md, as a client observes it in each mode, over TLS and on a unix socket."""
+"""Each recipe in docs/how-to/faults.md, as a client observes it in each mode, over TLS and on a unix socket."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Daemon, Start
 
-PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "faults.md"
 BLOCKS = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
 RECIPES: dict[str, dict[str, Any]] = {
     name: fault for block in BLOCKS if "listeners" not in block for name, fault in block["faults"].items()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Run = Callable[[Callable[[], Awaitable[None]]], None]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "library.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "library.md"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "embedded.py"
 
 # Short timeouts for clients that a test leaves open.
@@ -541,7 +541,7 @@ def test_example() -> None:
 
 
 def test_document(run_scene: Run) -> None:
-    """The program and the recipe for a stop in docs/library.md run unchanged."""
+    """The program and the recipe for a stop in docs/how-to/library.md run unchanged."""
     program, recipe = (block.partition("```")[0] for block in DOCUMENT.read_text().split("```python\n")[1:])
     names: dict[str, Any] = {}
     exec(program.replace("asyncio.run(main())\n", ""), names)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from certificates import Certificates
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "testing.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "testing.md"
 
 
 def converse(echod: ServerThread, message: bytes) -> bytes:
@@ -409,7 +409,7 @@ def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
 
 
 def test_document(pytester: pytest.Pytester) -> None:
-    """The examples in docs/testing.md pass."""
+    """The examples in docs/how-to/testing.md pass."""
     blocks = DOCUMENT.read_text().split("```python\n")[1:]
     source = "\n\n".join(block.partition("```")[0] for block in blocks)
     assert source.count("def test_") > 3

@@ -353,8 +353,10 @@ def test_page_without_runs(data: dict[str, Any]) -> None:
 def test_committed_page() -> None:
     """The page and the charts in the repository match the summary in the repository."""
     results = Results(json.loads(RESULTS.read_text()))
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page(results, report.CHANGES.read_text())
-    drawn = {path.stem: path.read_text() for path in (ROOT / "docs" / "benchmarks").iterdir()}
+    assert (ROOT / "docs" / "explanation" / "benchmarks.md").read_text() == report.page(
+        results, report.CHANGES.read_text()
+    )
+    drawn = {path.stem: path.read_text() for path in (ROOT / "docs" / "explanation" / "benchmarks").iterdir()}
     assert drawn == dict(charts.draw(results))
 
 

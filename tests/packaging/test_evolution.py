@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.once
 
 ONE, TURN, BUSY, SELECTORS, TASKS, SHUTDOWN = STEPS
-DOCS = HERE.parents[1] / "docs"
+DOCS = HERE.parents[1] / "docs" / "explanation"
 BOOM = b"boom\r\n"
 # How long the first client is silent if the second must not get its echo meanwhile, in seconds.
 SILENCE = 0.6
@@ -280,7 +280,7 @@ def test_the_cost_of_two_bytes_a_call() -> None:
 
 
 def test_table_and_picture_are_of_one_measurement() -> None:
-    """The picture shows every figure of the table in docs/evolution.md."""
+    """The picture shows every figure of the table in docs/explanation/evolution.md."""
     rows = re.findall(r"^\| (?:[1-6] |echod).*$", (DOCS / "evolution.md").read_text(), re.MULTILINE)
     assert len(rows) == 7
     picture = re.findall(r">([^<]+)</text>", (DOCS / "evolution.svg").read_text())

@@ -16,7 +16,7 @@ from echod.server.receipt import Receipt
 if TYPE_CHECKING:
     from harness import Start
 
-PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "operations.md").read_text()
 
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 

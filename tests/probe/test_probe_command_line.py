@@ -21,8 +21,8 @@ pytestmark = pytest.mark.once
 
 
 def test_documentation() -> None:
-    """docs/probe.md has every option and every key of the JSON report."""
-    text = (Path(__file__).parents[2] / "docs" / "probe.md").read_text("utf-8")
+    """docs/how-to/probe.md has every option and every key of the JSON report."""
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "probe.md").read_text("utf-8")
     options = set(re.findall(r"--[a-z][a-z0-9-]+", run("probe", "--help").stdout))
     assert len(options) > 20
     assert options - set(re.findall(r"--[a-z][a-z0-9-]+", text)) == {"--help"}

@@ -104,11 +104,11 @@ def test_example_file_explains() -> None:
 
 
 def test_reference_page() -> None:
-    """docs/configuration.md is up to date: it equals the output of `make docs`."""
+    """docs/reference/configuration.md is up to date: it equals the output of `make docs`."""
     path = ROOT / "docs" / "reference.py"
     spec = importlib.util.spec_from_file_location("reference", path)
     assert spec is not None
     assert spec.loader is not None
     reference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reference)
-    assert path.with_name("configuration.md").read_text() == "\n".join(reference.page())
+    assert (ROOT / "docs" / "reference" / "configuration.md").read_text() == "\n".join(reference.page())
