@@ -48,6 +48,7 @@ bench-quick: .venv/installed ## compare echod with the peers that have targets, 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"echod needs Python 3.11 or later, and $(PYTHON) is %d.%d: use make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo 'Installing echod in .venv. This may take a minute.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable '.[all]'
 	@echo 'Installed in .venv. To have the command echod in a terminal, type there: . .venv/bin/activate'

@@ -1,0 +1,28 @@
+"""Follow the README and the tutorial in a real terminal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from walkthrough import Walkthrough
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs" / "tutorial").glob("*.md")))]
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, tmp_path: Path) -> None:
+    """Type each command on the page, and compare the output with the page."""
+    text = (ROOT / page).read_text()
+    if "\n$ nc " in text and not shutil.which("nc"):
+        pytest.skip("nc is not installed")
+    walkthrough = Walkthrough(tmp_path)
+    walkthrough.follow(text)
+    assert walkthrough.commands
