@@ -8,7 +8,7 @@ ARGUMENTS ?= --config config.example.toml
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: help run install test soak docs evolution bench bench-quick clean
+.PHONY: help run install test soak docs picture evolution bench bench-quick clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -28,6 +28,9 @@ soak: .venv/installed ## restart the daemon 200 times on an inherited socket und
 
 docs: .venv/installed ## generate the reference page of the settings
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
+
+picture: .venv/installed ## draw the terminal picture of the README; needs the ports 8000 and 8001
+	PYTHONPATH=tests/support .venv/bin/python docs/images/picture.py
 
 # Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
 evolution: .venv/installed ## measure the servers in examples/evolution

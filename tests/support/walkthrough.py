@@ -4,6 +4,7 @@ A page has one daemon at a time. A `console` block with a command that starts a 
 so does a block without a command, which shows further lines. `^C` is typed. Other commands run one after another in
 other terminals. After `nc`, lines are typed and echoed in turns. A last line `^C` ends it; otherwise it stays connected.
 
+The commands of echod in an `sh` block run against a separate daemon with default settings, and have to succeed.
 A block of another kind is a file if its first line names one in a comment. The daemon gets free ports instead of those on the page.
 """
 
@@ -22,16 +23,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import PATIENCE, clean_environment
+from harness import PATIENCE, Daemon, clean_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 # A longer line would continue on the next one, at a word that depends on the figures before it.
 COLUMNS = 200
-BLOCK = re.compile(r"^```(console|toml|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(console|sh|toml|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:toml|py))\n")
-DAEMON = re.compile(r"echod(?! (?:probe|check|config)\b)(.*)")
+STARTED = re.compile(r"echod(?! (?:probe|check|config)\b)(.*)")
 ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
 
 # Parts of the output that differ in each run, and their replacements.
@@ -40,6 +41,7 @@ VARYING = (
     (re.compile(r"\d\d:\d\d:\d\d\.\d{3}"), "TIME"),
     (re.compile(r"[\d.,]+ ?(?:µs|ms|s)\b"), "DURATION"),
     (re.compile(r"pid \d+"), "pid N"),
+    (re.compile(r" +\[100%\]"), " [100%]"),  # at the right margin
     (re.compile(r"Python [\d.]+"), "Python VERSION"),
     (ADDRESS, "ADDRESS"),
 )
@@ -100,6 +102,11 @@ class Terminal:
         self._process.wait(PATIENCE)
         return self._screen().split("\n")[self._read : -1]
 
+    @property
+    def code(self) -> int | None:
+        """Return the exit code of a command that has ended."""
+        return self._process.returncode
+
     def end(self) -> None:
         """Kill the command if it still runs, and close the terminal."""
         self._process.kill()
@@ -147,6 +154,8 @@ class Walkthrough:
             for kind, block in BLOCK.findall(page):
                 if kind == "console":
                     self._console(block.splitlines())
+                elif kind == "sh":
+                    self._succeed(line for line in block.splitlines() if line.startswith("echod "))
                 elif named := FILE.match(block):
                     (self._folder / named[1]).write_text(ADDRESS.sub("127.0.0.1:0", block))
         finally:
@@ -159,10 +168,20 @@ class Walkthrough:
             return
         for command, output in _sessions(lines):
             self.commands.append(command)
-            if started := DAEMON.fullmatch(command):
+            if started := STARTED.fullmatch(command):
                 self._start(started[1], output)
             else:
                 self._run(command, output)
+
+    def _succeed(self, commands: Iterable[str]) -> None:
+        for command in commands:
+            self.commands.append(command)
+            with Daemon() as daemon:
+                typed = command.replace("127.0.0.1:8000", "{}:{}".format(*daemon.address))
+                terminal = Terminal(typed, self._folder)
+                self._clients.append(terminal)
+                output = terminal.rest()
+                assert terminal.code == 0, output
 
     def _start(self, arguments: str, output: list[str]) -> None:
         assert self._daemon is None, "there is a daemon already"
@@ -208,4 +227,6 @@ def _sessions(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _compare(found: list[str], written: list[str]) -> None:
-    assert [same(line) for line in found] == [same(line) for line in written], "\n".join(["the terminal shows:", *found])
+    assert [same(line) for line in found] == [same(line) for line in written], "\n".join(
+        ["the terminal shows:", *found]
+    )
