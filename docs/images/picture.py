@@ -38,7 +38,7 @@ FOREGROUND = (230, 237, 243)
 RED, YELLOW = (255, 123, 114), (227, 179, 65)
 THEME = TerminalTheme((13, 17, 23), FOREGROUND, [FOREGROUND, RED, FOREGROUND, YELLOW, *[FOREGROUND] * 4])
 # The fields are rich's. The background is dark on light and dark pages, and the font is the reader's own.
-FORMAT = """<svg viewBox="0 0 {width} {terminal_height}" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="A session with echod">
+FORMAT = """<svg viewBox="0 0 {width} {{height}}" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="A session with echod">
 <style>
 .{unique_id}-matrix {{ font: 20px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre }}
 {styles}
@@ -54,7 +54,7 @@ def probe(port: int) -> str:
     """Return the command of a quick check and its output, as a terminal shows them."""
     arguments = ("probe", f"127.0.0.1:{port}")
     command = [sys.executable, "-m", "echod", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (echod itself)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"$ echod {' '.join(arguments)}\n{result.stdout}{result.stderr}"
 
 
@@ -86,7 +86,9 @@ def drawn(server: str, clients: str) -> str:
     console.rule(style="dim")
     console.print(Text.from_ansi(clients.rstrip()))
     picture = console.export_svg(title="", theme=THEME, code_format=FORMAT, unique_id="terminal")
-    return re.sub(r' clip-path="[^"]*"|<defs>.*?</defs>\n|<!--.*?-->\n', "", picture, flags=re.DOTALL)
+    picture = re.sub(r' clip-path="[^"]*"|<defs>.*?</defs>\n', "", picture, flags=re.DOTALL)
+    bottom = max(float(y) for y in re.findall(r' y="([\d.]+)"', picture))
+    return picture.replace("{height}", f"{bottom + 32:.0f}")
 
 
 if __name__ == "__main__":

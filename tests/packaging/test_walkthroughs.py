@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -24,3 +25,10 @@ def test_page(page: str, tmp_path: Path) -> None:
     walkthrough = Walkthrough(tmp_path)
     walkthrough.follow(text)
     assert walkthrough.commands
+
+
+def test_pictures() -> None:
+    """The pictures of the README exist, and load fast together."""
+    pictures = re.findall(r"docs/images/[\w.]+", (ROOT / "README.md").read_text())
+    assert pictures == ["docs/images/terminal.svg", "docs/images/status.png"]
+    assert sum((ROOT / picture).stat().st_size for picture in pictures) < 150_000
