@@ -57,7 +57,7 @@ class Pair:
         transport._force_close(error)
 
     def life(self) -> Client:
-        return Client(self.sock, ("127.0.0.1", 1), 0, 0, lambda _, __: self.session)
+        return Client(self.sock, ("127.0.0.1", 1), 0, lambda _, __: self.session)
 
     async def connect(self) -> None:
         await asyncio.get_running_loop().connect_accepted_socket(lambda: self.session, self.sock)

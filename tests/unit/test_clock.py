@@ -67,11 +67,10 @@ class Ends:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.peer = socket.create_connection(listening.getsockname(), PATIENCE)
             sock, address = listening.accept()
-        sock.setblocking(False)
         session = EchoSession(
             sock, LimitsSettings(), ShutdownSettings(linger_timeout=1.0), asyncio.get_running_loop().create_future()
         )
-        self.client = Client(sock, address, 0, 0, lambda _, __: session)
+        self.client = Client(sock, address, 0, lambda _, __: session)
         self.session = session
 
     async def connect(self) -> None:
@@ -105,6 +104,7 @@ def test_unread_input_in_a_stage(loop_name: str, phase: Phase, sent: bytes) -> N
         with ends() as both:
             both.session.expect(phase)
             reason = phase.name.lower()
+            assert both.client.overdue(0, LIMITS) is None
             assert both.client.overdue(9.9, LIMITS) is None
             assert both.client.overdue(10, LIMITS) == reason
             both.peer.sendall(sent)
@@ -125,6 +125,7 @@ def test_an_unread_fin_is_not_silence(loop_name: str) -> None:
         with ends() as both:
             drain = Drain([both.client], lambda: True)
             drain.close_quiet(0, quiet_period=1)
+            assert both.client.overdue(0, LIMITS) is None
             both.peer.shutdown(socket.SHUT_WR)
             assert both.client.overdue(11, LIMITS) is None
             drain.close_quiet(11, quiet_period=1)

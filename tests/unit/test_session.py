@@ -258,4 +258,4 @@ def test_info_of_a_session_that_has_ended() -> None:
 def test_peer_of_another_family() -> None:
     """Show a peer address of another family as the kernel reports it."""
     with socket.socket() as sock:
-        assert Client(sock, (3, 5000), 0, 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]
+        assert Client(sock, (3, 5000), 0, lambda _, __: None).peer == "(3, 5000)"  # type: ignore[arg-type,return-value]

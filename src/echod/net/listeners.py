@@ -54,17 +54,26 @@ class ListeningSocket:
         self.inherited = inherited
         # A unix socket's connections inherit no option, and those in an inherited queue may be older than the option.
         self._set_inline = inherited or sock.family == socket.AF_UNIX
+        # Integers: `socket.accept` would make two enum members for each connection.
+        self._kind = int(sock.family), int(sock.type), sock.proto
         self._path = path
         self._node = None if path is None else _node(path)
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Accept a connection, and return it with the peer's address. Its urgent data is read in place (RFC 6093).
 
+        The socket is blocking until the loop has made a transport of it.
+
         Raises:
             OSError: accept(2) failed.
 
         """
-        connection, sockaddr = self.sock.accept()
+        descriptor, sockaddr = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001  (half of `accept`)
+        try:
+            connection = socket.socket(*self._kind, descriptor)
+        except BaseException:  # MemoryError
+            os.close(descriptor)
+            raise
         if self._set_inline:
             with contextlib.suppress(OSError):  # EOPNOTSUPP of MPTCP, which has no urgent data
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)

@@ -40,33 +40,38 @@ class Client:
     end. So every failure of this client is raised in one place, its task.
 
     Args:
-        sock: accepted, non-blocking.
+        sock: accepted.
         sockaddr: the peer's address from accept(2).
         opened: the loop's time of the accept.
-        now: the time by the clock of the sweep.
         new_session: creates the session of this client and socket.
 
     """
 
-    __slots__ = ("_acquired", "_address", "_bytes_seen", "_left", "_since", "header", "opened", "peer", "session")
+    __slots__ = ("_acquired", "_address", "_bytes_seen", "_left", "_name", "_since", "header", "opened", "session")
 
     def __init__(
         self,
         sock: socket.socket,
         sockaddr: Any,
         opened: float,
-        now: float,
         new_session: Callable[[Client, socket.socket], EchoSession],
     ) -> None:
         self._address = addresses.from_sockaddr(sockaddr)
-        self.peer = printable(str(self._address)) if self._address is not None else _name_unnamed(sock, sockaddr)
+        # Only an open socket tells the peer of a unix socket.
+        self._name = _name_unnamed(sock, sockaddr) if self._address is None else ""
         self.opened = opened
         self.header: proxy_protocol.Header | None = None
         self._acquired = False
-        self._since = now
+        # The clock of the sweep. Clients that one sweep finds share its time: with many clients, a float each counts.
+        self._since: float | None = None
         self._bytes_seen = 0
         self._left = 0
         self.session = new_session(self, sock)
+
+    @property
+    def peer(self) -> str:
+        """The peer's address as text. For a unix socket without a name, its process and user."""
+        return printable(str(self._address)) if self._address is not None else self._name
 
     @property
     def proxied_client(self) -> TcpAddress | UnixAddress | None:
@@ -175,7 +180,7 @@ class Client:
         """Return the reason to close this client now, if there is one.
 
         Call this once per sweep. It derives progress from the session's counters, so that a message costs nothing extra.
-        Timeouts are exact to one sweep.
+        Timeouts begin with the first sweep that finds the client, and are exact to one sweep.
 
         Args:
             now: the time by the clock of the sweep.
@@ -183,6 +188,8 @@ class Client:
 
         """
         session = self.session
+        if self._since is None:
+            self._since = now
         if (preamble := _PREAMBLES.get(session.phase)) is not None:
             expired = now - self._since >= limits.handshake_timeout
             return preamble if expired and not session.unread() else None

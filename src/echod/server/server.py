@@ -238,8 +238,7 @@ class Server:
 
     def _admit(self, sock: socket.socket, sockaddr: Any) -> None:
         try:
-            sock.setblocking(False)  # noqa: FBT003  (its only parameter)
-            client = Client(sock, sockaddr, self._loop.time(), self._sweep.time(), self._new_session)
+            client = Client(sock, sockaddr, self._loop.time(), self._new_session)
             task = _begin(client.run(self.settings, self._quota))
         except Exception as error:  # noqa: BLE001  (it is logged, and concerns this connection only)
             unwatch(sock)

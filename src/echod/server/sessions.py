@@ -24,7 +24,7 @@ def new_session(
     """Return the session that the listener's mode and fault ask for.
 
     Args:
-        sock: accepted, non-blocking.
+        sock: accepted.
         settings: of the server.
         number: of the connection on its listener. With the seed of a fault, it makes a run repeatable.
         describe: describes the connection, for mode info.
