@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,11 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page: str, tmp_path: Path) -> None:
+def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Type each command on the page, and compare the output with the page."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    for name in [name for name in os.environ if name.startswith("COVERAGE_") or name == "PYTEST_ADDOPTS"]:
+        monkeypatch.delenv(name)
     text = (ROOT / page).read_text()
     if "\n$ nc " in text and not shutil.which("nc"):
         pytest.skip("nc is not installed")

@@ -10,23 +10,16 @@ A block of another kind is a file if its first line names one in a comment. The 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import select
-import shlex
-import struct
-import subprocess
-import sys
-import termios
-import time
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from harness import PATIENCE, Daemon, clean_environment
+from harness import Daemon
+from terminal import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 # A longer line would continue on the next one, at a word that depends on the figures before it.
 COLUMNS = 200
@@ -54,87 +47,32 @@ def same(line: str) -> str:
     return line.rstrip()
 
 
-class Terminal:
-    """A command in a terminal of its own, with its output as lines.
+def terminal(command: str, folder: Path) -> Terminal:
+    """Run a command line in a terminal."""
+    return Terminal(command=("/bin/sh", "-c", f"exec {command}"), columns=COLUMNS, cwd=folder)
 
-    Args:
-        command: the command line.
-        folder: the working directory.
 
-    """
+class Screen:
+    """The lines of a terminal, read one after another."""
 
-    def __init__(self, command: str, folder: Path) -> None:
-        environment = {
-            name: value
-            for name, value in clean_environment().items()
-            if not name.startswith(("COVERAGE_", "PYTEST_")) and name not in {"NO_COLOR", "FORCE_COLOR"}
-        }
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TERM": "xterm"}
-        self._master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, COLUMNS, 0, 0))
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f"exec {command}"],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  (it calls the kernel only)
-        )
-        os.close(slave)
-        self._output = b""
-        self._read = 0
-
-    def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self._count = 0
 
     def lines(self, count: int) -> list[str]:
         """Return the next lines, once there are as many as wanted."""
-        self._wait(lambda: self._screen().count("\n") >= self._read + count)
-        found = self._screen().split("\n")[self._read : self._read + count]
-        self._read += count
-        return found
+        start, self._count = self._count, self._count + count
+        self.terminal.wait_for(rf"(?:[^\n]*\n){{{self._count}}}")
+        return self.terminal.screen()[start : self._count]
 
     def rest(self) -> list[str]:
         """Wait until the command has ended, and return the remaining lines."""
-        self._wait(lambda: False)
-        self._process.wait(PATIENCE)
-        return self._screen().split("\n")[self._read : -1]
-
-    @property
-    def code(self) -> int | None:
-        """Return the exit code of a command that has ended."""
-        return self._process.returncode
-
-    def end(self) -> None:
-        """Kill the command if it still runs, and close the terminal."""
-        self._process.kill()
-        self._process.wait()
-        os.close(self._master)
-
-    def _screen(self) -> str:
-        """Return the output without colours, and without text that has been overwritten or erased."""
-        text = re.sub(r"\x1b\[[\d;]*m", "", self._output.decode(errors="replace").replace("\r\n", "\n"))
-        return re.sub(r"[^\n]*(?:\r|\x1b\[K)(?!\n)", "", text).replace("\x1b[K", "")
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        """Read until a condition holds or the command has closed the terminal."""
-        deadline = time.monotonic() + PATIENCE
-        while not done():
-            readable, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
-            assert readable, f"the terminal shows only:\n{self._screen()}"
-            try:
-                data = os.read(self._master, 1 << 16)
-            except OSError:  # EIO: no process has the terminal open
-                data = b""
-            if not data:
-                return
-            self._output += data
+        self.terminal.wait()
+        return self.terminal.screen()[self._count : -1]
 
 
 class Walkthrough:
-    """A reader that types the commands of one page.
+    """A reader of one page that types its commands.
 
     Args:
         folder: the working directory.
@@ -143,24 +81,32 @@ class Walkthrough:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._daemon: Terminal | None = None
-        self._clients: list[Terminal] = []
+        self._daemon: Screen | None = None
         self._ports: dict[str, str] = {}
+        self._open = ExitStack()
         self.commands: list[str] = []
 
     def follow(self, page: str) -> None:
         """Type all commands of a page, and compare the output."""
-        try:
+        with self._open:
             for kind, block in BLOCK.findall(page):
-                if kind == "console":
-                    self._console(block.splitlines())
-                elif kind == "sh":
-                    self._succeed(line for line in block.splitlines() if line.startswith("echod "))
+                lines = block.splitlines()
+                if kind == "sh":
+                    self._succeed(line for line in lines if line.startswith("echod "))
+                elif kind == "console":
+                    self._console(lines)
                 elif named := FILE.match(block):
                     (self._folder / named[1]).write_text(ADDRESS.sub("127.0.0.1:0", block))
-        finally:
-            for terminal in [*self._clients, *([self._daemon] if self._daemon else [])]:
-                terminal.end()
+
+    def _run(self, command: str) -> Screen:
+        return Screen(self._open.enter_context(terminal(command, self._folder)))
+
+    def _succeed(self, commands: Iterable[str]) -> None:
+        for command in commands:
+            self.commands.append(command)
+            with Daemon() as daemon:
+                screen = self._run(ADDRESS.sub("{}:{}".format(*daemon.address), command))
+                assert screen.terminal.wait() == 0, screen.terminal.output
 
     def _console(self, lines: list[str]) -> None:
         if not lines[0].startswith("$ "):
@@ -171,22 +117,12 @@ class Walkthrough:
             if started := STARTED.fullmatch(command):
                 self._start(started[1], output)
             else:
-                self._run(command, output)
-
-    def _succeed(self, commands: Iterable[str]) -> None:
-        for command in commands:
-            self.commands.append(command)
-            with Daemon() as daemon:
-                typed = command.replace("127.0.0.1:8000", "{}:{}".format(*daemon.address))
-                terminal = Terminal(typed, self._folder)
-                self._clients.append(terminal)
-                output = terminal.rest()
-                assert terminal.code == 0, output
+                self._type(command, output)
 
     def _start(self, arguments: str, output: list[str]) -> None:
         assert self._daemon is None, "there is a daemon already"
         listen = "" if "--config" in arguments else " --listen 127.0.0.1:0"
-        self._daemon = Terminal(f"echod{ADDRESS.sub('127.0.0.1:0', arguments)}{listen}", self._folder)
+        self._daemon = self._run(f"echod{ADDRESS.sub('127.0.0.1:0', arguments)}{listen}")
         found = self._daemon.lines(len(output))
         _compare(found, output)
         written, real = (ADDRESS.findall("\n".join(text)) for text in (output, found))
@@ -197,26 +133,23 @@ class Walkthrough:
         stop = lines.index("^C") if "^C" in lines else len(lines)
         _compare(self._daemon.lines(stop), lines[:stop])
         if stop < len(lines):
-            self._daemon.type("\x03")
-            found = [line.removeprefix("^C") for line in self._daemon.rest()]
-            _compare([line for line in found if line], lines[stop + 1 :])
-            self._daemon.end()
+            self._daemon.terminal.type("\x03")
+            _compare(self._daemon.rest(), lines[stop + 1 :])
             self._daemon = None
 
-    def _run(self, command: str, output: list[str]) -> None:
+    def _type(self, command: str, output: list[str]) -> None:
         for written, real in self._ports.items():
             command = command.replace(written, real).replace(written.replace(":", " "), real.replace(":", " "))
-        terminal = Terminal(command, self._folder)
-        self._clients.append(terminal)
-        if shlex.split(command)[0] != "nc":
-            _compare(terminal.rest(), output)
+        screen = self._run(command)
+        if not command.startswith("nc "):
+            _compare(screen.rest(), output)
             return
         for typed in output[: len(output) // 2 * 2 : 2]:
-            terminal.type(f"{typed}\n")
-            _compare(terminal.lines(2), [typed, typed])
+            screen.terminal.type(f"{typed}\n")
+            _compare(screen.lines(2), [typed, typed])
         if output[-1] == "^C":
-            terminal.type("\x03")
-            terminal.rest()
+            screen.terminal.type("\x03")
+            screen.rest()
 
 
 def _sessions(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
