@@ -278,8 +278,9 @@ def test_address_in_use() -> None:
         port, other = taken.getsockname()[1], free.getsockname()[1]
         free.close()
         result = run("--listen", f"127.0.0.1:{other}", "--admin.address", f"127.0.0.1:{port}")
-        message = f"echod: cannot listen on 127.0.0.1:{port}: Address already in use\n"
-        assert (result.returncode, result.stderr) == (69, message)
+        message = f"echod: cannot listen on 127.0.0.1:{port}: Address already in use: "
+        assert result.returncode == 69
+        assert result.stderr.startswith(message)
         socket.create_server(("127.0.0.1", other)).close()
 
 

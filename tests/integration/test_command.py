@@ -234,13 +234,13 @@ def test_invalid_settings(command: Command, name: str, tmp_path: Path) -> None:
     link.symlink_to(missing)
     reasons = {
         str(tmp_path): "Is a directory",
-        str(missing): "No such file or directory",
-        str(link): "No such file or directory",
+        str(missing): f"No such file or directory: create the folder '{missing.parent}'",
+        str(link): f"No such file or directory: create the folder '{missing.parent}'",
         "x" * 300: "File name too long",
     }
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
-        reasons[str(tmp_path / "socket")] = "No such device or address"
+        reasons[str(tmp_path / "socket")] = "No such device or address: it is a socket, use a file or a FIFO"
         for file, reason in reasons.items():
             result = command(name, "--log.file", file)
             problem = f"echod: --log.file: log.file: {file!r} cannot be written: {reason}\n"
@@ -254,7 +254,8 @@ def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     result = command(name, "--log.file", str(fifo))
-    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: No such device or address\n"
+    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: {reason}\n"
     assert (result.returncode, result.stderr) == (78, problem)
 
 
@@ -292,8 +293,9 @@ def test_addresses_that_cannot_be_opened(taken: str) -> None:
     result = run(*(text for address in listen for text in ("--listen", address)))
     assert result.returncode == 69
     in_use, not_ours, no_name = result.stderr.splitlines()
-    assert in_use == f"echod: cannot listen on {taken}: Address already in use"
-    assert not_ours == "echod: cannot listen on 192.0.2.1:0: Cannot assign requested address"
+    find = f"find the process with: ss -ltnp 'sport = :{taken.partition(':')[2]}'"
+    assert in_use == f"echod: cannot listen on {taken}: Address already in use: {find}"
+    assert not_ours.startswith("echod: cannot listen on 192.0.2.1:0: Cannot assign requested address: this host ")
     assert no_name.startswith("echod: cannot listen on name.invalid:0: the name cannot be resolved (")
     socket.create_server((host, port)).close()
 
@@ -314,10 +316,14 @@ def run_without(capabilities: str, *arguments: str) -> subprocess.CompletedProce
     not UNPRIVILEGED_PORTS.exists() or int(UNPRIVILEGED_PORTS.read_text()) < 8, reason="every user may listen on port 7"
 )
 def test_privileged_port() -> None:
-    """Without permission for port 7, the message names the address, and the exit code is 69."""
+    """Without permission for port 7, the message names the address and the capability, and the exit code is 69."""
     host, port = free_address()
     result = run_without("net_bind_service", "--listen", f"{host}:{port},127.0.0.1:7")
-    assert (result.returncode, result.stderr) == (69, "echod: cannot listen on 127.0.0.1:7: Permission denied\n")
+    assert result.returncode == 69
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("echod: cannot listen on 127.0.0.1:7: Permission denied: ports below ")
+    for advice in ("CAP_NET_BIND_SERVICE", "AmbientCapabilities=", "packaging/systemd", "docker run -p 7:8000"):
+        assert advice in line
     socket.create_server((host, port)).close()
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,7 @@ from harness import PATIENCE, clean_environment, receive, reset
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from certificates import Certificates, TlsSocket
     from harness import Start
 
 
@@ -107,7 +109,7 @@ def test_file(start: Start, tmp_path: Path) -> None:
         assert daemon.stop() == 0
         first, *lines = path.read_text().splitlines()
         assert first == "before"
-        (closed,) = (line for line in lines if "client_closed" in line)
+        (closed,) = (line for line in lines if "closed" in line)
         match form:
             case "json":
                 assert list(json.loads(closed))[:3] == ["timestamp", "level", "event"]
@@ -116,8 +118,9 @@ def test_file(start: Start, tmp_path: Path) -> None:
                 assert " level=info event=client_closed " in closed
                 assert " received=1 " in closed
             case _:
-                assert "\x1b" not in closed
-                assert "received=1" in closed.split()
+                assert re.fullmatch(
+                    r"[-\d]+ [:.\d]+[+-]\d{4}    closed    127\.0\.0\.1:\d+ eof, 1 B echoed in .*", closed
+                )
 
 
 def test_level(start: Start, tmp_path: Path, free_port: int) -> None:
@@ -376,6 +379,98 @@ def test_the_time_of_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "2026-11-27T17:20:02.000000Z",
         "2026-11-27T17:20:01.000042Z",
     ]
+
+
+@pytest.mark.parametrize("listener", ["plain", "tls"])
+def test_states(start: Start, certificates: Certificates, listener: str) -> None:
+    """At level debug, each client has a line when it connects and when its session enters another state."""
+    proxy = ("--listeners.x.proxy-protocol", "require", "--listeners.x.proxy-trusted", "127.0.0.1")
+    daemon = start(
+        *("--log.level", "debug", "--listeners.x.address", "127.0.0.1:0"),
+        *(() if listener == "plain" else (*proxy, *certificates.options("x"))),
+        listen=None,
+    )
+    with daemon.connect() as plain:
+        peer = f"127.0.0.1:{plain.getsockname()[1]}"
+        client: socket.socket | TlsSocket = plain
+        if listener == "tls":
+            plain.sendall(b"PROXY UNKNOWN\r\n")
+            client = certificates.over(plain)
+        client.send(b"hello")
+        assert client.recv(5) == b"hello"
+        client.shutdown(socket.SHUT_WR)
+        daemon.wait_for("client_closed")
+    states = [line["state"] for line in daemon.all("client_state") if line["peer"] == peer]
+    assert states[: states.index("open")] == ([] if listener == "plain" else ["proxy_header", "handshake"])
+    assert states[states.index("open") :][:3] == ["open", "half_closed", "flushing"]
+    names = [line["event"] for line in daemon.events if line.get("peer") == peer]
+    assert (names[0], names[-1]) == ("client_connected", "client_closed")
+    assert {line["level"] for line in daemon.all("client_state")} == {"debug"}
+
+
+@pytest.mark.parametrize("fault", [(), ("--faults.slow.rate", "1GB", "--listeners.x.fault", "slow")])
+def test_states_of_a_slow_reader(start: Start, fault: tuple[str, ...]) -> None:
+    """A session that stops reading is paused, and resumed when its client has read. A reload applies to new clients."""
+    daemon = start(
+        *("--log.level", "debug", "--limits.write-buffer", "4096", "--listeners.x.address", "127.0.0.1:0"),
+        *fault,
+        listen=None,
+    )
+    size = 16 << 20
+    with daemon.connect(receive_buffer=4096) as client:
+        sender = threading.Thread(target=client.sendall, args=(bytes(size),))
+        sender.start()
+        daemon.wait_for("client_state", state="paused")
+        assert len(receive(client, size)) == size
+        sender.join(PATIENCE)
+        daemon.wait_for("client_state", state="resumed")
+
+
+def test_states_after_a_reload(start: Start, tmp_path: Path) -> None:
+    """Level debug shows the clients that connect after the reload that sets it, and no client after it is removed."""
+    config = tmp_path / "echo.toml"
+    config.write_text("")
+    daemon = start("--config", str(config))
+    daemon.echo(b"x")
+    for reload, level in enumerate(("debug", "info"), 1):
+        config.write_text(f'log.level = "{level}"\n')
+        daemon.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded", count=reload)
+        daemon.echo(b"x")
+        daemon.wait_for("client_closed", count=reload + 1)
+    assert daemon.stop() == 0
+    assert len(daemon.all("client_connected")) == 1
+
+
+CONTROLS = {"NUL": "\0", "TAB": "\t", "LF": "\n", "CR": "\r", "ESC": "\x1b", "DEL": "\x7f", "C1": "\x9b", "NEL": "\x85"}
+CONTROLS |= {
+    "LS": "\u2028",
+    "PS": "\u2029",
+    "bidi": "\u202e",
+    "BOM": "\ufeff",
+    "surrogate": "\udc80",
+    "tag": "\U000e0041",
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_logfmt_has_no_control_characters(tmp_path: Path, name: str) -> None:
+    """Each class of control character is escaped in an event, a key, a value, a nested value and a traceback."""
+    char = CONTROLS[name]
+    log = Log(LogSettings(file=str(tmp_path / "log"), format="logfmt"))
+    nested = {"list": [char], f"a{char}": {f"b{char}": (char, char.encode(errors="surrogatepass"))}}
+    name = f"a{char}b"
+    log.logger.info(name, **{f"k{char}k": 1, char: 2}, value=name, nested=nested)
+    log.logger.error("failed", exc_info=ValueError(char))
+    log.close()
+    text = (tmp_path / "log").read_bytes().decode()
+    assert text.count("\n") == 2
+    assert text.replace("\n", "").isprintable()
+    fields = re.fullmatch(
+        r'timestamp=\S+ level=info event=("[^"]+") k_k=1 _=2 value=("[^"]+") nested=.+', text.split("\n")[0]
+    )
+    assert fields is not None
+    assert [json.loads(field) for field in fields.groups()] == [name] * 2
 
 
 HOSTILE = 'CN=a\x00\x1b[2J\r\nb\x7f\x9b\u2028\u202e\udc80 \\ "='

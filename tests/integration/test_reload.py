@@ -319,7 +319,8 @@ def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -
     file.write("")
     daemon = start("--config", str(file.path))
     file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
-    problem = f"{file.path}: log.file: '{pipe}' cannot be written: No such device or address"
+    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    problem = f"{file.path}: log.file: '{pipe}' cannot be written: {reason}"
     assert daemon.all("reload_failed")[0]["problems"] == [problem]
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:

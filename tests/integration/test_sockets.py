@@ -131,7 +131,8 @@ def test_stale_socket(start: Start, tmp_path: Path) -> None:
     assert path.is_socket()
     daemon = start(listen=f"unix:{path}")
     failed = run("--listen", f"unix:{path}")
-    assert (failed.returncode, failed.stderr) == (69, f"echod: cannot listen on unix:{path}: Address already in use\n")
+    message = f"Address already in use: find the process with: ss -lxp src {path}"
+    assert (failed.returncode, failed.stderr) == (69, f"echod: cannot listen on unix:{path}: {message}\n")
     with connect(str(path)) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
@@ -150,7 +151,7 @@ def test_stale_socket(start: Start, tmp_path: Path) -> None:
         assert (failed.returncode, path.is_socket()) == (69, True)
     failed = run("--listen", f"unix:{tmp_path}/missing/echod.sock")
     assert failed.returncode == 69
-    assert "No such file or directory" in failed.stderr
+    assert f": No such file or directory: create the folder '{tmp_path}/missing'" in failed.stderr
 
 
 def test_stale_socket_at_simultaneous_starts(loop_name: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
 VARYING = (
     (re.compile(r"\d{4}-\d\d-\d\d UTC[+-]\d{4}"), "DATE"),
     (re.compile(r"\d\d:\d\d:\d\d\.\d{3}"), "TIME"),
-    (re.compile(r"[\d.,]+ ?(?:µs|ms|s)\b"), "DURATION"),
+    (re.compile(r"(?:under )?[\d.,]+ ?(?:µs|ms|s)\b"), "DURATION"),
     (re.compile(r"pid \d+"), "pid N"),
     (re.compile(r" +\[100%\]"), " [100%]"),  # at the right margin
     (re.compile(r"Python [\d.]+"), "Python VERSION"),

@@ -82,6 +82,7 @@ class EchoSession(asyncio.Protocol):
         "_dropped",
         "_fin_sent",
         "_large",
+        "_report",
         "delivery",
         "detail",
         "discarded",
@@ -128,6 +129,7 @@ class EchoSession(asyncio.Protocol):
         self.delivery: Delivery | None = None
         self.tcp_info: kernel.TcpInfo | None = None
         self._large = int(limits.write_buffer)
+        self._report: Callable[[str], object] = _ignore
         self._fin_sent = False
         self._delivered = False
         self._dropped = 0
@@ -144,7 +146,7 @@ class EchoSession(asyncio.Protocol):
             self.attempt(self._reset)
         elif self.phase is Phase.FLUSHING:
             self.attempt(self._stop_reading)
-        else:
+        elif self.phase is Phase.CONNECTING:
             self.phase = Phase.OPEN
 
     def data_received(self, data: bytes) -> None:
@@ -157,18 +159,23 @@ class EchoSession(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Stop reading from a client that does not read its echo."""
-        self.paused = True
+        self._set_paused(paused=True)
         self._connected.pause_reading()
 
     def resume_writing(self) -> None:
         """Read again. While closing, send FIN: the high-water mark is 0 then, so everything is written."""
-        self.paused = False
+        self._set_paused(paused=False)
         if self.reason is None:
             self._connected.set_write_buffer_limits(high=self._large)
             self._connected.resume_reading()
         else:
             # Later: asyncio's transport, which is calling, would report the end twice if it were closed here.
             self.ended.get_loop().call_soon(self.attempt, self._send_fin)
+
+    def _set_paused(self, *, paused: bool) -> None:
+        self.paused = paused
+        if self.reason is None:  # otherwise it has stopped reading for good
+            self._report("paused" if paused else "resumed")
 
     def eof_received(self) -> bool:
         """Close after the echo: a client that has closed its direction still reads."""
@@ -209,6 +216,7 @@ class EchoSession(asyncio.Protocol):
         """Wait for a PROXY header or a TLS handshake before the payload."""
         if self.phase < Phase.FLUSHING:
             self.phase = phase
+            self._report(phase.name.lower())
 
     def established(self, facts: TlsFacts) -> None:
         """Record the result of the TLS handshake; further data is payload."""
@@ -218,6 +226,8 @@ class EchoSession(asyncio.Protocol):
     def begin(self) -> None:
         """Mark the preamble as done; further data is payload."""
         self.phase = max(self.phase, Phase.OPEN)
+        if self.phase is Phase.OPEN:
+            self._report("open")
 
     def take_over(self, rest: bytes) -> None:
         """Continue after the PROXY header, with the data that was read after it."""
@@ -228,6 +238,7 @@ class EchoSession(asyncio.Protocol):
     def client_closed(self) -> None:
         """Record that the client closed its direction."""
         self.eof = True
+        self._report("half_closed")
 
     def count_overhead(self, size: int) -> None:
         """Count bytes of a PROXY header or of TLS."""
@@ -249,7 +260,11 @@ class EchoSession(asyncio.Protocol):
         self.connection_lost(ConnectionResetError())
         transport.abort()
 
-    # The client's task, the timeouts and the drain call these
+    # The server, the client's task, the timeouts and the drain call these
+
+    def report_to(self, report: Callable[[str], object]) -> None:
+        """Call this function with the name of each state that the session enters."""
+        self._report = report
 
     def attempt(self, step: Callable[..., object], *arguments: object) -> None:
         """Run one step for this client. If it raises, reset the connection; see `fail`."""
@@ -270,6 +285,7 @@ class EchoSession(asyncio.Protocol):
         if self.reason is not None:
             return
         self.reason, self.phase = reason, Phase.FLUSHING
+        self._report("flushing")
         if self.transport is not None:  # else connection_made continues
             self._stop_reading()
 
@@ -404,6 +420,7 @@ class EchoSession(asyncio.Protocol):
             self.transport.close()
         elif self._fin_sent or self._shut_down():
             self.phase = Phase.LINGERING
+            self._report("lingering")
             Linger(self, self.transport, Clock(self.ended.get_loop().time))
 
     def _shut_down(self) -> bool:
@@ -491,3 +508,7 @@ class EchoSession(asyncio.Protocol):
         # not wait for our close_notify does (RFC 8446, section 6.1).
         if self.reason in {"eof", "info"} and not self._delivered and acked < self.owed:
             self.reason = "reset" if broken else "undelivered"
+
+
+def _ignore(state: str) -> None:
+    """Report a state to nothing. The log is not at level debug."""

@@ -66,3 +66,8 @@ MEANINGS: Mapping[Reason, Meaning] = {
     "io_error": Meaning("failed", peer_to_blame=False, always_logged=True),
     "failed": Meaning("failed", peer_to_blame=False, always_logged=True),
 }
+
+
+def has_failed(reason: Reason, received: int, acked: int) -> bool:
+    """Tell whether a connection ended badly: by its reason, or because the client did not get all of its echo."""
+    return MEANINGS[reason].is_failure or acked < received

@@ -41,8 +41,8 @@ class HeaderReader(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give the session its transport now, so that it can be ended before the header is complete."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's transports do not inherit from it
-        self._following.connection_made(transport)
         self.session.expect(Phase.PROXY_HEADER)
+        self._following.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         """Collect the header."""

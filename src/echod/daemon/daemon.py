@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import echod
 from echod.connection.echo import EchoSession
 from echod.connection.tls import TlsBuffers
-from echod.daemon import systemd
+from echod.daemon import logs, systemd
+from echod.daemon.console import again
 from echod.daemon.plan import ADMIN, Plan
 from echod.daemon.reload import Reloader, take_fallible_steps
 from echod.daemon.systemd import Notifier, count
@@ -44,6 +46,12 @@ if TYPE_CHECKING:
 
 # Seconds that the admin listener may take to close.
 _ADMIN_CLOSE = 5.0
+
+# Seconds between two status lines on the terminal during a drain.
+_STATUS_INTERVAL = 0.5
+
+# Added to the number of a signal that forces the stop.
+_SIGNALLED = 128
 
 # Descriptors that are kept for the log, the loop and reloads.
 _RESERVED_DESCRIPTORS = 16
@@ -138,7 +146,9 @@ class Daemon:
         max_connections = self._max_connections(len(listeners))
         for listener in listeners:
             observers = () if self._admin is None else (self._admin.observer(listener.name),)
-            ledger = Ledger(self._logger.bind(listener=listener.name), self._plan.settings.log.connections, observers)
+            settings = self._plan.settings.log
+            logger = self._logger.bind(listener=listener.name)
+            ledger = Ledger(logger, settings.connections, observers, states=settings.level == "debug")
             server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
             self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
         self._logger.info(
@@ -177,8 +187,18 @@ class Daemon:
         self._notifier.stopping()
         servers = self._servers.values()
         clients = sum(server.begin_stop() for server in servers)
-        self._logger.info("draining", signal=self._stop_signal, clients=clients)
+        shutdown = self._plan.settings.shutdown
+        seconds = shutdown.delay + shutdown.drain_timeout + shutdown.linger_timeout
+        self._show_drain(asyncio.get_running_loop(), seconds)
+        self._logger.info(
+            "draining",
+            signal=self._stop_signal,
+            clients=clients,
+            max_seconds=0.0 if self._exit_code > _SIGNALLED else seconds,
+        )
         outcomes = await asyncio.gather(*(server.shutdown() for server in servers), return_exceptions=True)
+        self._status_timer.cancel()
+        self._log.show_status("")
         receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
@@ -195,6 +215,16 @@ class Daemon:
                 self._exit_code = self._exit_code or 1
         self._logger.info("stopped", **self._totals())
 
+    def _show_drain(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Show the clients that are left, and the longest time until they are closed, if there is a terminal."""
+        clients = count(sum(server.clients for server in self._servers.values()), "client")
+        self._log.show_status(
+            f"{clients} left, at most {math.ceil(seconds)} s; {again(self._stop_signal)} stops at once"
+        )
+        self._status_timer: asyncio.TimerHandle = loop.call_later(
+            _STATUS_INTERVAL, self._show_drain, loop, max(0.0, seconds - _STATUS_INTERVAL)
+        )
+
     @property
     def _logger(self) -> FilteringBoundLogger:
         return self._log.logger
@@ -202,14 +232,15 @@ class Daemon:
     # Signals and failures
 
     def _on_signal(self, number: int) -> None:
-        if self._stop_signal is not None or number == signal.SIGQUIT:
+        # A terminal that is closed during a drain does not force the stop.
+        if number == signal.SIGQUIT or (self._stop_signal is not None and number != signal.SIGHUP):
             self._force_stop(number)
         self._stop_signal = self._stop_signal or signal.Signals(number).name
         self._stop.set()
 
     def _force_stop(self, number: int) -> None:
         """Reset every client. The first signal that forces the stop decides the exit code."""
-        self._exit_code = self._exit_code or 128 + number
+        self._exit_code = self._exit_code or _SIGNALLED + number
         for server in self._servers.values():
             server.abort()
 
@@ -240,7 +271,7 @@ class Daemon:
         try:
             self._log.reopen()
         except OSError as error:
-            reason = error.strerror
+            reason = logs.explain(self._log.settings.file, error)
         except ThreadError as error:
             reason = str(error)
         else:
@@ -260,7 +291,9 @@ class Daemon:
         self._plan = plan
         max_connections = self._max_connections(len(self._servers))
         for name, server in self._servers.items():
-            server.ledger.reconfigure(self._logger.bind(listener=name), plan.settings.log.connections)
+            settings = plan.settings.log
+            states = settings.level == "debug"
+            server.ledger.reconfigure(self._logger.bind(listener=name), settings.connections, states=states)
             # A listener that was removed from the settings keeps its own until a restart.
             if name in plan.listeners:
                 server.reconfigure(plan.server_settings(name, max_connections, self._buffers))

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
-import json
 import logging
 import os
-import re
 import stat
 import sys
 import time
-from datetime import UTC, datetime
-from functools import cache, lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from echod import threads
+from echod.daemon import log_formats
+from echod.daemon.console import Console, columns
 from echod.daemon.log_writer import CLOSE_TIMEOUT, LogWriter
 from echod.settings.problems import Problem
-from echod.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import TextIO
+    from collections.abc import Iterator
 
-    from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor
+    from structlog.typing import FilteringBoundLogger, Processor
 
     from echod.settings.model import Config, LogSettings
 
 _STDOUT, _STDERR = 1, 2
 
-# Values with one of these are quoted in logfmt.
-_LOGFMT_QUOTED = frozenset(' ="')
+# Clears the line of a terminal: carriage return, and EL of ECMA-48.
+_CLEAR = "\r\x1b[K"
 
 # Priorities of the levels: sd-daemon(3), syslog(3).
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
@@ -46,14 +42,17 @@ class _Target:
 
     Args:
         descriptor: owned by this object from now on.
+        console: renders the lines of format "console".
 
     Raises:
         ThreadError: the thread cannot be started, and the descriptor has been closed.
 
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, console: Console) -> None:
         self._descriptor = descriptor
+        self._console = console
+        self._status = ""
         self.processors: list[Processor] = []
         try:
             # Only the thread closes it: during a blocked write, a client's socket could get its number.
@@ -64,15 +63,40 @@ class _Target:
 
     def render(self, form: str) -> None:
         """Render lines in a format that `log.format` allows."""
-        terminal = os.isatty(self._descriptor)
         if form == "auto":
-            form = "console" if terminal else "json"
-        self.processors = [_order, *_renderers(form, colors=terminal)]
+            form = "console" if os.isatty(self._descriptor) else "json"
+        if form == "console":
+            self._console.use(self._descriptor)
+            self.processors = [structlog.processors.format_exc_info, self._console]
+        else:
+            self.processors = log_formats.processors(form)
         if _is_journal(self._descriptor):
             self.processors.append(_prefix)
 
+    @property
+    def is_screen(self) -> bool:
+        """Whether it can show a status line."""
+        return _is_screen(self._descriptor)
+
+    def write(self, line: str) -> None:
+        """Queue one rendered line, above the status line if there is one."""
+        self.writer.write(self._framed(line))
+
+    def show_status(self, text: str) -> None:
+        """Show a status line below all other lines, or remove it if the text is empty. Only for a terminal."""
+        # A line that is wrapped could not be cleared.
+        self._status = f"{_CLEAR}{text[: (columns(self._descriptor) or 80) - 1]}" if text else ""
+        self.writer.write((self._status or _CLEAR).encode())
+
     def _notice(self, lines: int) -> bytes:
-        return _notice(self.processors, lines)
+        event: Any = {"event": "log_lines_dropped", "lines": lines}
+        for processor in self.processors:
+            event = processor(None, "warning", event)
+        return self._framed(event)
+
+    def _framed(self, line: str) -> bytes:
+        text = f"{_CLEAR}{line}\n{self._status}" if self._status else f"{line}\n"
+        return text.encode(errors="backslashreplace")
 
 
 def _open(file: str, create: int = os.O_CREAT) -> int:
@@ -117,7 +141,9 @@ class Log:
         self._retired: list[LogWriter] = []
         self._lost_before = 0
         self._reopen_failed = False
-        self._target = _Target(_open(settings.file))
+        self._console = Console()
+        self._target = _Target(_open(settings.file), self._console)
+        self._screen: _Target | None = None
         self._configure(settings)
         self._bridge = _Bridge(self)
 
@@ -157,7 +183,7 @@ class Log:
             before.redirect(descriptor)
         else:
             # Its thread may wait for a reader for ever, so new lines need another thread. The old one writes its queue.
-            self._target = _Target(descriptor)
+            self._target = _Target(descriptor, self._console)
             self._lost_before += before.lost
             before.end()
             self._retired = [*(writer for writer in self._retired if not writer.ended), before]
@@ -174,9 +200,22 @@ class Log:
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
 
-    def write(self, line: bytes) -> None:
-        """Queue one rendered line, newline included."""
-        self._target.writer.write(line)
+    def write(self, line: str) -> None:
+        """Queue one rendered line."""
+        self._target.write(line)
+
+    def show_status(self, text: str) -> None:
+        """Show a line on the terminal, below the log, in place of the last one. An empty text removes it.
+
+        The terminal is that of the log. If the log is a regular file, it is that of standard error. Without a terminal,
+        nothing is shown.
+        """
+        if self._target.is_screen:
+            self._target.show_status(text)
+        elif self._target.writer.is_regular_file and _is_screen(_STDERR):
+            with contextlib.suppress(OSError, threads.ThreadError):  # without resources, the drain goes on unseen
+                self._screen = self._screen or _Target(os.dup(_STDERR), self._console)
+                self._screen.show_status(text)
 
     @property
     def lost(self) -> int:
@@ -200,14 +239,29 @@ class Log:
         logging.captureWarnings(capture=False)
         logging.getLogger().removeHandler(self._bridge)
         deadline = time.monotonic() + CLOSE_TIMEOUT
-        for writer in (self._target.writer, *self._retired):  # together, and the receipt goes to the first
+        screen = [] if self._screen is None else [self._screen.writer]
+        for writer in (self._target.writer, *screen, *self._retired):  # together, and the receipt goes to the first
             writer.close(max(0.0, deadline - time.monotonic()))
 
 
 def problem(config: Config, error: OSError) -> Problem:
     """Return the problem of a log file that cannot be opened."""
-    message = f"{config.settings.log.file!r} cannot be written: {error.strerror}"
-    return Problem(config.origins["log", "file"], "log.file", message)
+    file = config.settings.log.file
+    return Problem(config.origins["log", "file"], "log.file", f"{file!r} cannot be written: {explain(file, error)}")
+
+
+def explain(file: str, error: OSError) -> str:
+    """Return the reason that a log file cannot be opened and, if possible, what to do about it."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENXIO:
+        return f"{reason}: " + (
+            "no process reads this FIFO, start its reader first"
+            if is_fifo(file)
+            else "it is a socket, use a file or a FIFO"
+        )
+    if error.errno == errno.ENOENT:
+        return f"{reason}: create the folder {os.fspath(Path(file).resolve().parent)!r}"
+    return reason
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -247,7 +301,7 @@ class _Lines:
         self._log = log
 
     def info(self, line: str) -> None:
-        self._log.write(_encode(line))
+        self._log.write(line)
 
     debug = warning = error = critical = info
 
@@ -265,81 +319,9 @@ class _Bridge(logging.Handler):
         self._log.logger.log(level, record.getMessage().strip(), logger=record.name, exc_info=record.exc_info)
 
 
-def _renderers(form: str, *, colors: bool) -> list[Processor]:
-    if form == "console":
-        # The default formatter may show local variables, which can contain payload.
-        console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_plain_traceback, sort_keys=False)
-        return [_escape, console]
-    if form == "json":
-        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json)]
-    return [structlog.processors.format_exc_info, _logfmt]
-
-
-class _Escaped:
-    """A text with control characters. The console renderer shows its `repr`."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return repr(self._text)
-
-
-def _escape(_: object, __: str, event: EventDict) -> EventDict:
-    """Escape control characters: a terminal would act on them, and a line break would forge a line."""
-    name = printable(event.pop("event"))
-    values = (_Escaped(item) if isinstance(item, str) and not item.isprintable() else item for item in event.values())
-    return {"event": name, **dict(zip(map(printable, event), values, strict=True))}
-
-
-def _plain_traceback(output: TextIO, exc_info: ExcInfo) -> None:
-    """Write a traceback, and escape all control characters except its line breaks."""
-    text = io.StringIO()
-    structlog.dev.plain_traceback(text, exc_info)
-    output.write("\n".join(map(printable, text.getvalue().split("\n"))))
-
-
-def _logfmt(_: object, __: str, event: EventDict) -> str:
-    """Render one line of logfmt, in printable characters only."""
-    return " ".join(f"{_logfmt_key(key)}={_logfmt_value(value)}" for key, value in event.items())
-
-
-def _logfmt_key(key: str) -> str:
-    # logfmt has no escapes in keys.
-    return key if key.isidentifier() else re.sub(r"\W", "_", key)
-
-
-def _logfmt_value(value: object) -> str:
-    if value is None:
-        return ""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if text.isprintable() and _LOGFMT_QUOTED.isdisjoint(text):
-        return text
-    # JSON escapes only the ASCII control characters.
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in quoted)
-
-
-def _json(event: EventDict, default: Callable[[object], object]) -> str:
-    # json.dumps() would create an encoder for each line.
-    return _encoder(default).encode(event)
-
-
-@cache
-def _encoder(default: Callable[[object], object]) -> json.JSONEncoder:
-    return json.JSONEncoder(default=default)
-
-
-@lru_cache(maxsize=1)
-def _second(when: int) -> str:
-    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-
-
-def _order(_: object, level: str, event: EventDict) -> EventDict:
-    """Put the time, the level and the event first."""
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
-    timestamp = f"{_second(second)}.{fraction:06}Z"
-    return {"timestamp": timestamp, "level": level, "event": event.pop("event"), **event}
+def _is_screen(descriptor: int) -> bool:
+    """Tell whether a descriptor is a terminal on which a line can be cleared."""
+    return os.isatty(descriptor) and os.environ.get("TERM") != "dumb"
 
 
 def _is_journal(descriptor: int) -> bool:
@@ -351,14 +333,3 @@ def _is_journal(descriptor: int) -> bool:
 def _prefix(_: object, level: str, line: Any) -> str:
     """Put the level first as in sd-daemon(3). The journal removes it, and stores it as PRIORITY."""
     return f"<{_PRIORITIES[level]}>{line}"
-
-
-def _notice(processors: list[Processor], lines: int) -> bytes:
-    event: Any = {"event": "log_lines_dropped", "lines": lines}
-    for processor in processors:
-        event = processor(None, "warning", event)
-    return _encode(event)
-
-
-def _encode(line: str) -> bytes:
-    return line.encode(errors="backslashreplace") + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
@@ -16,6 +17,9 @@ HANDLED = (*STOP_SIGNALS, signal.SIGHUP)
 
 _LOOK_EVERY = 1.0
 
+# Looks after the terminal was closed until a SIGHUP has another cause. Shells and the kernel send it at once.
+_LOOKS = 5
+
 
 class Signals:
     """Record signals, and pass them on once there is a loop to act on them.
@@ -24,16 +28,22 @@ class Signals:
 
     The record is the only thing that a handler writes. The loop reads it whenever the wake-up pipe is readable. A full pipe is
     readable too, so a burst of signals cannot hide one of them. The loop also reads it once a second.
+
+    SIGHUP is a request to reload, unless the controlling terminal has been closed: then it is a stop.
     """
 
     def __init__(self) -> None:
         self._stops: list[signal.Signals] = []
         self._hung_up = False
         self._attached = False
+        self._looks_without_terminal = 0
+        self._has_terminal = False
         self._before = {number: signal.signal(number, self._note_stop) for number in STOP_SIGNALS}
         self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note_hangup)
         # The parent may have blocked these signals. A child inherits the mask, and blocked signals are not delivered.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        # Whether closing the terminal sends a SIGHUP that is a stop. nohup(1) leaves that signal ignored.
+        self._has_terminal = self._before[signal.SIGHUP] is not signal.SIG_IGN and _is_terminal_open() is True
 
     def is_stopping(self) -> bool:
         """Tell whether a signal that stops the process has arrived."""
@@ -50,7 +60,11 @@ class Signals:
         self._stops.append(signal.Signals(number))
 
     def _note_hangup(self, *_: object) -> None:
-        self._hung_up = True
+        if self._has_terminal and _is_terminal_open() is False:
+            self._has_terminal = False  # the shell and the kernel may each send a SIGHUP, which is one stop
+            self._stops.append(signal.SIGHUP)
+        else:
+            self._hung_up = True
 
     def attach(self, loop: asyncio.AbstractEventLoop, stop: Callable[[int], None], reload: Callable[[], None]) -> None:
         """Call `stop` and `reload` in the running loop for each signal, including those already recorded."""
@@ -71,6 +85,10 @@ class Signals:
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Act on signals once a second. The kernel may have had no memory to write a byte to the pipe."""
         self._timer = loop.call_later(_LOOK_EVERY, self._look, loop)
+        if self._has_terminal and _is_terminal_open() is False:
+            # A process in the background may get no SIGHUP when its terminal closes. Then a later one is a request.
+            self._looks_without_terminal += 1
+            self._has_terminal = self._looks_without_terminal < _LOOKS
         self._act()
 
     def _act(self) -> None:
@@ -107,3 +125,13 @@ class Signals:
             signal.raise_signal(stop)
         if self._hung_up:
             signal.raise_signal(signal.SIGHUP)
+
+
+def _is_terminal_open() -> bool | None:
+    """Tell whether the process has a controlling terminal that is open. Return None if that is unknown."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        # ENXIO: no controlling terminal, or it was closed (tty(4)). EIO: it is being closed.
+        return False if error.errno in {errno.ENXIO, errno.EIO} else None
+    return True

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from echod.net import resolver
+from echod.net import listen_errors, resolver
 from echod.net.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def open_listeners(
             except InterruptedError:
                 raise
             except OSError as error:
-                problems.append(f"cannot listen on {address}: {_explain(error)}")
+                own = _describe(listeners, inherited or {})
+                problems.append(f"cannot listen on {address}: {listen_errors.explain(error, address, own)}")
                 continue
             for listening in sockets:
                 opened.callback(listening.close)
@@ -159,10 +160,16 @@ def open_listeners(
         return listeners
 
 
-def _explain(error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return f"the name cannot be resolved ({error.strerror})"
-    return error.strerror or str(error)
+def _describe(
+    listeners: Iterable[Listener], inherited: Mapping[str, Sequence[socket.socket]]
+) -> Iterator[tuple[str, socket.socket]]:
+    """Yield every listening socket of this process, with a description for messages."""
+    for name, sockets in inherited.items():
+        for sock in sockets:
+            yield f"the inherited socket {name!r}", sock
+    for name, opened in listeners:
+        for listening in opened:
+            yield f"the listener {name!r}", listening.sock
 
 
 def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.socket]]) -> Iterator[ListeningSocket]:

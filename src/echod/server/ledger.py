@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echod.connection.outcome import MEANINGS
+from echod.connection.outcome import MEANINGS, has_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,22 +93,40 @@ class Ledger:
     Args:
         log: the logger, bound to the listener's name.
         connections: which closed connections are logged.
+        states: whether each connection and the states of its session are logged, at level debug.
         observers: called with the entry of every connection, whether it is logged or not.
 
     """
 
     def __init__(
-        self, log: FilteringBoundLogger, connections: Choice, observers: Sequence[Callable[[Entry], None]] = ()
+        self,
+        log: FilteringBoundLogger,
+        connections: Choice,
+        observers: Sequence[Callable[[Entry], None]] = (),
+        *,
+        states: bool = False,
     ) -> None:
         self.log = log
         self.counters = Counters()
         self._connections = connections
         self._observers = observers
+        self._states = states
 
-    def reconfigure(self, log: FilteringBoundLogger, connections: Choice) -> None:
-        """Use another logger from now on, and log other connections."""
+    def reconfigure(self, log: FilteringBoundLogger, connections: Choice, *, states: bool) -> None:
+        """Use another logger from now on, and log other connections. Connected clients keep reporting their states."""
         self.log = log
         self._connections = connections
+        self._states = states
+
+    def connect(self, peer: str) -> Callable[[str], None] | None:
+        """Log a new connection; return the function that logs the states of its session, or None if it is not wanted."""
+        if not self._states:
+            return None
+        self.log.debug("client_connected", peer=peer)
+        return partial(self._log_state, peer)
+
+    def _log_state(self, peer: str, state: str) -> None:
+        self.log.debug("client_state", peer=peer, state=state)
 
     def accept(self) -> None:
         """Record a connection that became a client."""
@@ -163,7 +182,7 @@ class Ledger:
             case "nonempty":
                 return delivery.received > 0 or fault is not None or MEANINGS[reason].always_logged
             case "failed":
-                return MEANINGS[reason].is_failure or delivery.acked < delivery.received
+                return has_failed(reason, delivery.received, delivery.acked)
             case _:
                 return False
 

@@ -250,7 +250,10 @@ class Server:
         task.add_done_callback(self._remove)
 
     def _new_session(self, client: Client, sock: socket.socket) -> EchoSession:
-        return new_session(sock, self.settings, self.ledger.counters.accepted + 1, client.describe)
+        session = new_session(sock, self.settings, self.ledger.counters.accepted + 1, client.describe)
+        if (report := self.ledger.connect(client.peer)) is not None:
+            session.report_to(report)
+        return session
 
     def _remove(self, task: asyncio.Task[None]) -> None:
         """Remove a finished client and record it.

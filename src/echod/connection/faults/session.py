@@ -93,12 +93,12 @@ class FaultSession(EchoSession):
     def resume_writing(self) -> None:
         """Continue to send held echo. Without any, send FIN if it is due: the low-water mark is 0, so all is written."""
         if self._shaper.held:
-            self.paused = False
+            self._set_paused(paused=False)
             self._connected.set_write_buffer_limits(high=self._large)
             self._update_reading()
             self._schedule()
         elif self.reason is None and self._has_started("half_close"):
-            self.paused = False
+            self._set_paused(paused=False)
             self._half_close()
         else:
             super().resume_writing()
