@@ -14,10 +14,11 @@ from echod.daemon.signals import Signals
 TYPE_CHECKING = False  # importing typing would delay the signal handlers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import TypeVar
 
     from echod.settings.resources import Resources
+    from echod.settings.types import Key
 
     T = TypeVar("T")
 
@@ -37,9 +38,30 @@ def main() -> int:
     """Run the `echod` command, and return its exit code."""
     signals = Signals()
     _fill_standard_descriptors()
-    if sys.argv[1:2] == ["probe"]:
-        signals.release()
-        return _probe(sys.argv[2:])
+    match _as_options(sys.argv[1:]):
+        case ["probe", *rest]:
+            signals.release()
+            return _probe(rest)
+        case ["completion", *rest]:
+            signals.release()
+            return _completion(rest)
+        case arguments:
+            return _with_settings(arguments, signals)
+
+
+def _as_options(arguments: Sequence[str]) -> Sequence[str]:
+    """Replace the commands `help` and `version` by the options of that name."""
+    match arguments:
+        case ["help", *rest]:
+            return [*(word for word in rest if word not in {"help", "version"}), "--help"]
+        case ["version", *rest]:
+            return ["--version", *rest]
+        case _:
+            return arguments
+
+
+def _with_settings(arguments: Sequence[str], signals: Signals) -> int:
+    """Run `serve`, `check` or `config`."""
     # Nearly all objects of a start stay, so collecting garbage meanwhile finds nothing.
     gc.disable()
     # To find plugins, Pydantic would read the metadata of every installed package.
@@ -47,10 +69,10 @@ def main() -> int:
     # Imports here and in _serve take a quarter of a second. Signals must be handled before.
     import echod  # noqa: PLC0415
     from echod.daemon import logs  # noqa: PLC0415
-    from echod.settings import options, resources, sources  # noqa: PLC0415
+    from echod.settings import options, resources, sources, toml  # noqa: PLC0415
     from echod.settings.problems import SettingsError  # noqa: PLC0415
 
-    command, file, values = _parse(lambda: options.parse(sys.argv[1:], echod.__version__))
+    command, file, values = _parse(lambda: options.parse(arguments, echod.__version__))
     if command != "serve":
         signals.release()
     if file is None:
@@ -68,7 +90,12 @@ def main() -> int:
         return signals.exit_code
     except SettingsError as error:
         return _fail(EXIT_CONFIG, error.problems)
-    return _serve(loaded, signals, load) if command == "serve" else _report(loaded, command)
+    if command == "serve":
+        return _serve(loaded, signals, load)
+    _warn(loaded)
+    if command == "config":
+        return _print(toml.document(loaded.config.settings, loaded.config.origins))
+    return _print(f"configuration OK: {_checked(loaded.config.origins, file, given=bool(values))}\n")
 
 
 def _parse(parse: Callable[[], T]) -> T:
@@ -102,11 +129,28 @@ def _load_unless_stopped(load: Callable[[], Resources], signals: Signals) -> Res
         return load()
 
 
-def _report(resources: Resources, command: str) -> int:
-    """Print the warnings, and the output of `check` or `config`."""
+def _checked(origins: Mapping[Key, str], file: str | None, *, given: bool) -> str:
+    """Name the sources of the checked settings.
+
+    Args:
+        origins: those of the settings that are not defaults.
+        file: the settings file, or None.
+        given: whether the command line has settings.
+
+    """
+    from echod.text import printable  # noqa: PLC0415
+
+    variables = dict.fromkeys(origin for origin in origins.values() if origin in os.environ and origin != file)
+    sources = ", ".join([*([file] if file else []), *variables, *(["the command line"] if given else [])])
+    if not sources:
+        return "only the defaults were checked; name a file with --config FILE"
+    return printable(sources if file else f"{sources}; no file was checked")
+
+
+def _warn(resources: Resources) -> None:
+    """Print the warnings of `check` and `config`."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from echod.settings import toml  # noqa: PLC0415
     from echod.text import printable  # noqa: PLC0415
 
     config = resources.config
@@ -114,7 +158,6 @@ def _report(resources: Resources, command: str) -> int:
         _say(printable(f"warning: {variable} is not a setting"))
     for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
-    return _print("configuration OK\n" if command == "check" else toml.document(config.settings, config.origins))
 
 
 def _fill_standard_descriptors() -> None:
@@ -145,6 +188,16 @@ def _probe(command_line: Sequence[str]) -> int:
             Outcome.TERMINATED: _SIGNALLED + signal.SIGTERM,
         }[outcome]
     )
+
+
+def _completion(command_line: Sequence[str]) -> int:
+    try:
+        from echod import completion  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "shtab":
+            raise
+        return _fail(EXIT_FAILURE, ["completion needs shtab, which is not installed: pip install shtab"])
+    return _print(completion.script(_parse(lambda: completion.parse(command_line))))
 
 
 def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:

@@ -74,7 +74,7 @@ def test_validity_is_a_warning(
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
     when = valid[date == "not_after"].isoformat().replace("+00:00", "Z")
     result = command("check", *options(file))
-    assert (result.returncode, result.stdout) == (0, "configuration OK\n")
+    assert (result.returncode, result.stdout) == (0, "configuration OK: the command line; no file was checked\n")
     setting = "listeners.tls.tls.certificate"
     assert result.stderr == f"echod: warning: {setting}: '{file}': the certificate 'CN=server' {text.format(when)}\n"
     daemon = start(*WATCHED, *options(file), listen=None)

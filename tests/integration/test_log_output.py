@@ -83,7 +83,7 @@ def test_check_of_standard_streams(output: Output) -> None:
     """Accept standard output as the log file in `check`."""
     with output.run("check", "--log.file", "/dev/stdout") as process:
         assert process.wait(PATIENCE) == 0
-    assert output.lines.readline() == b"configuration OK\n"
+    assert output.lines.readline() == b"configuration OK: the command line; no file was checked\n"
 
 
 def test_fifo_that_has_a_reader(loop_name: str, tmp_path: Path) -> None:

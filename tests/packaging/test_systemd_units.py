@@ -40,7 +40,7 @@ def test_shipped_settings() -> None:
     """Check the settings file that is installed with the units."""
     assert tomllib.loads((UNITS / "echod.toml").read_text())["listen"] == [":7"]
     result = run("check", "--config", str(UNITS / "echod.toml"))
-    assert (result.returncode, result.stdout) == (0, "configuration OK\n")
+    assert (result.returncode, result.stdout) == (0, f"configuration OK: {UNITS / 'echod.toml'}\n")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
         SystemExit: with code 2 for a usage error, with 0 after --help.
 
     """
-    parser = _parser()
+    parser = build_parser()
     given, unknown = parser.parse_known_args(command_line)
     if unknown:
         _reject(parser, unknown[0])
@@ -79,7 +79,8 @@ def parse(command_line: Sequence[str]) -> ProbeOptions:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options and TARGET."""
     parser = argparse.ArgumentParser(
         prog="echod probe",
         usage="%(prog)s TARGET [options]",

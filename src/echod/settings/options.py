@@ -1,30 +1,38 @@
-"""The syntax of the command line, derived from the model."""
+"""The syntax of the command line."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
-from echod.settings import toml
-from echod.settings.model import Settings, has_named_tables, leaves
+from echod.net import addresses
+from echod.settings.model import Settings, has_named_tables, section
+from echod.settings.parser import COMMANDS, add_unlisted, append_addresses, build_parser, help_text
 from echod.text import closest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from pydantic import BaseModel
+
     from echod.settings.types import Key
 
-_EPILOG = """\
-To check and measure an echo server, use `echod probe TARGET`: see `echod probe --help`.
+# The commands that read settings. Each of the others has a command line of its own.
+_WITH_SETTINGS = ("serve", "check", "config")
 
-The options of faults and listeners contain their name: --faults.NAME.trigger TEXT, --listeners.NAME.address ADDRESS,
---listeners.NAME.tls.certificate FILE.
-Every option is also a key of the file, and a variable: ECHOD_LIMITS__IDLE_TIMEOUT. The command line has precedence, then
-the environment, then the file.
+_ADDRESS_ALONE = "write the address alone: `echod 8000` listens on 127.0.0.1, `echod :8000` on all addresses"
+_TLS_KEYS = "write --listeners.NAME.address, --listeners.NAME.tls.certificate and --listeners.NAME.tls.private-key"
 
-exit codes: 0 stopped gracefully; 1 unexpected failure; 2 the command line could not be parsed; 69 an address could not be
-opened; 78 the settings are invalid; 130, 131, 143 a second SIGINT, a SIGQUIT or a second SIGTERM forced the stop
-"""
+# Advice on options that other servers have.
+_INSTEAD = (
+    dict.fromkeys(("-p", "--port", "-H", "--host", "-b", "--bind", "--address"), _ADDRESS_ALONE)
+    | dict.fromkeys(("-d", "--debug", "--verbose"), "write --log.level debug")
+    | dict.fromkeys(("-q", "--quiet"), "write --log.level warning")
+    | dict.fromkeys(("--tls", "--cert", "--key"), _TLS_KEYS)
+    | {"-v": "write --log.level debug for a more detailed log, or -V for the version"}
+)
 
 
 class CommandLine(NamedTuple):
@@ -50,78 +58,103 @@ def parse(arguments: Sequence[str], version: str) -> CommandLine:
         SystemExit: with 2 if the arguments cannot be parsed, with 0 after --help and --version.
 
     """
-    parser = _parser(version)
-    known = parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
-    for argument in arguments:
-        option = argument.partition("=")[0]
-        if not option.startswith("--") or option in known:
-            continue
+    parser = build_parser(version)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for argument in arguments[:end]:
+        _check_option(argument, parser)
+    try:
+        given, words = parser.parse_known_args(arguments[:end])
+    except argparse.ArgumentError as error:
+        parser.error(_wrong_value(error, parser))
+    words += arguments[end + 1 :]
+    command = words.pop(0) if words and words[0] in _WITH_SETTINGS else ""
+    for word in words:
+        for address in append_addresses(given.options, "command line", word):
+            _check_address(address, command, parser)
+    if given.help:
+        sys.stdout.write(help_text(command))
+        parser.exit()
+    config, *second = given.config or [None]
+    if second:
+        parser.error(f"--config is given twice, with {config!r} and {second[0]!r}: echod reads one file")
+    return CommandLine(command or "serve", config, given.options)
+
+
+def _check_option(argument: str, parser: argparse.ArgumentParser) -> None:
+    """Add an option with a dot, as the model knows whether it is one. Reject every other unknown option."""
+    option = argument.partition("=")[0]
+    known = _by_name(parser)
+    # For argparse, a negative number or a text with a space is a value.
+    if option in known or " " in option or not re.match("--|-[A-Za-z]", option):
+        return
+    if option.startswith("--"):
         if "." in option:
-            parser.add_argument(option, dest="options", action=_Set, help=argparse.SUPPRESS)
+            add_unlisted(parser, option)
+            return
+    elif f"-{option}" not in known:
+        if option[:2] in known:  # such as -lADDRESS
+            return
+        option = option[:2]
+    parser.error(f"unknown option {option}; {_advice(option)}")
+
+
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return parser._option_string_actions  # noqa: SLF001  (argparse has no public list of options)
+
+
+def _advice(option: str) -> str:
+    """Return advice on an unknown option."""
+    if option in _INSTEAD:
+        return _INSTEAD[option]
+    spellings = ["--help", "--version", "--config", *_spellings(Settings, "--")]
+    if keys := [spelling for spelling in spellings if spelling.startswith(f"{option}.")]:
+        return f"name a key of the section, as in {keys[0]}"
+    # The key alone is a common guess.
+    guesses: dict[str, list[str]] = {}
+    for spelling in spellings:
+        for guess in {spelling, f"--{spelling.lstrip('-').rpartition('.')[2]}"}:
+            guesses.setdefault(guess, []).append(spelling)
+    near = closest(option if option.startswith("--") else f"-{option}", guesses)
+    return f"did you mean {' or '.join(guesses[near])}?" if near else "`echod --help` lists the options"
+
+
+def _spellings(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Yield the option of every setting, those of named tables with NAME."""
+    for name, field in model.model_fields.items():
+        option = prefix + name.replace("_", "-")
+        table = section(field)
+        if table is None:
+            yield option
         else:
-            near = closest(option, known)
-            parser.error(f"unknown option {option}" + (f"; did you mean {near}?" if near else ""))
-    parsed = parser.parse_args(arguments)
-    return CommandLine(parsed.command, parsed.config, parsed.options)
+            yield from _spellings(table, f"{option}.NAME." if has_named_tables(field) else f"{option}.")
 
 
-def _parser(version: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="echod",
-        usage="%(prog)s [serve | check | config] [--config FILE] [--listen ADDRESS]... [--SECTION.KEY VALUE]...",
-        description="A TCP echo daemon (RFC 862) that returns every byte and reports exactly what it did.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _wrong_value(error: argparse.ArgumentError, parser: argparse.ArgumentParser) -> str:
+    option = str(error.argument_name).rpartition("/")[2]
+    action = _by_name(parser)[option]
+    return (
+        f"{option} takes no value" if action.nargs == 0 else f"{option} needs a value: write {option} {action.metavar}"
     )
-    parser.set_defaults(options={})
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=("serve", "check", "config"),
-        default="serve",
-        help="serve (the default): run the daemon; check: report all problems with the settings; config: print the "
-        "settings in force",
-    )
-    parser.add_argument("--version", action="version", version=f"echod {version}")
-    parser.add_argument(
-        "--config", metavar="FILE", help="the TOML file of settings (default: the variable ECHOD_CONFIG, else none)"
-    )
-    for group, keys in _groups():
-        section = parser.add_argument_group(group)
-        for key, text in keys:
-            option = f"--{'.'.join(key)}"
-            spellings = dict.fromkeys((option.replace("_", "-"), option))
-            action = _Append if key == ("listen",) else _Set
-            section.add_argument(*spellings, dest="options", action=action, metavar="VALUE", help=text)
-    return parser
 
 
-def _groups() -> Iterator[tuple[str, list[tuple[Key, str]]]]:
-    groups: dict[str, list[tuple[Key, str]]] = {}
-    for key, field in leaves():
-        text = f"{field.description} (default: {toml.value(field.default)})".replace("%", "%%")
-        title = Settings.model_fields[key[0]].description if len(key) > 1 else "settings"
-        groups.setdefault(f"{key[0]}: {title}" if len(key) > 1 else "settings", []).append((key, text))
-    yield from groups.items()
+def _check_address(text: str, command: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        addresses.parse_bindable(text)
+    except addresses.AddressError as error:
+        parser.error(str(error) if ":" in text else _advice_on_word(text, command))
 
 
-class _Set(argparse.Action):
-    def __call__(self, _: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
-        assert option is not None
-        namespace.options[_key(option)] = option, value
-
-
-class _Append(argparse.Action):
-    def __call__(self, _: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
-        assert option is not None
-        _, values = namespace.options.get(_key(option), (option, []))
-        namespace.options[_key(option)] = option, [*values, *(part.strip() for part in value.split(","))]
-
-
-def _key(option: str) -> Key:
-    parts = option.removeprefix("--").split(".")
-    field = Settings.model_fields.get(parts[0])
-    # The name of a named table is kept as the user wrote it.
-    names = {1} if field is not None and has_named_tables(field) else set()
-    return tuple(part if index in names else part.replace("-", "_") for index, part in enumerate(parts))
+def _advice_on_word(word: str, command: str) -> str:
+    if word in _WITH_SETTINGS:
+        return f"{word!r} is a command: write it first, and only one command"
+    if word in COMMANDS:
+        return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
+    if "/" in word or word.endswith(".toml"):
+        return (
+            f"{word!r} is not an address; write --config {word!r} for a settings file, {f'unix:{word}'!r} for a socket"
+        )
+    if command:
+        return f"{word!r} is not an address: write PORT, {addresses.FORMS}"
+    if near := closest(word, COMMANDS):
+        return f"{word!r} is neither a command nor an address; did you mean {near}?"
+    return f"{word!r} is neither a command ({', '.join(COMMANDS)}) nor an address, such as 8000, :8000 or HOST:8000"
