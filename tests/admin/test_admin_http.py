@@ -22,9 +22,9 @@ pytestmark = pytest.mark.once
 
 
 def test_methods_and_paths(start: Start) -> None:
-    """GET and HEAD are answered on five paths. Other methods get 405, other paths 404."""
+    """GET and HEAD are answered on six paths. Other methods get 405, other paths 404."""
     daemon = start(*WATCHED)
-    for path in ("/", "/livez", "/readyz", "/metrics", "/status"):
+    for path in ("/", "/livez", "/readyz", "/metrics", "/status", "/history"):
         body, head = get(daemon, path), get(daemon, path, "HEAD")
         assert (body.status, head.status, head.body) == (200, 200, b"")
         assert head.headers["Content-Type"] == body.headers["Content-Type"]
@@ -32,7 +32,7 @@ def test_methods_and_paths(start: Start) -> None:
         posted = get(daemon, path, "POST")
         assert (posted.status, posted.headers["Allow"], posted.headers["Connection"]) == (405, "GET, HEAD", "close")
     missing = get(daemon, "/metrics/")
-    assert (missing.status, missing.body) == (404, b"not found: use / /livez /readyz /metrics /status\n")
+    assert (missing.status, missing.body) == (404, b"not found: use / /livez /readyz /metrics /status /history\n")
     assert get(daemon, "/metrics?x=1").status == 200
     assert get(daemon, "/livez", "OPTIONS", Origin="http://elsewhere.example").status == 405
     assert daemon.stop() == 0
@@ -41,7 +41,7 @@ def test_methods_and_paths(start: Start) -> None:
 def test_headers(start: Start) -> None:
     """Answers are not cached, sniffed, framed or shared with other sites. The page may load nothing else."""
     daemon = start(*WATCHED)
-    for path in ("/", "/livez", "/metrics", "/status", "/none"):
+    for path in ("/", "/livez", "/metrics", "/status", "/history", "/none"):
         headers = get(daemon, path, Origin="http://elsewhere.example").headers
         assert headers["Cache-Control"] == "no-store"
         assert headers["X-Content-Type-Options"] == "nosniff"

@@ -8,12 +8,13 @@ import html.parser
 import json
 import os
 import re
-import shutil
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from browsing import CHROMEDRIVER, CHROMIUM, chromium, show
+from crowd import Crowd, Stuck
 from harness import receive, until
 from watching import WATCHED, get, place
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from harness import Start
 
 pytestmark = pytest.mark.once
-
-CHROMIUM = shutil.which("chromium")
-CHROMEDRIVER = shutil.which("chromedriver")
 
 
 class Page(html.parser.HTMLParser):
@@ -68,7 +66,8 @@ def test_page_is_self_contained(start: Start) -> None:
     assert "unsafe" not in policy
 
 
-HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+# The last character turns the direction of text.
+HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>\u202e"
 
 
 @pytest.fixture
@@ -76,40 +75,45 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     """Return a headless Chromium."""
     if CHROMIUM is None or CHROMEDRIVER is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "hide-scrollbars", f"user-data-dir={tmp_path / 'profile'}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(CHROMEDRIVER)
-    driver = webdriver.Chrome(options, service)
-    yield driver
-    driver.quit()
-
-
-def show(browser: Any, width: int, height: int, scheme: str) -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    with chromium(tmp_path / "profile") as driver:
+        yield driver
 
 
 def text_of(browser: Any, element: str) -> str:
     return str(browser.execute_script(f"return document.querySelector({element!r}).innerText"))
 
 
+def points(browser: Any) -> int:
+    """Return the number of samples in the chart of connections."""
+    script = "return (document.querySelector('#chart-active polyline')?.getAttribute('points') || '').split(' ').length"
+    return int(browser.execute_script(script))
+
+
+# Returns the words that are broken over two lines. The page may break lines at a <wbr>, where text nodes end.
+BROKEN_WORDS = """
+const range = document.createRange(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), broken = [];
+while (walker.nextNode())
+  for (const word of walker.currentNode.data.matchAll(/[^\\s-]+/g)) {
+    range.setStart(walker.currentNode, word.index);
+    range.setEnd(walker.currentNode, word.index + word[0].length);
+    if (new Set([...range.getClientRects()].map((box) => box.top)).size > 1) broken.push(word[0]);
+  }
+return broken;
+"""
+
+
 @pytest.mark.chromium
 def test_page_in_a_browser(start: Start, browser: Any, tmp_path: Path, certificates: Certificates) -> None:
-    """The page is live, shows names as text, fits a phone, and reports when echod drains or is gone."""
+    """The page is live, shows names as text, fits a phone, and reports when echod drains or is gone.
+
+    A paused client is shown, and a reload keeps the charts.
+    """
     config = tmp_path / "echo.toml"
     config.write_text(f"[listeners.{json.dumps(HOSTILE)}]\naddress = '127.0.0.1:0'\n")
     daemon = start(
-        *(*WATCHED, "--config", str(config), "--shutdown.quiet-period", "100", "--shutdown.drain-timeout", "100"),
-        *certificates.options("secure"),
+        *(*WATCHED, "--config", str(config), "--shutdown.quiet-period", "1000", "--shutdown.drain-timeout", "1000"),
+        *(*certificates.options("secure"), "--limits.write-timeout", "600"),
     )
     browser.get(f"http://127.0.0.1:{place(daemon)[1]}/")
     until(lambda: text_of(browser, "#state") == "ready")
@@ -117,11 +121,14 @@ def test_page_in_a_browser(start: Start, browser: Any, tmp_path: Path, certifica
     assert text_of(browser, "#certificates").startswith("secure")
     assert "89\xa0d left" in text_of(browser, "#certificates")
     listeners = text_of(browser, "#listeners")
-    assert HOSTILE in listeners
-    assert "--shutdown.quiet-period" in text_of(browser, "#settings")
+    assert HOSTILE.replace("\u202e", "\\u{202e}") in listeners
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('#settings tr')].map((row) => [...row.cells].map((cell) => cell.innerText))"
+    )
+    assert ["shutdown.quiet_period", "1000", "--shutdown.quiet-period"] in rows
 
     daemon.echo(b"closed before the page is read")
-    with daemon.connect() as client:
+    with daemon.connect() as client, Crowd() as crowd:
 
         def flow() -> bool:
             client.sendall(b"x" * 50_000)
@@ -131,12 +138,23 @@ def test_page_in_a_browser(start: Start, browser: Any, tmp_path: Path, certifica
             )
 
         until(flow)
-        until(lambda: text_of(browser, "#active") == "1")
+        paused = crowd.add(daemon.connect(receive_buffer=4096), None, 1)
+        crowd.pause_reading(paused)
+        crowd.run(Stuck(paused))
+        until(lambda: text_of(browser, "#active") == "2")
+        until(lambda: text_of(browser, "#states") == "1 open, 1 paused")
+        first = text_of(browser, "#clients tr")
+        assert (f"127.0.0.1:{paused.port}" in first, "paused" in first) == (True, True)
+        until(lambda: points(browser) > 2)
+        browser.refresh()
+        until(lambda: text_of(browser, "#state") == "ready")
+        assert points(browser) > 2
         assert f"127.0.0.1:{client.getsockname()[1]}" in text_of(browser, "#clients")
-        assert re.fullmatch(r"eof\s+1", text_of(browser, "#closed"))
+        assert re.fullmatch(r"clean\s+eof\s+1", text_of(browser, "#closed"))
         for width, height, scheme in ((1200, 1000, "light"), (390, 844, "dark"), (360, 640, "light")):
             show(browser, width, height, scheme)
             assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            assert browser.execute_script(BROKEN_WORDS) == []
             background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
             channels = [int(channel) for channel in re.findall(r"\d+", background)]
             assert (sum(channels) < 384) == (scheme == "dark")
@@ -145,7 +163,9 @@ def test_page_in_a_browser(start: Start, browser: Any, tmp_path: Path, certifica
 
         daemon.send_signal()
         until(lambda: text_of(browser, "#state") == "draining")
-        assert "1 still connected" in text_of(browser, "#notice")
+        left = re.compile(r"Draining: 2 clients still connected; at most 1[0-6]\smin left\.")
+        until(lambda: left.fullmatch(text_of(browser, "#notice")) is not None)
+        paused.sock.close()
     assert daemon.wait() == 0
     until(lambda: text_of(browser, "#state") == "gone")
     assert "No answer from echod" in text_of(browser, "#notice")

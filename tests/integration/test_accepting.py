@@ -327,6 +327,7 @@ def test_receipt_covers_the_whole_stop(serve: Callable[..., None]) -> None:
         clients = [socket.create_connection(serving.address, PATIENCE) for _ in range(5)]
         await until(lambda: serving.server.clients == 5)
         before = len(serving.lines("client_closed"))
+        assert serving.server.stop_deadlines is None
         assert serving.server.begin_stop() == 5
         for client in clients:
             client.close()

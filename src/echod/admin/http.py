@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily
 
 from echod import threads
 from echod.admin.connections import Connections
+from echod.admin.history import History
 from echod.admin.hosts import HostCheck
 from echod.admin.limits import DEFAULT_LIMITS
 from echod.admin.metrics import Families, Histograms, render
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 _ERRORS = {400: "this is not an HTTP request: use http://, without TLS\n"}
 
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+
+_JSON = {"Content-Type": "application/json"}
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -81,6 +84,7 @@ class Admin:
             "/readyz": self._get_readyz,
             "/metrics": self._get_metrics,
             "/status": self._get_status,
+            "/history": self._get_history,
         }
 
     def observer(self, name: str) -> Callable[[Entry], None]:
@@ -100,7 +104,8 @@ class Admin:
         self._view = view
         self._log = log
         self._snapshot = Snapshot(view)
-        self._reporter = Reporter(view, self._snapshot)
+        self._history = History(self._snapshot)
+        self._reporter = Reporter(view, self._snapshot, self._history)
         self._metrics = Shared(self._render_metrics, self._limits)
         self._status = Shared(self._render_status, self._limits)
         server = _Server(
@@ -124,25 +129,27 @@ class Admin:
         )
         self._listener_task.set_backlog(self._limits.backlog)
         self._failed: asyncio.Future[BaseException] = self._loop.create_future()
-        self._accepting = self._loop.create_task(self._listener_task.run())
-        self._accepting.add_done_callback(self._note_failure)
+        self._tasks = [self._loop.create_task(run()) for run in (self._listener_task.run, self._history.run)]
+        for task in self._tasks:
+            task.add_done_callback(self._note_failure)
 
     async def wait_failed(self) -> BaseException:
-        """Wait until the listener task fails, which is a defect, and return its exception.
+        """Wait until a task of the admin listener fails, which is a defect, and return its exception.
 
-        New connections wait in the backlog after that: close the admin listener.
+        New connections may wait in the backlog after that: close the admin listener.
         """
         return await asyncio.shield(self._failed)
 
     async def close(self) -> None:
         """Let unfinished answers finish for half a second, then close everything."""
-        self._accepting.cancel()
-        await asyncio.wait([self._accepting])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         self._listener_task.close()
         await self._connections.close()
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not (task.cancelled() or self._failed.done()) and (error := task.exception()) is not None:
             self._failed.set_result(error)
 
     def _log_pause(self, cause: str) -> None:
@@ -181,7 +188,10 @@ class Admin:
         return _response(200, await self._metrics.get(), {"Content-Type": _EXPOSITION})
 
     async def _get_status(self) -> web.Response:
-        return _response(200, await self._status.get(), {"Content-Type": "application/json"})
+        return _response(200, await self._status.get(), _JSON)
+
+    async def _get_history(self) -> web.Response:
+        return _response(200, json.dumps(self._history.series()) + "\n", _JSON)
 
     async def _get_page(self) -> web.Response:
         return _response(200, self._page, self._page_headers)

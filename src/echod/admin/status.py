@@ -7,22 +7,28 @@ import heapq
 import itertools
 import os
 import platform
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import echod
 from echod.admin.snapshot import STATES, STEP, state_of
+from echod.connection.outcome import MEANINGS, Reason
+from echod.net import kernel
 from echod.net.certificates import iso
 from echod.settings.model import Settings, flat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from echod.admin.history import History
     from echod.admin.snapshot import Count, DaemonView, Snapshot
+    from echod.connection.echo import EchoSession
     from echod.net.certificates import ServerTls
+    from echod.net.kernel import TcpInfo
     from echod.server.client import Client
 
-# Clients listed in a report.
+# Clients per list in a report.
 _TOP = 10
 
 # The shortest time in seconds over which a rate is measured.
@@ -31,8 +37,6 @@ _SHORTEST_SPAN = 0.9
 
 class _Sample(NamedTuple):
     time: float
-    totals: dict[str, tuple[int, int]]
-    """Bytes received and sent, by listener name."""
     clients: dict[int, int]
     """Bytes received, by the id() of each connected client."""
 
@@ -45,24 +49,30 @@ class _Traffic(NamedTuple):
 
 
 class Reporter:
-    """Write reports. Rates are measured since the previous report, if that is at least 0.9 seconds old."""
+    """Write reports.
 
-    def __init__(self, view: DaemonView, snapshot: Snapshot) -> None:
+    A listener's rates are measured since the last sample of the history, a client's since the previous report. Either
+    must be at least 0.9 seconds old.
+    """
+
+    def __init__(self, view: DaemonView, snapshot: Snapshot, history: History) -> None:
         self._view = view
         self._snapshot = snapshot
+        self._history = history
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
-        self._base = self._latest = _Sample(self._started, {}, {})
+        self._base = self._latest = _Sample(self._started, {})
 
     async def report(self) -> dict[str, object]:
         """Return a report. Sizes are in bytes, times in seconds."""
         view = self._view
         counts = await self._snapshot.take()
+        self._history.add(counts)
         now = self._loop.time()
         if now - self._latest.time >= _SHORTEST_SPAN:
             self._base = self._latest
-            self._latest = _Sample(now, {name: (count.received, count.sent) for name, count in counts.items()}, {})
-        busiest = await self._busiest(counts, now)
+            self._latest = _Sample(now, {})
+        busiest, paused = await self._notable(counts, now)
         config = view.resources().config
         listeners = [self._listener(name, count, now) for name, count in counts.items()]
         return {
@@ -73,12 +83,15 @@ class Reporter:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "uptime_seconds": round(now - self._started, 3),
             "state": "draining" if view.draining() else "ready",
+            "stop": self._stop(now),
             "listeners": listeners,
             "clients": {
                 "active": sum(sum(count.states.values()) for count in counts.values()),
                 "states": {state: sum(count.states[state] for count in counts.values()) for state in STATES},
+                "paused": [_client(entry, now) for entry in paused],
                 "most_traffic": [_client(entry, now) for entry in busiest],
             },
+            "closed": _closed(counts.values()),
             "log_lines_dropped": view.log_lines_dropped(),
             "reloads": dict(view.reloads),
             "settings": list(_changed(config.settings, config.origins)),
@@ -87,8 +100,9 @@ class Reporter:
 
     def _listener(self, name: str, count: Count, now: float) -> dict[str, object]:
         server, counters = self._view.servers[name], count.counters
-        received, sent = self._base.totals.get(name, (0, 0))
-        span = max(now - self._base.time, _SHORTEST_SPAN)
+        since, totals = self._history.last(_SHORTEST_SPAN)
+        received, sent = totals.get(name, (0, 0))
+        span = max(now - since, _SHORTEST_SPAN)
         tls = self._view.resources().tls.get(name) if server.settings.tls is not None else None
         return {
             "name": name,
@@ -112,29 +126,45 @@ class Reporter:
             "sent_per_second": round((count.sent - sent) / span),
         }
 
-    async def _busiest(self, counts: Mapping[str, Count], now: float) -> list[_Traffic]:
-        """Return the clients with the most traffic. If the latest sample is new, store each client's bytes in it."""
+    def _stop(self, now: float) -> dict[str, float] | None:
+        """Describe the stop, if one has begun: the seconds in which clients are still accepted, and those to its end."""
+        deadlines = [server.stop_deadlines for server in self._view.servers.values()]
+        begun = [each for each in deadlines if each is not None]
+        if not begun:
+            return None
+        accepting, draining = (round(max(0.0, max(times) - now), 1) for times in zip(*begun, strict=True))
+        return {"accepting_seconds_left": accepting, "seconds_left": draining}
+
+    async def _notable(self, counts: Mapping[str, Count], now: float) -> tuple[list[_Traffic], list[_Traffic]]:
+        """Return the clients with the most traffic, and the paused clients with the least.
+
+        If the latest sample is new, store each client's bytes in it.
+        """
         base, fresh = self._base, self._latest.time == now
         busiest: list[_Traffic] = []
+        paused: list[_Traffic] = []
         for name, count in counts.items():
             for first in range(0, len(count.clients), STEP):
                 step = slice(first, first + STEP)
                 clients, traffic = count.clients[step], count.traffic[step]
                 if fresh:
                     self._latest.clients.update(zip(map(id, clients), traffic, strict=True))
-                entries = (
+                entries = [
                     _Traffic(_rate(client, received, base, now), received, name, client)
                     for client, received in zip(clients, traffic, strict=True)
                     if received
-                )
+                ]
+                stuck = (entry for entry in entries if state_of(entry.client.session) == "paused")
                 busiest = heapq.nlargest(_TOP, itertools.chain(busiest, entries), key=lambda entry: entry[:2])
+                paused = heapq.nsmallest(_TOP, itertools.chain(paused, stuck), key=lambda entry: entry[:2])
                 await asyncio.sleep(0)
-        return busiest
+        return busiest, paused
 
 
 def _client(entry: _Traffic, now: float) -> dict[str, object]:
     rate, received, name, client = entry
     session = client.session
+    info = _tcp_info(session)
     return {
         "listener": name,
         "peer": client.peer,
@@ -144,8 +174,34 @@ def _client(entry: _Traffic, now: float) -> dict[str, object]:
         "received": received,
         "unsent": session.unsent(),
         "received_per_second": round(rate),
+        "rtt_ms": None if info is None else info.rtt_ms,
+        "retransmits": None if info is None else info.retransmits,
         "tls": session.tls.version if session.tls is not None else None,
     }
+
+
+def _tcp_info(session: EchoSession) -> TcpInfo | None:
+    """Return the kernel's figures of a connection: the final ones, or else those of now."""
+    if session.tcp_info is not None:
+        return session.tcp_info
+    try:
+        return kernel.tcp_info(session.sock)
+    except OSError:  # refused, or the client has left during the report
+        return None
+
+
+def _closed(counts: Iterable[Count]) -> dict[Reason, dict[str, object]]:
+    """Return the number of closed connections by reason, most first, and the side that caused it."""
+    sums = sum((count.counters.reasons for count in counts), Counter[Reason]())
+    return {reason: {"connections": number, "caused_by": _side(reason)} for reason, number in sums.most_common()}
+
+
+def _side(reason: Reason) -> str | None:
+    """Return the side that caused an end for this reason, "client" or "echod", or None if nothing went wrong."""
+    meaning = MEANINGS[reason]
+    if meaning.is_clean:
+        return None
+    return "client" if meaning.peer_to_blame else "echod"
 
 
 def _rate(client: Client, received: int, base: _Sample, now: float) -> float:

@@ -92,6 +92,18 @@ class Server:
         return self._clients.values()
 
     @property
+    def stop_deadlines(self) -> tuple[float, float] | None:
+        """The loop's times at which a stop ends its delay and its drain, or None before the stop.
+
+        A pause of the process extends both.
+        """
+        if self._stop_began is None:
+            return None
+        shutdown = self.settings.shutdown
+        delayed = self._stop_began[0] + shutdown.delay
+        return delayed, delayed + shutdown.drain_timeout + shutdown.linger_timeout
+
+    @property
     def accept_paused(self) -> bool:
         """Whether new clients have to wait in the backlog."""
         return self._listener.is_paused
