@@ -44,7 +44,7 @@ FORMAT = """<svg viewBox="0 0 {width} {{height}}" xmlns="http://www.w3.org/2000/
 {styles}
 </style>
 <defs>{lines}</defs>
-<rect width="100%" height="100%" rx="8" fill="#0d1117"/>
+<rect width="100%" height="100%" rx="8" fill="#0d1117" stroke="#30363d" stroke-width="2"/>
 <g transform="translate({terminal_x}, 12)">{backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
 </svg>
 """
