@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
+
 from terminal import COLUMNS, Terminal
 
 PICTURE = Path(__file__).with_name("terminal.svg")
