@@ -12,9 +12,9 @@ import asyncio
 import echod
 
 
-async def greet(host: str, port: int) -> bytes:
+async def greet(port: int) -> bytes:
     """Connect as a client, send a complete line and an incomplete one, and return the echo."""
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"hello, echo\r\nunfinished")
     writer.write_eof()
     echo = await reader.read()
@@ -32,9 +32,7 @@ async def main() -> None:
         limits={"max_line": "1KiB", "idle_timeout": 60},
         observe=closed.put_nowait,
     ) as server:
-        match server.addresses:
-            case [echod.TcpAddress(host, port)]:
-                print(await greet(host, port))
+        print(await greet(server.port))
         entry = await closed.get()
         print(f"{entry.received} bytes received, {entry.acked} acknowledged, end: {entry.reason}")
         receipt = await server.shutdown()

@@ -1,4 +1,4 @@
-"""Measure the six steps and echod, and write the table in docs/explanation/evolution.md and the picture next to it.
+"""Measure the seven steps and echod, and write the table in docs/explanation/evolution.md and the picture next to it.
 
     PYTHONPATH=tests/support python examples/evolution/measure.py [ROUNDS]
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 DOCS = HERE.parents[1] / "docs" / "explanation"
 PAGE, PICTURE = DOCS / "evolution.md", DOCS / "evolution.svg"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
-NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "echod")
+NAMES = ("1 one client", "2 in turn", "3 busy loop", "4 selectors", "5 tasks", "6 shutdown", "7 protocol", "echod")
 COLUMNS = ("CPU, one silent client", "second client's wait", "CPU per message", "lost at a stop under load")
 # Clients and messages of the steps that cannot serve 50 clients and 20,000 messages. Step 1 serves one client. Step 2
 # reads one line from each of its clients after every `accept`, which makes 1 + 2 + … + 50 lines.
@@ -142,7 +142,7 @@ def picture(rows: dict[str, list[Figure]]) -> str:
     across, down = left + width * len(COLUMNS), top + height * len(rows) + 12
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{across}" height="{down}" viewBox="0 0 {across} {down}">',
-        "<title>The six steps and echod: idle CPU, second client, CPU per message, loss at a stop</title>",
+        "<title>The seven steps and echod: idle CPU, second client, CPU per message, loss at a stop</title>",
         "<style>",
         "  text { font: 13px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }",
         "  .head { font-weight: 600 } .card { fill: #ffffff; stroke: #d0d7de } .track { fill: #eaeef2 }",

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 HERE = Path(__file__).parent
-STEPS = ("step1_one_client", "step2_in_turn", "step3_busy_loop", "step4_selectors", "step5_tasks", "step6_shutdown")
+STEPS = (
+    *("step1_one_client", "step2_in_turn", "step3_busy_loop", "step4_selectors", "step5_tasks", "step6_shutdown"),
+    "step7_protocol",
+)
 # Upper bound of any single wait, in seconds. Only a failure reaches it.
 PATIENCE = 30.0
 # A line of 512 bytes with numbered fields. A lost byte shifts the rest, so a comparison detects it.

@@ -7,12 +7,14 @@ import logging
 import os
 from collections import defaultdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
 from echod.connection.tls import TlsBuffers, TlsEnd
+from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
+from echod.options import ServerOptions
 from echod.server import server
 from echod.server.ledger import Ledger
 from echod.server.settings import ServerSettings
@@ -22,13 +24,12 @@ from echod.settings.problems import Problem, SettingsError, validate
 from echod.text import hint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Unpack
 
     from structlog.typing import FilteringBoundLogger
 
-    from echod.net.addresses import TcpAddress, UnixAddress
     from echod.server.ledger import Entry
     from echod.server.receipt import Receipt
     from echod.settings.resources import Resources
@@ -46,43 +47,18 @@ _SILENT: FilteringBoundLogger = structlog.wrap_logger(
 ).bind()
 
 
-class CommonOptions(TypedDict, total=False):
-    """The options of every server. Names, defaults and checks are those of the settings."""
-
-    mode: Literal["stream", "line", "info"]
-    limits: dict[str, Any]
-    """The keys of `[limits]`. The program itself sets its limit of descriptors; without a free one, accepting pauses."""
-    shutdown: dict[str, Any]
-    """The keys of `[shutdown]`."""
-    proxy_protocol: Literal["off", "require"]
-    proxy_trusted: Sequence[str]
-    fault: dict[str, Any]
-    """The keys of a `[faults.NAME]`."""
-
-
-class Options(CommonOptions, total=False):
-    """The options of `Server.listen`."""
-
-    socket_mode: str
-    tls: dict[str, Any]
-    """The keys of a listener's `tls`; a file may be a path object."""
-
-
-class Server:
+class Server(server.Server):
     """Run an echo server in your own asyncio program.
 
         async with echod.Server.listen("127.0.0.1:0", mode="line") as server:
-            print(*server.addresses)
+            print(server.port)
             ...
             receipt = await server.shutdown()
 
     Without `async with`, `start` it in a running loop of asyncio or uvloop, and end it with `shutdown`. It belongs to that
     loop. A loop may have several servers, and each thread a loop. Make all calls in the thread of the loop, except those
-    that read `addresses` and `clients`.
+    that read `addresses`, `port` and `clients`. docs/how-to/library.md lists the methods that a program may use.
     """
-
-    def __init__(self, core: server.Server) -> None:
-        self._core = core
 
     @classmethod
     def listen(
@@ -91,7 +67,7 @@ class Server:
         *,
         logger: FilteringBoundLogger | None = None,
         observe: Callable[[Entry], None] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[ServerOptions],
     ) -> Self:
         """Open an address and return a server for it, which is not started yet.
 
@@ -104,26 +80,37 @@ class Server:
             logger: logger of structlog for the lines that the daemon would log, such as `client_closed` for each client
                 that sent a byte. None: log nothing.
             observe: called in the loop with the entry of every closed connection.
-            options: the keys of `echod.embed.Options`. docs/reference/configuration.md has every key and default.
+            options: the keys of `echod.options.ServerOptions`. docs/reference/configuration.md has every key and default.
 
         Raises:
             SettingsError: options are wrong; it has all problems.
             ListenError: the address cannot be opened.
 
         """
-        acquired = acquire(address, options)
+        return cls.open(acquire(address, options, ServerOptions.__optional_keys__), logger, observe)
+
+    @classmethod
+    def open(
+        cls, acquired: Resources, logger: FilteringBoundLogger | None, observe: Callable[[Entry], None] | None
+    ) -> Self:
+        """Open the address of acquired options, as `listen` does.
+
+        Raises:
+            ListenError: the address cannot be opened.
+
+        """
         settings = acquired.config.settings
         table, tls = settings.listeners[_NAME], acquired.tls.get(_NAME)
         (listener,) = open_listeners(
-            [ListenerSpec(address, table.parsed_address, table.permissions)], settings.limits.backlog
+            [ListenerSpec(table.address, table.parsed_address, table.permissions)], settings.limits.backlog
         )
-        log = _SILENT if logger is None else logger.bind(listener=address)
+        log = _SILENT if logger is None else logger.bind(listener=table.address)
         for _, warning in acquired.warnings(datetime.now(UTC)):
             log.warning(warning.event, **warning.fields)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
         sections = ServerSettings(table, settings.limits, settings.shutdown, settings.faults.get(table.fault), end)
-        return cls(server.Server(listener.sockets, sections, ledger))
+        return cls(listener.sockets, sections, ledger)
 
     async def __aenter__(self) -> Self:
         """Begin to accept."""
@@ -142,32 +129,18 @@ class Server:
             raise
 
     @property
-    def addresses(self) -> list[TcpAddress | UnixAddress]:
-        """The addresses of the sockets, with the actual port instead of 0. They remain after the end."""
-        return self._core.addresses
-
-    @property
-    def clients(self) -> int:
-        """The number of connected clients."""
-        return self._core.clients
-
-    def start(self) -> None:
-        """Begin to accept, in the running loop.
+    def port(self) -> int:
+        """The TCP port, which is the same for all addresses of a name.
 
         Raises:
-            RuntimeError: it was called before, or this is not the server's loop.
+            RuntimeError: this is a unix socket.
 
         """
-        self._core.start()
-
-    def begin_stop(self) -> int:
-        """Begin the time that the receipt covers, and return the number of clients. `shutdown` calls it too.
-
-        Raises:
-            RuntimeError: this is not the server's loop.
-
-        """
-        return self._core.begin_stop()
+        ports = [address.port for address in self.addresses if isinstance(address, TcpAddress)]
+        if not ports:
+            msg = f"{self!r} has no TCP port"
+            raise RuntimeError(msg)
+        return ports[0]
 
     async def shutdown(self) -> Receipt:
         """Stop gracefully and return the receipt.
@@ -179,72 +152,42 @@ class Server:
             Exception: a task of the server failed, which is a defect. The clients have been drained all the same.
 
         """
-        receipt = await self._core.shutdown()
-        if self._core.failure is not None:
-            raise self._core.failure
+        receipt = await super().shutdown()
+        if self.failure is not None:
+            raise self.failure
         return receipt
 
-    def abort(self) -> None:
-        """Reset every client in a shutdown that is running or follows, and end it at once. Idempotent.
 
-        Raises:
-            RuntimeError: this is not the server's loop.
-
-        """
-        self._core.abort()
-
-
-def acquire(address: str, options: Mapping[str, Any]) -> Resources:
+def acquire(address: str, options: Mapping[str, Any], known: frozenset[str]) -> Resources:
     """Return the settings from the options, with one listener, and load the files that they name.
+
+    Args:
+        address: the address of the listener.
+        options: by their names.
+        known: the names that the caller may use.
 
     Raises:
         SettingsError: options are wrong; it has all problems, under the options' names.
 
     """
-    check_names(options, Options.__optional_keys__)
-    table = {name: value for name, value in options.items() if name not in {"limits", "shutdown", "fault"}}
-    if isinstance(tls := options.get("tls"), dict):
-        table["tls"] = {
+    names = sorted(known)
+    problems = [Problem("", name, f"unknown option; {hint(name, names)}") for name in options if name not in known]
+    values = {name: value for name, value in options.items() if name in known}
+    settings: dict[str, Any] = {name: values.pop(name) for name in ("limits", "shutdown", "loop") if name in values}
+    if "fault" in values:
+        settings["faults"] = {_FAULT: values["fault"]}
+        values["fault"] = _FAULT
+    if isinstance(tls := values.get("tls"), dict):
+        values["tls"] = {
             key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in tls.items()
         }
-    values = {name: options[name] for name in ("limits", "shutdown") if name in options}
-    if "fault" in options:
-        values["faults"] = {_FAULT: options["fault"]}
-        table["fault"] = _FAULT
-    values |= {"listen": (), "listeners": {_NAME: {"address": address, **table}}}
-    try:
-        return _acquire(values)
-    except SettingsError as error:
-        raise SettingsError([problem._replace(key=_own(problem.key)) for problem in error.problems]) from None
-
-
-def check_loop(choice: object) -> None:
-    """Check that a loop of this name is available.
-
-    Raises:
-        SettingsError: the name is unknown, or uvloop is not installed.
-
-    """
-    _acquire({"loop": choice})
-
-
-def check_names(options: Collection[str], known: Collection[str]) -> None:
-    """Check that all options are known.
-
-    Raises:
-        SettingsError: options are unknown; it has a suggestion for each.
-
-    """
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        names = sorted(known)
-        raise SettingsError([Problem("", name, f"unknown option; {hint(name, names)}") for name in unknown])
-
-
-def _acquire(values: Mapping[str, Any]) -> Resources:
+    settings |= {"listen": (), "listeners": {_NAME: {"address": address, **values}}}
     # All values come from one call, so problems have no origin.
     origins: defaultdict[Key, str] = defaultdict(str)
-    return resources.acquire(Config(validate(values, origins), origins, ()))
+    try:
+        return resources.acquire(Config(validate(settings, origins, problems), origins, ()))
+    except SettingsError as error:
+        raise SettingsError([problem._replace(key=_own(problem.key)) for problem in error.problems]) from None
 
 
 def _own(key: str) -> str:

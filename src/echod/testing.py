@@ -12,19 +12,20 @@ import threading
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from echod import embed
 from echod.embed import Server
 from echod.loops import loop_factory
-from echod.net.addresses import TcpAddress
+from echod.options import ThreadOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from types import TracebackType
     from typing import Unpack
 
     from echod.server.ledger import Entry
     from echod.server.receipt import Receipt
+    from echod.settings.resources import Resources
 
 # In seconds. They are short, so that a test which leaves a connection open ends soon.
 SHUTDOWN = {"quiet_period": 0.05, "drain_timeout": 1.0, "linger_timeout": 0.2}
@@ -33,17 +34,18 @@ _HOST = "127.0.0.1"
 _NAMES = ("localhost", _HOST, "::1")
 
 
-class ThreadOptions(embed.CommonOptions, total=False):
-    """The options of a `ServerThread`, and of the marker `echod`."""
+class ServerFactory(Protocol):
+    """The fixture `echod_factory`."""
 
-    tls: bool | dict[str, Any]
-    """True: issue a certificate for the test. A dict has the keys of a listener's `tls`; without a certificate in it, one
-    is issued too."""
-    loop: Literal["auto", "uvloop", "asyncio"]
+    def __call__(self, **options: Unpack[ThreadOptions]) -> ServerThread:
+        """Start a server, which is stopped at the end of the test."""
 
 
 class ServerThread:
-    """Run a server on a free port of 127.0.0.1. It listens once the constructor returns.
+    """Run a server on a free port of 127.0.0.1. It listens once the constructor returns, and `with` stops it at the end.
+
+        with ServerThread(mode="line") as server:
+            client = socket.create_connection(server.address)
 
     The defaults of `shutdown` are shorter than those of the daemon: a quiet period of 0.05 s, a drain timeout of 1 s and
     a linger timeout of 0.2 s.
@@ -52,7 +54,7 @@ class ServerThread:
     stop the server raise RuntimeError there.
 
     Args:
-        options: the keys of `ThreadOptions`. docs/how-to/testing.md explains them.
+        options: the keys of `echod.options.ThreadOptions`. docs/how-to/testing.md explains them.
 
     Raises:
         SettingsError: options are wrong; it has all problems.
@@ -61,9 +63,6 @@ class ServerThread:
     """
 
     def __init__(self, **options: Unpack[ThreadOptions]) -> None:
-        embed.check_names(options, ThreadOptions.__optional_keys__)
-        loop = options.get("loop", "auto")
-        embed.check_loop(loop)
         self._process = os.getpid()
         self._news = threading.Condition()
         self._entries: list[Entry] = []
@@ -71,10 +70,10 @@ class ServerThread:
         self._started: Future[None] = Future()
         self._ended: Future[Receipt] = Future()
         with contextlib.ExitStack() as resources:
-            given: dict[str, Any] = {name: value for name, value in options.items() if name not in {"loop", "tls"}}
+            given: dict[str, Any] = dict(options)
             if isinstance(shutdown := given.get("shutdown", {}), dict):
                 given["shutdown"] = SHUTDOWN | shutdown
-            tls = options.get("tls", False)
+            tls = given.pop("tls", False)
             if tls is True or (isinstance(tls, dict) and not tls.keys() & {"certificate", "private_key"}):
                 folder = Path(tempfile.mkdtemp(prefix="echod-"))
                 resources.callback(weakref.finalize(self, _remove, folder, self._process))
@@ -82,21 +81,36 @@ class ServerThread:
                 given["tls"] = _certify(folder, self._authority) | ({} if tls is True else tls)
             elif tls is not False:
                 given["tls"] = tls
-            self._thread = threading.Thread(
-                target=self._work, args=(loop_factory(loop), given), name="echod", daemon=True
-            )
+            acquired = embed.acquire(f"{_HOST}:0", given, ThreadOptions.__optional_keys__)
+            self._thread = threading.Thread(target=self._work, args=(acquired,), name="echod", daemon=True)
             self._thread.start()
             self._started.result()
             self._resources = resources.pop_all()
+
+    def __repr__(self) -> str:
+        """Return the address, the state and the number of clients."""
+        return f"<ServerThread {getattr(self, '_server', 'not started')}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop gracefully."""
+        self.stop()
 
     # Called by the test
 
     @property
     def address(self) -> tuple[str, int]:
         """The address as `socket.create_connection` takes it."""
-        (address,) = self._server.addresses
-        assert isinstance(address, TcpAddress)
-        return address.host, address.port
+        return _HOST, self.port
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return self._server.port
 
     @property
     def clients(self) -> int:
@@ -177,18 +191,18 @@ class ServerThread:
 
     # Called in the thread
 
-    def _work(self, factory: Callable[[], asyncio.AbstractEventLoop], options: dict[str, Any]) -> None:
+    def _work(self, acquired: Resources) -> None:
         try:
-            with asyncio.Runner(loop_factory=factory) as runner:
-                receipt = runner.run(self._serve(options))
+            with asyncio.Runner(loop_factory=loop_factory(acquired.config.settings.loop)) as runner:
+                receipt = runner.run(self._serve(acquired))
         except BaseException as error:  # noqa: BLE001  (the future raises it in the test)
             (self._ended if self._started.done() else self._started).set_exception(error)
         else:
             self._ended.set_result(receipt)
 
-    async def _serve(self, options: dict[str, Any]) -> Receipt:
+    async def _serve(self, acquired: Resources) -> Receipt:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with Server.listen(f"{_HOST}:0", observe=self._enter, **options) as server:
+        async with Server.open(acquired, None, self._enter) as server:
             self._server = server
             self._started.set_result(None)
             await self._stop.wait()

@@ -142,7 +142,7 @@ def test_page_in_a_browser(start: Start, browser: Any, tmp_path: Path, certifica
         crowd.pause_reading(paused)
         crowd.run(Stuck(paused))
         until(lambda: text_of(browser, "#active") == "2")
-        until(lambda: text_of(browser, "#states") == "1 open, 1 paused")
+        until(lambda: text_of(browser, "#states") == "1\xa0open, 1\xa0paused")
         first = text_of(browser, "#clients tr")
         assert (f"127.0.0.1:{paused.port}" in first, "paused" in first) == (True, True)
         until(lambda: points(browser) > 2)

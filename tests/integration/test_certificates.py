@@ -137,8 +137,7 @@ def test_warnings_of_a_server_in_a_program(loop_name: str, tmp_path: Path, autho
     file = write(tmp_path / "server.pem", server.key_pem, server.pem)
 
     async def listen() -> None:
-        tls = {"certificate": file, "private_key": file}
-        async with Server.listen(logger=structlog.get_logger(), tls=tls):
+        async with Server.listen(logger=structlog.get_logger(), tls={"certificate": file, "private_key": file}):
             pass
 
     with structlog.testing.capture_logs() as lines, asyncio.Runner(loop_factory=loop_factory(loop_name)) as runner:

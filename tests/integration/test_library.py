@@ -7,9 +7,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +18,6 @@ import echod
 from echod.embed import Server
 from echod.loops import loop_factory
 from echod.net.listeners import ListenerSpec, open_listeners
-from echod.server import server
 from echod.server.ledger import Ledger
 from echod.server.timeouts import Sweep
 from harness import PATIENCE
@@ -28,16 +25,15 @@ from serving import run_in_loop, server_settings, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from certificates import Certificates
+    from echod.options import FaultOptions, ShutdownOptions, TlsOptions
 
     Run = Callable[[Callable[[], Awaitable[None]]], None]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "library.md"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "embedded.py"
-
 # Short timeouts for clients that a test leaves open.
-SOON = {"quiet_period": 0.05, "drain_timeout": 0.2, "linger_timeout": 0.1}
+SOON: ShutdownOptions = {"quiet_period": 0.05, "drain_timeout": 0.2, "linger_timeout": 0.1}
 
 
 @pytest.fixture
@@ -105,7 +101,7 @@ def test_options_have_their_effect(run_scene: Run) -> None:
             reader, writer = await connect(info)
             assert b'"peer"' in await reader.read()
             writer.close()
-        fault = {"trigger": "boom", "action": "raise"}
+        fault: FaultOptions = {"trigger": "boom", "action": "raise"}
         async with Server.listen(fault=fault, shutdown=SOON, observe=observe) as faulty:
             assert await echo(faulty, b"boom") == b""
             assert (await entries.get()).reason == "fault"
@@ -123,7 +119,7 @@ def test_tls(run_scene: Run, certificates: Certificates) -> None:
 
     async def scene() -> None:
         entries: asyncio.Queue[echod.Entry] = asyncio.Queue()
-        tls = {"certificate": certificates.certificate, "private_key": certificates.key}
+        tls: TlsOptions = {"certificate": certificates.certificate, "private_key": certificates.key}
         async with Server.listen(tls=tls, shutdown=SOON, observe=entries.put_nowait) as server:
             assert await echo(server, b"secret", ssl=certificates.context(), server_hostname="localhost") == b"secret"
             entry = await entries.get()
@@ -145,6 +141,31 @@ def test_unix_socket(run_scene: Run, tmp_path: Path) -> None:
             assert await reader.read(1) == b"x"
             writer.close()
         assert not path.exists()
+
+    run_scene(scene)
+
+
+def test_port_and_repr(run_scene: Run, tmp_path: Path) -> None:
+    """The port is that of all addresses. The text of a server names its addresses, its state and its clients."""
+    path = tmp_path / "echo.sock"
+
+    async def scene() -> None:
+        server = Server.listen("localhost:0", shutdown=SOON)
+        addresses = " ".join(map(str, server.addresses))
+        assert {str(address).rpartition(":")[2] for address in server.addresses} == {str(server.port)}
+        assert repr(server) == f"<Server {addresses} not started, clients=0>"
+        async with server:
+            _, writer = await connect(server)
+            await until(lambda: server.clients)
+            assert repr(server) == f"<Server {addresses} serving, clients=1>"
+            stop = asyncio.create_task(server.shutdown())
+            await until(lambda: repr(server) == f"<Server {addresses} stopping, clients=1>")
+            await stop
+            assert repr(server) == f"<Server {addresses} stopped, clients=0>"
+            writer.close()
+        async with Server.listen(f"unix:{path}") as local:
+            with pytest.raises(RuntimeError, match=f"^<Server unix:{path} serving, clients=0> has no TCP port$"):
+                local.port  # noqa: B018  (it raises)
 
     run_scene(scene)
 
@@ -338,26 +359,24 @@ def test_end_of_the_loop(loop_name: str, capfd: pytest.CaptureFixture[str], stag
     entries: list[echod.Entry] = []
     (listener,) = open_listeners([ListenerSpec("x", echod.TcpAddress("127.0.0.1", 0))], 10)
     log = structlog.wrap_logger(structlog.ReturnLogger(), [])
-    core = server.Server(listener.sockets, server_settings(), Ledger(log, "none", [entries.append]))
+    server = Server(listener.sockets, server_settings(), Ledger(log, "none", [entries.append]))
 
     async def embed() -> None:
-        async with Server(core):
+        async with server:
             await asyncio.Event().wait()
 
     async def main() -> None:
-        address = core.addresses[0]
-        assert isinstance(address, echod.TcpAddress)
-        client = stack.enter_context(socket.create_connection((address.host, address.port), PATIENCE))
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE))
         tasks.append(asyncio.create_task(embed()))
         if stage != "joining":
             client.setblocking(False)
             await asyncio.get_running_loop().sock_sendall(client, b"x")
             assert await asyncio.get_running_loop().sock_recv(client, 1) == b"x"
             if stage == "leaving":  # on asyncio, the end of the connection then comes before that of its task
-                (leaving,) = core.connected
+                (leaving,) = server.connected
                 leaving.session.abort("aborted")
             return
-        await until(lambda: core.clients)
+        await until(lambda: server.clients)
 
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
@@ -407,7 +426,7 @@ def test_logger(run_scene: Run, capfd: pytest.CaptureFixture[str]) -> None:
 
     async def scene() -> None:
         for given in (logger, None):
-            fault = {"trigger": "boom", "action": "raise"}
+            fault: FaultOptions = {"trigger": "boom", "action": "raise"}
             async with Server.listen(fault=fault, logger=given, shutdown=SOON) as server:
                 await echo(server, b"boom")
                 name = str(server.addresses[0])
@@ -526,34 +545,5 @@ def test_failure_of_a_server_task(run_scene: Run, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ArithmeticError):
             await server.shutdown()
         assert (entries[0].reason, server.clients) == ("eof", 0)
-
-    run_scene(scene)
-
-
-def test_example() -> None:
-    result = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=PATIENCE)
-    assert result.stderr == ""
-    assert result.stdout.splitlines() == [
-        "b'hello, echo\\r\\nunfinished'",
-        "23 bytes received, 23 acknowledged, end: eof",
-        "0 clients were left, 0 bytes unsent",
-    ]
-
-
-def test_document(run_scene: Run) -> None:
-    """The program and the recipe for a stop in docs/how-to/library.md run unchanged."""
-    program, recipe = (block.partition("```")[0] for block in DOCUMENT.read_text().split("```python\n")[1:])
-    names: dict[str, Any] = {}
-    exec(program.replace("asyncio.run(main())\n", ""), names)
-    exec("async def stop(server):\n" + textwrap.indent(recipe, "    ") + "    return receipt", names)
-
-    async def scene() -> None:
-        task = asyncio.create_task(names["main"]())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        async with Server.listen() as server:
-            assert (await names["stop"](server)).clients == 0
 
     run_scene(scene)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod import Server
+from echod import Server, SettingsError
+from echod.pytest_plugin import with_options
 from echod.testing import ServerThread
 from harness import PATIENCE, clean_environment, receive, until
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from certificates import Certificates
+    from echod.testing import ServerFactory
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "how-to" / "testing.md"
 
@@ -200,6 +203,18 @@ def test_threads_side_by_side() -> None:
         assert count_threads() == len(threads) - number - 1
 
 
+def test_with() -> None:
+    """`with` stops the server. The text of the thread has the address and the state."""
+    with ServerThread() as thread:
+        host, port = thread.address
+        assert thread.port == port
+        assert repr(thread) == f"<ServerThread {host}:{port} serving, clients=0>"
+        with socket.create_connection(thread.address):
+            until(lambda: thread.clients == 1)
+    assert thread.stop().clients <= 1
+    assert repr(thread) == f"<ServerThread {host}:{port} stopped, clients=0>"
+
+
 FORKS = """
 import os, ssl, socket, sys
 from pathlib import Path
@@ -256,11 +271,11 @@ def test_forked_process(loop_name: str) -> None:
 
 def test_failure_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure at the start is raised by the constructor."""
-    listen = Server.listen
-    monkeypatch.setattr(Server, "listen", lambda _, **options: listen("192.0.2.1:0", **options))
+    monkeypatch.setattr("echod.testing._HOST", "192.0.2.1")
     with pytest.raises(Exception, match=r"cannot listen on 192.0.2.1:0: Cannot assign requested address") as caught:
         ServerThread()
     assert caught.type.__name__ == "ListenError"
+    assert "self = <ServerThread not started>" in str(caught.getrepr(funcargs=True))
     until(lambda: count_threads() == 0)
 
 
@@ -287,7 +302,66 @@ def test_without_trustme(monkeypatch: pytest.MonkeyPatch) -> None:
         ServerThread(tls=True)
 
 
+# The factory
+
+
+def test_factory(echod_factory: ServerFactory) -> None:
+    """Each call starts a server with its own options."""
+    lines, faulty = echod_factory(mode="line", limits={"max_line": 4}), echod_factory(fault={"action": "raise"})
+    assert converse(lines, b"a\nlonger") == b"a\n"
+    assert converse(faulty, b"boom") == b""
+    assert [server.wait_for_connections(1)[0].reason for server in (lines, faulty)] == ["line_too_long", "fault"]
+    with pytest.raises(SettingsError, match=r"^limits.idl_timeout: unknown key; did you mean 'idle_timeout'\?$"):
+        echod_factory(limits={"idl_timeout": 1})  # type: ignore[typeddict-unknown-key]
+
+
+@with_options(mode="info")
+def test_typed_marker(echod: ServerThread) -> None:
+    assert converse(echod, b"")[:1] == b"{"
+
+
 # Separate runs of pytest
+
+
+def test_factory_stops_all(pytester: pytest.Pytester) -> None:
+    """The servers stop in reverse order after the test, and every failure is reported."""
+    result = run(
+        pytester,
+        """
+        import pytest
+        from echod import Server
+
+        order = []
+
+        @pytest.fixture
+        def failing(monkeypatch):
+            shutdown = Server.shutdown
+            async def fail(server):
+                await shutdown(server)
+                if server.port not in order:
+                    order.append(server.port)
+                if order.index(server.port) != 1:
+                    raise KeyError(f"bug {server.port}")
+            monkeypatch.setattr(Server, "shutdown", fail)
+
+        def test_three(failing, echod_factory):
+            ports = [echod_factory().port for _ in range(3)]
+            print("ports", *ports)
+
+        def test_end():
+            print("order", *order)
+            assert len(order) == 3
+        """,
+        "-Wignore",
+        "-rA",
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    (ports,) = {line.partition(" ")[2] for line in result.outlines if line.startswith("ports ")}
+    (order,) = {line.partition(" ")[2] for line in result.outlines if line.startswith("order ")}
+    last, middle, first = order.split()
+    assert ports.split() == [first, middle, last]
+    reported = {line.partition("KeyError: ")[2].strip("'") for line in result.outlines if "KeyError: 'bug" in line}
+    assert reported == {f"bug {first}", f"bug {last}"}
 
 
 def test_unused(pytester: pytest.Pytester) -> None:
@@ -348,8 +422,12 @@ def test_markers_add_up(pytester: pytest.Pytester) -> None:
 
 MISTAKES: dict[str, tuple[str, Sequence[str]]] = {
     "option": (
-        "tlss=True, lop=1",
-        ["tlss: unknown option; did you mean 'tls'?", "lop: unknown option; did you mean 'loop'?"],
+        "tlss=True, lop=1, limits={'backlg': 1}",
+        [
+            "tlss: unknown option; did you mean 'tls'?",
+            "lop: unknown option; did you mean 'loop'?",
+            "limits.backlg: unknown key; did you mean 'backlog'?",
+        ],
     ),
     "loop": ("loop='uvlop'", ["loop: should be 'auto', 'uvloop' or 'asyncio', not 'uvlop'"]),
     "key": (
@@ -409,8 +487,10 @@ def test_failure_in_the_thread(pytester: pytest.Pytester) -> None:
 
 
 def test_document(pytester: pytest.Pytester) -> None:
-    """The examples in docs/how-to/testing.md pass."""
-    blocks = DOCUMENT.read_text().split("```python\n")[1:]
-    source = "\n\n".join(block.partition("```")[0] for block in blocks)
-    assert source.count("def test_") > 3
-    run(pytester, source).assert_outcomes(passed=source.count("def test_"))
+    """Each example in docs/how-to/testing.md is a complete test module, and passes."""
+    modules = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(modules) > 5
+    for number, module in enumerate(modules):
+        pytester.makepyfile(**{f"test_{number}": module})
+    tests = len(re.findall(r"^ *def test_", "\n".join(modules), re.MULTILINE))
+    run(pytester, "").assert_outcomes(passed=tests + 1)  # one test has two cases

@@ -108,6 +108,7 @@ class Admin:
         self._reporter = Reporter(view, self._snapshot, self._history)
         self._metrics = Shared(self._render_metrics, self._limits)
         self._status = Shared(self._render_status, self._limits)
+        self._series = Shared(self._render_series, self._limits)
         server = _Server(
             self._answer,
             access_log=None,
@@ -191,7 +192,7 @@ class Admin:
         return _response(200, await self._status.get(), _JSON)
 
     async def _get_history(self) -> web.Response:
-        return _response(200, json.dumps(self._history.series()) + "\n", _JSON)
+        return _response(200, await self._series.get(), _JSON)
 
     async def _get_page(self) -> web.Response:
         return _response(200, self._page, self._page_headers)
@@ -214,6 +215,9 @@ class Admin:
 
     async def _render_status(self) -> bytes:
         return json.dumps(await self._reporter.report(), indent=1).encode() + b"\n"
+
+    async def _render_series(self) -> bytes:
+        return json.dumps(self._history.series()).encode() + b"\n"
 
 
 class _Server(web.Server):

@@ -55,6 +55,16 @@ class Server:
         self.addresses: list[TcpAddress | UnixAddress] = [address for address in named if address is not None]
         """The addresses of the sockets, with the actual port instead of 0. They remain after the end."""
 
+    def __str__(self) -> str:
+        """Return the addresses, the state and the number of clients."""
+        state = "serving" if self._tasks else "not started"
+        if self._shutdown is not None and self._is_stopping:
+            state = "stopped" if self._shutdown.done() else "stopping"
+        return f"{' '.join(map(str, self.addresses))} {state}, clients={self.clients}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def set_backlog(self, backlog: int) -> None:
         """Set the backlog of the listening sockets, except inherited ones.
 
