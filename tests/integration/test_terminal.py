@@ -117,9 +117,9 @@ def test_interrupt(run: Callable[..., Terminal]) -> None:
     with connect_to(terminal) as first, connect_to(terminal):
         terminal.type("\x03")
         terminal.wait_for("draining")
-        terminal.wait_for(r"2 clients left, at most 6\d s; Ctrl-C again stops at once")
+        terminal.wait_for(r"2 clients left, at most \d+ s; Ctrl-C again stops at once")
         first.shutdown(socket.SHUT_WR)
-        terminal.wait_for(r"1 client left, at most [56]\d s; Ctrl-C again stops at once")
+        terminal.wait_for(r"1 client left, at most \d+ s; Ctrl-C again stops at once")
         terminal.type("\x03")
         assert terminal.wait() == 130
     shown = terminal.screen()

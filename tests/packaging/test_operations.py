@@ -27,7 +27,9 @@ BOUND = {
     "accept_resumed",
     "backlog_abandoned",
     "client_closed",
+    "client_connected",
     "client_failed",
+    "client_state",
     "listener_cancelled",
 }
 UNPACKED = {

@@ -253,14 +253,11 @@ def problem(config: Config, error: OSError) -> Problem:
 def explain(file: str, error: OSError) -> str:
     """Return the reason that a log file cannot be opened and, if possible, what to do about it."""
     reason = error.strerror or str(error)
-    if error.errno == errno.ENXIO:
-        return f"{reason}: " + (
-            "no process reads this FIFO, start its reader first"
-            if is_fifo(file)
-            else "it is a socket, use a file or a FIFO"
-        )
-    if error.errno == errno.ENOENT:
-        return f"{reason}: create the folder {os.fspath(Path(file).resolve().parent)!r}"
+    folder = Path(file).resolve().parent
+    if error.errno == errno.ENOENT and not folder.exists():
+        return f"{reason}: create the folder {os.fspath(folder)!r}"
+    if error.errno == errno.ENXIO and is_fifo(file):
+        return f"{reason}: no process reads this FIFO, start its reader first"
     return reason
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from echod.net import listen_errors, resolver
+from echod.net import resolver
 from echod.net.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def open_listeners(
             except InterruptedError:
                 raise
             except OSError as error:
+                from echod.net import listen_errors  # noqa: PLC0415  (needed for errors only)
+
                 own = _describe(listeners, inherited or {})
                 problems.append(f"cannot listen on {address}: {listen_errors.explain(error, address, own)}")
                 continue

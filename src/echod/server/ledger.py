@@ -118,10 +118,11 @@ class Ledger:
         self._connections = connections
         self._states = states
 
-    def connect(self, peer: str) -> Callable[[str], None] | None:
+    def connect(self, client: Client) -> Callable[[str], None] | None:
         """Log a new connection; return the function that logs the states of its session, or None if it is not wanted."""
         if not self._states:
             return None
+        peer = client.peer
         self.log.debug("client_connected", peer=peer)
         return partial(self._log_state, peer)
 

@@ -273,7 +273,7 @@ class Server:
 
     def _new_session(self, client: Client, sock: socket.socket) -> EchoSession:
         session = new_session(sock, self.settings, self.ledger.counters.accepted + 1, client.describe)
-        if (report := self.ledger.connect(client.peer)) is not None:
+        if (report := self.ledger.connect(client)) is not None:
             session.report_to(report)
         return session
 
