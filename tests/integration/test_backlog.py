@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
-class Unsteady(socket.socket):
+class Unsteady(ListeningSocket):
     """A listening socket that fails to accept. The connection is gone, or no descriptor is left."""
 
     gone = 0
@@ -46,14 +46,10 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
     """Run a scene with a server in the loop under test, and shut the server down."""
 
     async def main() -> None:
-        listening = Unsteady()
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        listening.setblocking(False)
+        listening = Unsteady(socket.create_server(("127.0.0.1", 0)))
+        listening.sock.setblocking(False)
         settings = server_settings(limits=limits, shutdown={"quiet_period": 0.1, "drain_timeout": 1})
-        server = Server(
-            [ListeningSocket(listening)], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none")
-        )
+        server = Server([listening], settings, Ledger(structlog.wrap_logger(structlog.ReturnLogger()), "none"))
         server.start()
         await asyncio.sleep(0)
         await scene(server, listening)
@@ -63,9 +59,9 @@ def serving(loop_name: str, scene: Callable[[Server, Unsteady], Awaitable[None]]
     run_in_loop(loop_name, main)
 
 
-async def echo(listening: socket.socket) -> None:
+async def echo(listening: Unsteady) -> None:
     """Connect a client and check its echo."""
-    reader, writer = await asyncio.open_connection(*listening.getsockname())
+    reader, writer = await asyncio.open_connection(*listening.sock.getsockname())
     writer.write(b"x")
     assert await asyncio.wait_for(reader.read(1), PATIENCE) == b"x"
     writer.close()
@@ -89,9 +85,9 @@ def test_connections_that_are_always_gone(loop_name: str) -> None:
 
     async def scene(server: Server, listening: Unsteady) -> None:
         listening.gone = sys.maxsize
-        with socket.create_connection(listening.getsockname()):
+        with socket.create_connection(listening.sock.getsockname()):
             assert (await server.shutdown()).clients == 0
-        assert listening.fileno() == -1
+        assert listening.sock.fileno() == -1
 
     serving(loop_name, scene)
 
@@ -100,7 +96,7 @@ def test_more_than_one_wake_up_takes(loop_name: str) -> None:
     """Clients beyond one batch are accepted in the next."""
 
     async def scene(server: Server, listening: Unsteady) -> None:
-        clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
+        clients = [socket.create_connection(listening.sock.getsockname()) for _ in range(100)]
         await until(lambda: server.clients == len(clients))
         for client in clients:
             client.close()
@@ -112,7 +108,7 @@ def test_cap_in_the_middle_of_a_wake_up(loop_name: str) -> None:
     """If max_connections is reached in a batch, the next wake-up shows whether a client waits."""
 
     async def scene(server: Server, listening: Unsteady) -> None:
-        clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+        clients = [socket.create_connection(listening.sock.getsockname()) for _ in range(3)]
         await until(lambda: server.accept_paused)
         assert server.clients == 2
         for client in clients:
@@ -141,19 +137,19 @@ def test_no_descriptors_in_a_stop(loop_name: str, waiting: bool) -> None:
     async def scene(server: Server, listening: Unsteady) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as clients:
-            staying = clients.enter_context(socket.create_connection(listening.getsockname()))
+            staying = clients.enter_context(socket.create_connection(listening.sock.getsockname()))
             await until(lambda: server.clients)
             listening.full = sys.maxsize
             if waiting:
-                clients.enter_context(socket.create_connection(listening.getsockname()))
+                clients.enter_context(socket.create_connection(listening.sock.getsockname()))
             stop = loop.create_task(server.shutdown())
             await until(lambda: listening.full < sys.maxsize)
             for _ in range(5):
                 await asyncio.sleep(0)
-            assert (listening.fileno() != -1, server.clients) == (waiting, 1)
+            assert (listening.sock.fileno() != -1, server.clients) == (waiting, 1)
             listening.full = 0
             staying.close()
-            await until(lambda: server.ledger.counters.accepted > waiting and listening.fileno() == -1)
+            await until(lambda: server.ledger.counters.accepted > waiting and listening.sock.fileno() == -1)
         assert (await stop).clients == 1 + waiting
 
     serving(loop_name, scene)
@@ -163,11 +159,11 @@ def test_aborted_before_it_stops(loop_name: str) -> None:
     """After `abort`, a stop resets the clients at once and closes the listening socket."""
 
     async def scene(server: Server, listening: Unsteady) -> None:
-        with socket.create_connection(listening.getsockname()) as client:
+        with socket.create_connection(listening.sock.getsockname()) as client:
             await until(lambda: server.clients)
             server.abort()
             assert (await server.shutdown()).aborted == 1
-            assert listening.fileno() == -1
+            assert listening.sock.fileno() == -1
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
 
@@ -179,14 +175,14 @@ def test_defect_in_a_task_of_the_server(loop_name: str, monkeypatch: pytest.Monk
     """`wait_failed` returns the exception of the listener task or the sweep. The clients are drained all the same."""
 
     async def scene(server: Server, listening: Unsteady) -> None:
-        with socket.create_connection(listening.getsockname()) as client:
+        with socket.create_connection(listening.sock.getsockname()) as client:
             await until(lambda: server.clients)
             if broken == "sweep":
                 monkeypatch.setattr(Sweep, "sweep", defect)
                 failure = await server.wait_failed()
             else:
                 listening.broken = True
-                with socket.create_connection(listening.getsockname()):
+                with socket.create_connection(listening.sock.getsockname()):
                     failure = await server.wait_failed()
                     listening.broken = False
                     await server.shutdown()
@@ -206,7 +202,7 @@ def test_first_defect_is_kept(loop_name: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Sweep, "sweep", defect)
         failure = await server.wait_failed()
         listening.broken = True
-        with socket.create_connection(listening.getsockname()):
+        with socket.create_connection(listening.sock.getsockname()):
             await until(server._tasks[0].done)
             listening.broken = False
             await server.shutdown()
