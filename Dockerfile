@@ -15,7 +15,7 @@ RUN set -eu; \
     python3 -m venv --without-pip /opt/echod; \
     # Scripts contain absolute paths, so the environment is created at its final place.
     /build/bin/pip --python /opt/echod/bin/python --no-cache-dir install --quiet --no-compile \
-        "echod[admin] @ file://$(echo /wheel/echod-*.whl)"; \
+        "echod-server[admin] @ file://$(echo /wheel/echod_server-*.whl)"; \
     # Compile now, as the root file system will be read-only. Hash-based files stay valid when copying changes time stamps.
     /opt/echod/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/echod/lib; \
     test "$(/opt/echod/bin/echod --version)" = "echod $VERSION"

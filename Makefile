@@ -12,20 +12,25 @@ KUBERNETES = 1.35
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: run test soak docs evolution bench bench-quick clean
+.PHONY: help run install test soak docs picture evolution bench bench-quick clean
 
-run: .venv/installed
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+
+run: .venv/installed ## install echod with all extras in .venv, and run it; ARGUMENTS="--listen :7000" replaces the example settings
 	.venv/bin/echod $(ARGUMENTS)
 
-test:
+install: .venv/installed ## install echod with all extras in .venv only
+
+test: ## check lint and types, and test the wheel on each version of Python; VERSIONS=3.12 selects one
 	PYTHON="$(PYTHON)" VERSIONS="$(VERSIONS)" sh tests/run.sh
 
-# Restart the daemon on an inherited socket under 200 connects per second. Each of the two loops takes four minutes.
-soak: .venv/installed
+# Each of the two loops takes four minutes.
+soak: .venv/installed ## restart the daemon 200 times on an inherited socket under load
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 
-docs: .venv/installed
+docs: .venv/installed ## generate the reference page of the settings
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
 
@@ -42,26 +47,33 @@ manifests: ## render the Helm chart to packaging/kubernetes, for clusters withou
 		--skip-tests --kube-version $(KUBERNETES); } > build/echod.yaml
 	mv build/echod.yaml packaging/kubernetes/echod.yaml
 
+picture: .venv/installed ## draw the terminal picture of the README; needs the ports 8000 and 8001
+	PYTHONPATH=tests/support .venv/bin/python docs/images/picture.py
+
 # Measure the figures of docs/explanation/evolution.md. This takes more than two minutes and needs an otherwise idle machine.
-evolution: .venv/installed
+evolution: .venv/installed ## measure the servers in examples/evolution
 	PYTHONPATH=tests/support .venv/bin/python examples/evolution/measure.py
 
 # Compare echod with its peers. `bench` runs all that can be built here and takes half an hour. `bench-quick` runs only
 # those with targets and takes less than 90 seconds. benchmarks/servers.py lists the requirements of each peer.
-bench: .venv/installed
+bench: .venv/installed ## compare echod with every peer that can be built here, in half an hour
 	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	.venv/bin/python benchmarks/run.py --output benchmarks/results/full.json
 	.venv/bin/python benchmarks/report.py benchmarks/results/full.json
 
-bench-quick: .venv/installed
+bench-quick: .venv/installed ## compare echod with the peers that have targets, in 90 seconds
 	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	.venv/bin/python benchmarks/run.py --quick --output build/bench/quick.json
 	.venv/bin/python benchmarks/report.py build/bench/quick.json build/bench
 
-.venv/installed: pyproject.toml $(shell find src -name '*.py')
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"echod needs Python 3.11 or later, and $(PYTHON) is %d.%d: use make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo 'Installing echod in .venv. This may take a minute.'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet .
-	touch $@
+	.venv/bin/python -m pip install --quiet --editable '.[all]'
+	@echo 'Installed in .venv. To have the command echod in a terminal, type there: . .venv/bin/activate'
+	@touch $@
 
-clean:
+clean: ## remove all environments and build results
 	rm -rf .venv .venv-test-* build dist .coverage* .mypy_cache .pytest_cache .ruff_cache

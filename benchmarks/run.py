@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import echod
 import servers
 from figures import ECHOD, EPOLL, GO, UVLOOP, WORKLOADS, dump, summarize
 from servers import Missing, Peer
@@ -285,7 +285,7 @@ def machine() -> Figures:
         "memory_gib": round(memory / 2**30),
         "python": platform.python_version(),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "echod": f"{metadata.version('echod')} ({git.stdout.strip() or 'no commit'})",
+        "echod": f"{echod.__version__} ({git.stdout.strip() or 'no commit'})",
     }
 
 

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any, Self
 from harness import PATIENCE, clean_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 COLUMNS = 120
 
 
 class Terminal:
-    """A running `echod` command on a terminal of its own, which it has as standard input, output and error.
+    """A running command on a terminal of its own, which it has as standard input, output and error.
 
     Args:
         arguments: arguments of the command.
+        command: the command, by default `echod`.
+        columns: the width of the terminal.
         env: extra environment variables.
         prepare: called in the child process before it executes the interpreter.
         streams: standard streams that are not the terminal, as arguments of Popen.
@@ -35,12 +37,14 @@ class Terminal:
     def __init__(
         self,
         *arguments: str,
+        command: Sequence[str] = (sys.executable, "-m", "echod"),
+        columns: int = COLUMNS,
         env: Mapping[str, str] | None = None,
         prepare: Callable[[], object] = int,
         **streams: Any,
     ) -> None:
         self._master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
         def take_terminal() -> None:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
@@ -51,7 +55,7 @@ class Terminal:
             if name not in (env or {}):
                 environment.pop(name, None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "echod", *arguments],
+            [*command, *arguments],
             env=environment,
             start_new_session=True,
             preexec_fn=take_terminal,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
