@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -406,6 +407,22 @@ def test_states(start: Start, certificates: Certificates, listener: str) -> None
     names = [line["event"] for line in daemon.events if line.get("peer") == peer]
     assert (names[0], names[-1]) == ("client_connected", "client_closed")
     assert {line["level"] for line in daemon.all("client_state")} == {"debug"}
+
+
+def test_states_of_clients_that_have_already_finished(start: Start) -> None:
+    """A client that closes its direction before it is accepted is open first, too."""
+    daemon = start("--log.level", "debug", "--log.connections", "all")
+    daemon.freeze()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in range(50)]
+        for client in clients:
+            client.shutdown(socket.SHUT_WR)
+        daemon.send_signal(signal.SIGCONT)
+        daemon.wait_for("client_closed", count=len(clients))
+    states: dict[str, list[str]] = {}
+    for line in daemon.all("client_state"):
+        states.setdefault(line["peer"], []).append(line["state"])
+    assert [found[:3] for found in states.values()] == [["open", "half_closed", "flushing"]] * len(clients)
 
 
 @pytest.mark.parametrize("fault", [(), ("--faults.slow.rate", "1GB", "--listeners.x.fault", "slow")])

@@ -147,7 +147,11 @@ class EchoSession(asyncio.Protocol):
         elif self.phase is Phase.FLUSHING:
             self.attempt(self._stop_reading)
         elif self.phase is Phase.CONNECTING:
-            self.phase = Phase.OPEN
+            self.attempt(self._open)
+
+    def _open(self) -> None:
+        self.phase = Phase.OPEN
+        self._report("open")
 
     def data_received(self, data: bytes) -> None:
         """Echo. A message costs nothing besides this method and the transport's work."""
@@ -225,9 +229,8 @@ class EchoSession(asyncio.Protocol):
 
     def begin(self) -> None:
         """Mark the preamble as done; further data is payload."""
-        self.phase = max(self.phase, Phase.OPEN)
-        if self.phase is Phase.OPEN:
-            self._report("open")
+        if self.phase < Phase.OPEN:
+            self._open()
 
     def take_over(self, rest: bytes) -> None:
         """Continue after the PROXY header, with the data that was read after it."""
