@@ -34,8 +34,9 @@ UNHURRIED = ("--shutdown.quiet-period", "60", "--shutdown.drain-timeout", "60")
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of this process without settings of echod, plus extra variables."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_")}
+    """Return the environment of this process without settings of echod and of colours, plus extra variables."""
+    colors = {"NO_COLOR", "FORCE_COLOR"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ECHOD_") and name not in colors}
     return kept | dict(extra or {})
 
 

@@ -50,13 +50,9 @@ class Terminal:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
             prepare()
 
-        environment = clean_environment({"TERM": "xterm", **(env or {})})
-        for name in ("NO_COLOR", "FORCE_COLOR"):
-            if name not in (env or {}):
-                environment.pop(name, None)
         self.process = subprocess.Popen(
             [*command, *arguments],
-            env=environment,
+            env=clean_environment({"TERM": "xterm", **(env or {})}),
             start_new_session=True,
             preexec_fn=take_terminal,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
             **{"stdin": slave, "stdout": slave, "stderr": slave, **streams},
