@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def test_completion(command: Command, shell: str, program: str, tmp_path: Path) 
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env=clean_environment({"HOME": str(tmp_path), "TERM": "dumb"}),
+        # Without the tester's own startup files, which XDG_CONFIG_HOME and ZDOTDIR may name, and locale.
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "dumb"},
     )
     assert completed.stderr == ""
     assert dict(zip(COMPLETIONS, completed.stdout.split(), strict=True)) == COMPLETIONS
