@@ -59,9 +59,8 @@ class History:
             totals = {name: (count.received, count.sent) for name, count in counts.items()}
             self._samples.append(_Sample(now, clients, totals))
 
-    def last(self, age: float) -> tuple[float, Mapping[str, tuple[int, int]]]:
-        """Return the time and the totals of the last sample of at least this age, or of the first sample."""
-        latest = self._loop.time() - age
+    def last(self, latest: float) -> tuple[float, Mapping[str, tuple[int, int]]]:
+        """Return the time and the totals of the last sample up to this time, or of the first sample."""
         sample = next((sample for sample in reversed(self._samples) if sample.time <= latest), self._samples[0])
         return sample.time, sample.totals
 
