@@ -495,6 +495,15 @@ def test_taken_address() -> None:
             Server.listen(f"{host}:{port}")
 
 
+def test_wrong_logger(tmp_path: Path) -> None:
+    """A logger that is not one of structlog fails before anything listens."""
+    path = tmp_path / "socket"
+    logger: Any = object()
+    with pytest.raises(AttributeError, match="has no attribute 'bind'"):
+        Server.listen(f"unix:{path}", logger=logger)
+    assert not path.exists()
+
+
 def test_import_is_light() -> None:
     """Load no other module with `import echod`. Each public name loads its own, and other names are errors."""
     code = """
