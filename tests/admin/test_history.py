@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -93,6 +94,24 @@ def test_samples_with_reports() -> None:
         assert history.last(-1)[0] == pytest.approx(1202 - 2 * 332)
         await asyncio.sleep(11)
         assert traffic.taken == [1212]
+        task.cancel()
+
+    run_virtually(main())
+
+
+def test_failed_sample() -> None:
+    """A sample that fails is reported to the loop, and the next one is taken ten seconds later."""
+
+    async def main() -> None:
+        failures: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+        traffic, error = Traffic(), MemoryError()
+        snapshot = Mock(take=AsyncMock(side_effect=[error, error, traffic.count()]))
+        history = History(snapshot)
+        task = asyncio.create_task(history.run())
+        await asyncio.sleep(31)
+        assert failures == [error, error]
+        assert history.series()["seconds_ago"] == [1]
         task.cancel()
 
     run_virtually(main())

@@ -48,8 +48,12 @@ class History:
         while True:
             if (left := self._samples[-1].time + _LONGEST_STEP - self._loop.time()) > 0:
                 await asyncio.sleep(left)
-            else:
+                continue
+            try:
                 self.add(await self._snapshot.take())
+            except Exception as error:  # noqa: BLE001  (such as a lack of memory, which must not stop the daemon)
+                self._loop.call_exception_handler({"message": "a sample of the history failed", "exception": error})
+                await asyncio.sleep(_LONGEST_STEP)
 
     def add(self, counts: Mapping[str, Count]) -> None:
         """Add a sample of these counts, which were just taken. Does nothing if there is a recent sample."""
