@@ -88,9 +88,9 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give the session its transport now, so that it can be ended during the handshake."""
         self._tcp = cast("asyncio.Transport", transport)  # uvloop's transports do not inherit from it
-        self.session.connection_made(self)
-        if self.session.phase is Phase.OPEN:  # not before a PROXY header
+        if self.session.phase is Phase.CONNECTING:  # not before a PROXY header
             self.session.expect(Phase.HANDSHAKE)
+        self.session.connection_made(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  (BufferedProtocol's signature)
         """Return the memory to read into."""
