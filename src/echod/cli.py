@@ -41,15 +41,18 @@ def main() -> int:
     """Run the `echod` command, and return its exit code."""
     signals = Signals()
     _fill_standard_descriptors()
-    match _as_options(sys.argv[1:]):
-        case ["probe", *rest]:
-            signals.release()
-            return _probe(rest)
-        case ["completion", *rest]:
-            signals.release()
-            return _completion(rest)
-        case arguments:
-            return _with_settings(arguments, signals)
+    try:
+        match _as_options(sys.argv[1:]):
+            case ["probe", *rest]:
+                signals.release()
+                return _probe(rest)
+            case ["completion", *rest]:
+                signals.release()
+                return _completion(rest)
+            case arguments:
+                return _with_settings(arguments, signals)
+    except KeyboardInterrupt:  # not from `serve`, which handles SIGINT
+        return _SIGNALLED + signal.SIGINT
 
 
 def _as_options(arguments: Sequence[str]) -> Sequence[str]:
@@ -172,14 +175,11 @@ def _fill_standard_descriptors() -> None:
 
 
 def _probe(command_line: Sequence[str]) -> int:
-    try:
-        # Nothing else is imported: a health check runs this command every few seconds.
-        from echod.probe import arguments, command  # noqa: PLC0415
-        from echod.probe.model import Outcome  # noqa: PLC0415
+    # Nothing else is imported: a health check runs this command every few seconds.
+    from echod.probe import arguments, command  # noqa: PLC0415
+    from echod.probe.model import Outcome  # noqa: PLC0415
 
-        outcome, text, problem = command.run(_parse(lambda: arguments.parse(command_line)))
-    except KeyboardInterrupt:
-        return _SIGNALLED + signal.SIGINT
+    outcome, text, problem = command.run(_parse(lambda: arguments.parse(command_line)))
     if problem:
         _say(problem)
     return (

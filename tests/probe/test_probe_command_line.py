@@ -51,7 +51,7 @@ def test_help() -> None:
         (["h"], "TARGET 'h' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME\n"),
         (["h:0"], "TARGET 'h:0': a server cannot listen on port 0: use 1 to 65535"),
         (["systemd:echo"], "TARGET 'systemd:echo': only a server inherits sockets; give the address"),
-        (["h:1", "--count", "0"], "argument --count: '0' is not a whole number: use 1 or more, such as 50 or 10k\n"),
+        (["h:1", "--count", "0"], "argument --count: '0' is not a number of at least 1: write for example 50 or 10k\n"),
         (["h:1", "--seed", "x"], "argument --seed: 'x' is not a whole number: use 0 or more"),
         (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is not a size: write bytes, or for example 64KiB"),
         (["h:1", "--size", "0"], "argument --size: '0' is not a valid size: use 1 byte to 1TiB"),

@@ -129,10 +129,14 @@ def test_tls_files(authority: Authority, tmp_path: Path) -> None:
     )
     junk = tmp_path / "junk.pem"
     junk.write_text("junk\n")
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     for options, message in {
+        ("--cert", str(damaged)): f"--cert: {str(damaged)!r}: the CERTIFICATE in line 1 cannot be decoded",
         ("--ca", str(junk)): f"--ca: {str(junk)!r}: no certificate or crl found",
         ("--cert", str(tmp_path)): f"--cert: {str(tmp_path)!r} cannot be read: Is a directory",
-        ("--cert", authority.ca): f"--key: {authority.ca!r}: the file has no PEM data of the kind that is needed",
+        ("--cert", authority.ca): f"--key: {authority.ca!r}: the file holds no usable private key in PEM form",
+        ("--cert", authority.key): f"--cert: {authority.key!r}: the file holds no certificate in PEM form",
         ("--cert", authority.both, "--key", str(encrypted)): (
             f"--key: {str(encrypted)!r}: the key is encrypted; give a key without a password"
         ),

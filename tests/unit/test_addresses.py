@@ -128,6 +128,12 @@ def test_addresses_to_connect_to_only(command: Command, option: str, text: str, 
     assert result.stderr.endswith(f"{text!r}: {message}\n")
 
 
+def test_asterisk() -> None:
+    """Other servers write all addresses with an asterisk."""
+    with pytest.raises(AddressError, match=r"'\*:80': '\*' is not a host name: write :80 for all addresses"):
+        parse_bindable("*:80")
+
+
 @pytest.mark.parametrize("text", ["[fe80::1%eth0]:80", "[::1]:80", "192.0.2.1:80", ":80", "localhost:80", "unix:@x"])
 def test_addresses_to_listen_on(text: str) -> None:
     assert parse_bindable(text) == parse(text)

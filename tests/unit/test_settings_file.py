@@ -51,7 +51,11 @@ def test_other_encodings(tmp_path: Path, mark: bytes) -> None:
         ("[limits]\nbacklog = = 3", "FILE:2:11: is not TOML: Invalid value"),
         ("[log]\nlevel = 'a' 'b'\n", "FILE:2:13: is not TOML: Expected newline or end of document after a statement"),
         ("backlog = 1\nbacklog = 2\nx = 1", "FILE:2:12: is not TOML: this key has a value already"),
-        ("[a]\n[a]\n", "FILE:2:3: is not TOML: Cannot declare ('a',) twice"),
+        ('level = "info\nx = 1', "FILE:1:14: is not TOML: this text has no closing quote"),
+        ("level = 'info\nx = 'a'", "FILE:1:14: is not TOML: this text has no closing quote"),
+        ("[a]\n[a]\n", "FILE:2:3: is not TOML: this table is defined already: add its keys there"),
+        ("a.b = 1\n[a]\n", "FILE:2:3: is not TOML: this table is defined already: add its keys there"),
+        ("a = {}\na.b = 1\n", "FILE:2:8: is not TOML: this table is defined already: add its keys there"),
         ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
         ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
         (

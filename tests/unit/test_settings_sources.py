@@ -225,8 +225,9 @@ def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("LIMITS__IDLE_TIMOUT", "1", "limits.idle_timout: unknown key; did you mean 'idle_timeout'?"),
         ("LIMITS", "{}", "is a section: set ECHOD_LIMITS__KEY for each key"),
-        ("LISTENERS", "", "is a section: set ECHOD_LISTENERS__KEY for each key"),
+        ("LISTENERS", "", "is a section: set ECHOD_LISTENERS__NAME__KEY for each key"),
         ("FAULTS__BOOM", '{"trigger": "x", "action": "raise"}', "faults.boom: should be a table"),
+        ("LISTENERS__ADDRESS", "x", "listeners.address: should be a table; write ECHOD_LISTENERS__NAME__ADDRESS"),
         ("LISTENERS__A__FAULT", "x", "listeners.a.address: is missing"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from echod.settings import suggestions
 from echod.settings.model import Settings
-from loading import loaded, problems
+from loading import Write, loaded, problems
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("no_settings_in_the_environment")]
 
@@ -62,17 +62,14 @@ def test_aliases() -> None:
     assert {path[-1] for path in suggestions.paths(Settings)} >= suggestions.ALIASES.keys()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "listeners.address: should be a table; for the key 'address', write [listeners.NAME] above it",
-        "faults.action: should be a table; for the key 'action', write [faults.NAME] above it",
-    ],
-)
-def test_tables_without_a_name(line: str) -> None:
+@pytest.mark.parametrize("key", ["listeners.address", "faults.action"])
+def test_tables_without_a_name(key: str, write: Write) -> None:
     """A key of a named table is recognised if the name is missing."""
-    key = line.partition(":")[0]
-    assert problems(f"--{key}=x") == [f"--{key}: {line}"]
+    table, name = key.split(".")
+    line = f"{key}: should be a table; "
+    assert problems(f"--{key}=x") == [f"--{key}: {line}write --{table}.NAME.{name}"]
+    in_file = problems(config=write(f"{key} = 'x'"))
+    assert in_file == [f"FILE: {line}for the key {name!r}, write [{table}.NAME] above it"]
 
 
 @pytest.mark.parametrize(

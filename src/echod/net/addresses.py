@@ -165,6 +165,9 @@ def parse_bindable(text: str) -> Address:
         AddressError: the text is not an address, or no socket can be bound to it.
 
     """
+    if text.startswith("*:"):
+        msg = f"{text!r}: '*' is not a host name: write {text[1:]} for all addresses"
+        raise AddressError(msg)
     address = parse(text)
     if isinstance(address, TcpAddress) and ":" in address.host:
         host = ipaddress.IPv6Address(address.host)

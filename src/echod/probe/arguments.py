@@ -363,7 +363,7 @@ def _claim(text: str) -> TcpAddress:
 def _number(text: str) -> int:
     match = re.fullmatch("0*([1-9][0-9]{0,8})([km]?)", text, re.ASCII | re.IGNORECASE)
     if match is None:
-        msg = f"{text!r} is not a whole number: use 1 or more, such as 50 or 10k"
+        msg = f"{text!r} is not a number of at least 1: write for example 50 or 10k"
         raise ValueError(msg)
     return int(match[1]) * _FACTORS[match[2].lower()]
 

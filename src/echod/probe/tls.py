@@ -70,6 +70,7 @@ class ClientTls:
         if certificate is not None:
             with _blame("--cert", certificate):
                 data = files.read(str(certificate)).data  # only once: it may be a pipe
+                _check_certificates(data)
             with _blame("--key", private_key or certificate):
                 key = data if private_key is None else files.read(str(private_key)).data
                 pem.load_pair(self._context, data, key, _no_password)
@@ -90,6 +91,19 @@ class ClientTls:
         return TlsChannel(sock, self._context, self._server_name, deadline, advice)
 
 
+def _check_certificates(data: bytes) -> None:
+    """Check a client's certificates. OpenSSL does not tell whether it cannot read these or the key.
+
+    Raises:
+        ValueError: there is no certificate, or one cannot be read.
+
+    """
+    found = [block for block in pem.blocks(data) if block.label.endswith("CERTIFICATE")]
+    problems = [f"{block} {problem}" for block in found if (problem := block.problem())]
+    if problems or not found:
+        raise ValueError(problems[0] if problems else "the file holds no certificate in PEM form")
+
+
 def _no_password() -> str:
     msg = "the key is encrypted; give a key without a password"
     raise ValueError(msg)
@@ -100,8 +114,8 @@ def _blame(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError as error:
-        # OpenSSL gives no reason if the file has no PEM of the expected kind.
-        why = openssl.explain(error) if error.reason else "the file has no PEM data of the kind that is needed"
+        # OpenSSL gives no reason if it finds no key that it can read.
+        why = openssl.explain(error) if error.reason else "the file holds no usable private key in PEM form"
         msg = f"{option}: {str(path)!r}: {why}"
         raise ValueError(msg) from error
     except OSError as error:

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 _POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)")
 _UNQUOTED = re.compile(r"""\s*[^\s=]+\s*=\s*([^\s"'\[{#=][^"'#]*?)\s*(?:#.*)?""")
 
-_TWICE = {"Cannot overwrite a value": "this key has a value already"}
+# tomllib's reasons that need other words, by their first words.
+_PLAIN = {
+    r"Illegal character '\n'": "this text has no closing quote",
+    r"Found invalid character '\n'": "this text has no closing quote",
+    "Cannot overwrite a value": "this key has a value already",
+    "Cannot declare ": "this table is defined already: add its keys there",
+    "Cannot mutate immutable namespace ": "this table is defined already: add its keys there",
+}
 
 
 class Document(NamedTuple):
@@ -74,7 +81,8 @@ def _syntax_error(file: str, text: str, reason: str) -> SettingsError:
     if position is None:
         return _error(file, f"is not TOML: {reason}")
     reason = reason.replace(position[0], "")
-    message = f"is not TOML: {_TWICE.get(reason, reason)}"
+    plain = next((words for start, words in _PLAIN.items() if reason.startswith(start)), reason)
+    message = f"is not TOML: {plain}"
     if position[1]:
         line = int(position[1])
         source = f"{file}:{line}:{position[2]}"

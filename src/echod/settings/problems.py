@@ -96,7 +96,7 @@ def _problem(details: ErrorDetails, origins: Mapping[Key, str], written: Mapping
         case "dict_type":
             message = f"should be a table for each name: write [{key[0]}.NAME]"
         case "model_type":
-            message = "should be a table" + suggestions.for_value(key)
+            message = "should be a table" + suggestions.for_value(key, _origin(key, origins))
         case "value_error":  # the message names the value
             message = details["msg"].removeprefix("Value error, ")
         case kind:

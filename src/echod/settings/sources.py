@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource
 
 from echod.settings import suggestions
-from echod.settings.model import Config, Settings, section
+from echod.settings.model import Config, Settings, has_named_tables, section
 from echod.settings.problems import Problem, SettingsError, validate
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class _Environment(EnvSettingsSource):
                 meant = suggestions.for_variable(name.removeprefix(_PREFIX))
                 self.unknown[name] = _variable(meant) if meant else ""
             elif len(key) == 1 and section(field) is not None:
-                problems.append(Problem(name, "", f"is a section: set {name}__KEY for each key"))
+                table = f"{name}__NAME" if has_named_tables(field) else name
+                problems.append(Problem(name, "", f"is a section: set {table}__KEY for each key"))
             else:
                 values[name.lower()] = os.environ[name]
                 for path in _tables_around(key):

@@ -73,12 +73,16 @@ def for_key(key: Key) -> str:
     return hint(unknown, model.model_fields)
 
 
-def for_value(key: Key) -> str:
+def for_value(key: Key, origin: str) -> str:
     """Return advice on a value in place of a named table: it may be a key of such a table, which lacks its name."""
     table, *name = key
     model = section(Settings.model_fields[table])
     if len(name) == 1 and model is not None and name[0] in model.model_fields:
-        return f"; for the key {name[0]!r}, write [{table}.NAME] above it"
+        delimiter = "." if origin.startswith("--") else "__"
+        tables, _, last = origin.rpartition(delimiter)
+        if tables and ":" not in origin:  # an option or a variable
+            return f"; write {tables}{delimiter}{_NAME}{delimiter}{last}"
+        return f"; for the key {name[0]!r}, write [{table}.{_NAME}] above it"
     return ""
 
 
