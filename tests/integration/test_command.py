@@ -244,7 +244,7 @@ def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     result = command(name, "--log.file", str(fifo))
-    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    reason = "No such device or address: no process reads this FIFO; start its reader first"
     problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: {reason}\n"
     assert (result.returncode, result.stderr) == (78, problem)
 

@@ -210,7 +210,7 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             "info",
             {"event": "stopped", "connections": 2, "empty": 1, "accept_pauses": 3, "accept_failures": 0}
             | {"received": 9, "sent": 9, "acked": 9, "discarded_bytes": 0, "faults": {"slow": 1}},
-            "   stopped   2 connections, 9 B echoed, 1 of them empty, pauses of accepting: 3, fault slow: 1",
+            "   stopped   2 connections, 9 B echoed, 1 of them empty, accept pauses: 3, fault slow: 1",
         ),
         (
             "warning",

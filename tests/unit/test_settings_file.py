@@ -50,32 +50,32 @@ def test_other_encodings(tmp_path: Path, mark: bytes) -> None:
         ("[log]\n\na = [\n\n", "FILE:3: is not TOML: Invalid value, at the end of the file"),
         ("[limits]\nbacklog = = 3", "FILE:2:11: is not TOML: Invalid value"),
         ("[log]\nlevel = 'a' 'b'\n", "FILE:2:13: is not TOML: Expected newline or end of document after a statement"),
-        ("backlog = 1\nbacklog = 2\nx = 1", "FILE:2:12: is not TOML: this key has a value already"),
+        ("backlog = 1\nbacklog = 2\nx = 1", "FILE:2:12: is not TOML: this key already has a value"),
         ("[a]\n[a]\n", "FILE:2:3: is not TOML: Cannot declare ('a',) twice"),
-        ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
-        ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
+        ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
+        ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
         (
             "idle_timeout = 5m\nx = 1",
             (
-                "FILE:1:17: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:17: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "5m"'
             ),
         ),
         (
             "listen = 127.0.0.1:80\nx = 1",
             (
-                "FILE:1:15: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:15: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "127.0.0.1:80"'
             ),
         ),
         (
             "socket_mode = 0660\nx = 1",
             (
-                "FILE:1:16: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:16: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "0660"'
             ),
         ),
-        ("x = 1\nx = 2\ny = 3", "FILE:2:6: is not TOML: this key has a value already"),
+        ("x = 1\nx = 2\ny = 3", "FILE:2:6: is not TOML: this key already has a value"),
     ],
 )
 def test_syntax_errors(write: Write, text: str, line: str) -> None:

@@ -214,8 +214,8 @@ def _stopped(event: EventDict) -> str:
         event,
         empty="{:,} of them empty",
         discarded_bytes="{:,} B discarded",
-        accept_pauses="pauses of accepting: {:,}",
-        accept_failures="failures to accept: {:,}",
+        accept_pauses="accept pauses: {:,}",
+        accept_failures="accept failures: {:,}",
     )
     faults = "".join(f", fault {name}: {count:,}" for name, count in event.get("faults", {}).items())
     return f"{_count(event['connections'], 'connection')}, {_echoed(event)}{others}{faults}"

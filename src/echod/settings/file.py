@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)")
 _UNQUOTED = re.compile(r"""\s*[^\s=]+\s*=\s*([^\s"'\[{#=][^"'#]*?)\s*(?:#.*)?""")
 
-_TWICE = {"Cannot overwrite a value": "this key has a value already"}
+_TWICE = {"Cannot overwrite a value": "this key already has a value"}
 
 
 class Document(NamedTuple):
@@ -83,7 +83,7 @@ def _syntax_error(file: str, text: str, reason: str) -> SettingsError:
         source = f"{file}:{line}"
         message += ", at the end of the file"
     if (value := _UNQUOTED.fullmatch(text.split("\n")[line - 1])) and not _is_value(value[1]):
-        message += f": a text needs quotes: write {toml.value(value[1])}"
+        message += f": text needs quotes: write {toml.value(value[1])}"
     return _error(source, message)
 
 
