@@ -176,7 +176,7 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             {"event": "client_state", "listener": ":8000", "peer": "1.2.3.4:5", "state": "open"},
             "   open      1.2.3.4:5",
         ),
-        ("info", {"event": "reloaded", "changed": []}, "   reloaded  nothing has changed"),
+        ("info", {"event": "reloaded", "changed": []}, "   reloaded  no settings changed"),
         ("info", {"event": "reloaded", "changed": ["a.b", "c"]}, "   reloaded  changed: a.b, c"),
         ("error", {"event": "reload_failed", "problems": ["x: y", "z"]}, "!! reload_failed x: y; z"),
         ("warning", {"event": "restart_needed", "settings": ["loop", "listen"]}, " ! restart_needed for loop, listen"),

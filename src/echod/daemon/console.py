@@ -226,7 +226,7 @@ _TEXTS: Mapping[str, Callable[[EventDict], str]] = {
     "listening": lambda event: event["address"],
     "client_connected": lambda event: event["peer"],
     "client_closed": _closed,
-    "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "nothing has changed",
+    "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "no settings changed",
     "reload_failed": lambda event: "; ".join(event["problems"]),
     "restart_needed": lambda event: f"for {', '.join(event['settings'])}",
     "draining": _draining,
