@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 HEAD = """\
-# Configuration
+# Settings
 
 <!-- Written by `make docs` from the model in src/echod/settings/model.py: change that. -->
 
@@ -58,9 +58,9 @@ file, text needs quotes.
 An address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all IPv4 and IPv6 addresses. If a host
 name such as localhost has several addresses, echod listens on each of them. `unix:PATH` is a unix socket, and
 `unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` means the inherited sockets of that name
-([sockets.md](../how-to/sockets.md)).
+([sockets](../how-to/sockets.md)).
 
-SIGHUP makes echod read all sources again ([reload.md](../how-to/reload.md)).
+SIGHUP makes echod read all sources again ([reload](../how-to/reload.md)).
 
 `config.example.toml` contains every key with its default.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SHELLS = ("bash", "zsh", "fish")
 
 _EPILOG = """\
-examples:
+examples (create a missing folder with mkdir -p):
   echod completion bash > ~/.local/share/bash-completion/completions/echod
   echod completion fish > ~/.config/fish/completions/echod.fish
   echod completion zsh > ~/.zfunc/_echod

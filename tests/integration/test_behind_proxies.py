@@ -144,10 +144,8 @@ def test_silence_instead_of_a_header(start: Start) -> None:
     with daemon.connect() as silent, daemon.connect() as slow:
         slow.sendall(V1[:5])
         assert silent.recv(1) == slow.recv(1) == b""
-    assert 0.9 < time.monotonic() - began < 5
-    assert [line["reason"] for line in daemon.all("client_closed")] == ["proxy_header"] * len(
-        daemon.all("client_closed")
-    )
+    assert time.monotonic() - began > 0.9
+    daemon.wait_for("client_closed", count=2, reason="proxy_header")
     daemon.wait_for("client_closed", count=2)
 
 

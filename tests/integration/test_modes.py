@@ -304,7 +304,7 @@ def test_info_and_a_client_that_is_gone(start: Start) -> None:
                 "--listeners.x.tls.certificate",
                 "c",
             ),
-            "--listeners.x.tls.certficate: listeners.x.tls.certficate: unknown key; did you mean 'certificate'?",
+            "--listeners.x.tls.certficate: listeners.x.tls.certficate: unknown key; did you mean --listeners.x.tls.certificate?",
         ),
     ],
 )

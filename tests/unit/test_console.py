@@ -154,6 +154,15 @@ def test_long_lines_are_folded(width: int) -> None:
     assert joined.count("x") == 150
 
 
+def test_folded_lines_keep_a_number_with_its_unit() -> None:
+    """No line begins with a unit, at any width."""
+    event = CLOSED | {"reason": "reset", "received": 12345678, "acked": 5}
+    for width in range(60, 120):
+        joined = "|".join(line.strip() for line in texts(event, width=width))
+        for part in ("12,345,678 B", "13 B", "5 B", "12 ms", "31 µs"):
+            assert part in joined
+
+
 @pytest.mark.parametrize("width", [0, 59])
 def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
     """If the terminal has no width or few columns, an event is one line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,12 @@ class Console:
         import textwrap  # noqa: PLC0415  (for long lines only)
 
         following = " " * (indent + _EVENT_WIDTH + 1)
+        # textwrap does not break at a no-break space, so a number stays with its unit. Other such spaces are escaped before.
+        body = re.sub(r"(?<=\d) (?=(?:B|s|ms|µs)\b)", "\xa0", body)
         lines = textwrap.wrap(
             body, width, initial_indent=" " * indent, subsequent_indent=following, break_on_hyphens=False
         )
+        lines = [line.replace("\xa0", " ") for line in lines]
         return [lines[0][indent:], *lines[1:]]
 
     def _paint(self, style: str, text: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from echod.settings.model import Settings, has_named_tables, section
 from echod.text import closest, hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pydantic import BaseModel
 
@@ -110,6 +111,7 @@ def for_option(option: str) -> str:
     tables = {path[:length] for path in every for length in range(1, len(path))}
     options = [path for path in every if path not in tables] + [("config",), ("help",), ("version",)]
     *table, last = option.lstrip("-").replace("-", "_").lower().split(".")
+    given = dict([option.lstrip("-").split(".")[:2]]) if len(table) > 1 else {}
     if inside := [path for path in options if len(path) > len(table) + 1 and path[: len(table) + 1] == (*table, last)]:
         return f"name a key of the section, as in {_spelling(inside[0])}"
     meant: dict[str, list[Key]] = {}
@@ -127,14 +129,22 @@ def for_option(option: str) -> str:
         or meant.get(closest(last, meant) or "", [])
     )
     if found:
-        return f"did you mean {' or '.join(map(_spelling, found))}?"
+        return f"did you mean {' or '.join(_spelling(path, given) for path in found)}?"
     if table and beside:
-        return f"use one of: {', '.join(map(_spelling, beside))}"
+        return f"use one of: {', '.join(_spelling(path, given) for path in beside)}"
     return "`echod --help` lists the options"
 
 
-def _spelling(path: Key) -> str:
-    return f"--{'.'.join(path)}".replace("_", "-")
+def _spelling(path: Key, names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the option of a key.
+
+    Args:
+        path: the key.
+        names: the names that were given to tables, by section.
+
+    """
+    name = names.get(path[0], _NAME)
+    return f"--{'.'.join(name if part == _NAME else part.replace('_', '-') for part in path)}"
 
 
 def _find(unknown: str, model: type[BaseModel]) -> Key:
