@@ -101,15 +101,14 @@ class Server(server.Server):
         """
         settings = acquired.config.settings
         table, tls = settings.listeners[_NAME], acquired.tls.get(_NAME)
-        (listener,) = open_listeners(
-            [ListenerSpec(table.address, table.parsed_address, table.permissions)], settings.limits.backlog
-        )
         log = _SILENT if logger is None else logger.bind(listener=table.address)
         for _, warning in acquired.warnings(datetime.now(UTC)):
             log.warning(warning.event, **warning.fields)
         ledger = Ledger(log, "nonempty", () if observe is None else (observe,))
         end = TlsEnd(tls.context, TlsBuffers()) if tls is not None else None
         sections = ServerSettings(table, settings.limits, settings.shutdown, settings.faults.get(table.fault), end)
+        spec = ListenerSpec(table.address, table.parsed_address, table.permissions)
+        (listener,) = open_listeners([spec], settings.limits.backlog)  # last, as the steps above may fail
         return cls(listener.sockets, sections, ledger)
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Text for users: single-line output, and suggestions for misspelt names."""
+"""Text for users: single-line output, counts, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the singular or plural."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

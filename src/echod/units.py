@@ -26,10 +26,12 @@ def parse_size(text: str) -> int:
 
     """
     match = _SIZE.fullmatch(text)
-    if match is None or match[2].lower() not in _SIZES:
+    factor = _SIZES.get(match[2].lower()) if match else None
+    # A part of a byte is a forgotten unit, unless a unit makes it.
+    if match is None or factor is None or (factor == 1 and Fraction(match[1]).denominator > 1):
         msg = f"{text!r} is not a size: write bytes, or for example 64KiB"
         raise ValueError(msg)
-    return int(Fraction(match[1]) * _SIZES[match[2].lower()])
+    return int(Fraction(match[1]) * factor)
 
 
 def parse_duration(text: str) -> float:

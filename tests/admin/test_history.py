@@ -8,12 +8,17 @@ import json
 from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+import echod
 from echod.admin.history import History
-from echod.admin.snapshot import Count
+from echod.admin.snapshot import Count, DaemonView
+from echod.admin.status import Reporter
 from echod.server.ledger import Counters
+from echod.settings.model import Config, Settings
+from echod.settings.resources import Resources
 from harness import PATIENCE, receive, until
 from virtual_time import run_virtually
 from watching import WATCHED, ask, get, place, status
@@ -82,13 +87,31 @@ def test_samples_with_reports() -> None:
         series = history.series()
         assert series["seconds_ago"] == list(range(600, 0, -2))
         assert set(series["received_per_second"]) == {30}
-        time, totals = history.last(0.9)
+        time, totals = history.last(1203.1)
         assert (time, totals["one"]) == (1202, (12020, 6010))
-        time, totals = history.last(2.5)
+        time, totals = history.last(1201.5)
         assert (time, totals["other"]) == (1200, (24000, 12000))
-        assert history.last(10_000)[0] == pytest.approx(1202 - 2 * 332)
+        assert history.last(-1)[0] == pytest.approx(1202 - 2 * 332)
         await asyncio.sleep(11)
         assert traffic.taken == [1212]
+        task.cancel()
+
+    run_virtually(main())
+
+
+def test_failed_sample() -> None:
+    """A sample that fails is reported to the loop, and the next one is taken ten seconds later."""
+
+    async def main() -> None:
+        failures: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+        traffic, error = Traffic(), MemoryError()
+        snapshot = Mock(take=AsyncMock(side_effect=[error, error, traffic.count()]))
+        history = History(snapshot)
+        task = asyncio.create_task(history.run())
+        await asyncio.sleep(31)
+        assert failures == [error, error]
+        assert history.series()["seconds_ago"] == [1]
         task.cancel()
 
     run_virtually(main())
@@ -101,8 +124,37 @@ def test_first_report() -> None:
         traffic: Any = Traffic()
         history = History(traffic)
         await asyncio.sleep(0.5)
-        assert history.last(0.9) == (0, {})
+        assert history.last(-0.4) == (0, {})
 
+    run_virtually(main())
+
+
+def test_slow_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener's rates cover the time since an earlier sample, even if its report takes longer than that."""
+
+    async def notable(*_: object) -> tuple[list[object], list[object]]:
+        await asyncio.sleep(2)
+        return [], []
+
+    async def main() -> None:
+        async with echod.Server.listen() as server:
+            traffic: Any = Traffic()
+            history = History(traffic)
+            resources = Resources(Config(Settings(), {}, {}), {})
+            view = DaemonView(
+                servers={"one": server, "other": server},
+                addresses={"one": [], "other": []},
+                resources=lambda: resources,
+                draining=lambda: False,
+                restart_needed=list,
+                reloads={},
+                log_lines_dropped=lambda: 0,
+            )
+            await asyncio.sleep(10)
+            report: Any = await Reporter(view, traffic, history).report()
+            assert [listener["received_per_second"] for listener in report["listeners"]] == [10, 20]
+
+    monkeypatch.setattr(Reporter, "_notable", notable)
     run_virtually(main())
 
 

@@ -114,6 +114,23 @@ def test_options_have_their_effect(run_scene: Run) -> None:
     run_scene(scene)
 
 
+def test_default_timeout_of_sockets(run_scene: Run) -> None:
+    """A program's default timeout of sockets does not stop the loop: sessions that send by themselves never wait."""
+
+    async def scene() -> None:
+        async with Server.listen(fault={"slice": 1000}, shutdown=SOON) as server:
+            _, writer = await connect(server)
+            await until(lambda: server.clients)
+            assert [client.session.sock.gettimeout() for client in server.connected] == [0]
+            writer.close()
+
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        run_scene(scene)
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_tls(run_scene: Run, certificates: Certificates) -> None:
     """TLS files may be path objects."""
 
@@ -493,6 +510,15 @@ def test_taken_address() -> None:
         host, port = taken.getsockname()
         with pytest.raises(echod.ListenError, match="Address already in use"):
             Server.listen(f"{host}:{port}")
+
+
+def test_wrong_logger(tmp_path: Path) -> None:
+    """A logger that is not one of structlog fails before anything listens."""
+    path = tmp_path / "socket"
+    logger: Any = object()
+    with pytest.raises(AttributeError, match="has no attribute 'bind'"):
+        Server.listen(f"unix:{path}", logger=logger)
+    assert not path.exists()
 
 
 def test_import_is_light() -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Self, TypeVarTuple
 import pytest
 import structlog
 
-from echod.daemon.systemd import Manager, Notifier, count, find_manager, message
+from echod.daemon.systemd import Manager, Notifier, find_manager, message
 from echod.loops import loop_factory
+from echod.text import count
 from harness import PATIENCE, receive, run, until
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def test_messages() -> None:
     """Check that each value stays on one line, and each message within the 4096 bytes that systemd accepts."""
     assert message({"READY": 1, "STATUS": "two\nlines \udc80 ü"}) == "READY=1\nSTATUS=two\\nlines \\udc80 ü\n".encode()
     assert len(message({"RELOADING": 1, "MONOTONIC_USEC": 2**63, "STATUS": "\U0001f600" * 5000})) < 4096
-    assert [count(number, "byte") for number in (0, 1, 2)] == ["0 bytes", "1 byte", "2 bytes"]
+    assert [count(number, "byte") for number in (0, 1, 1200)] == ["0 bytes", "1 byte", "1,200 bytes"]
 
 
 def test_manager_goes_away(start: Start, tmp_path: Path) -> None:

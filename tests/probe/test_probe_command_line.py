@@ -54,7 +54,7 @@ def test_help() -> None:
         (["h:1", "--count", "0"], "argument --count: '0' is not a whole number: use 1 or more, such as 50 or 10k\n"),
         (["h:1", "--seed", "x"], "argument --seed: 'x' is not a whole number: use 0 or more"),
         (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is not a size: write bytes, or for example 64KiB"),
-        (["h:1", "--size", "0.5"], "argument --size: '0.5' is not a valid size: use 1 byte to 1TiB"),
+        (["h:1", "--size", "0"], "argument --size: '0' is not a valid size: use 1 byte to 1TiB"),
         (["h:1", "--timeout", "0"], "argument --timeout: '0': use more than 0, at most a day\n"),
         (["h:1", "--timeout", "25h"], "argument --timeout: '25h': use more than 0, at most a day\n"),
         (["h:1", "--timeout", "5x"], "'5x' is not a duration: write seconds, or for example 250ms, 10s, 5m or 1h\n"),

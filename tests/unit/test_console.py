@@ -227,6 +227,7 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             " ! accept_paused cause=max_connections file='a b' [lab]",
         ),
         ("critical", {"event": "client_closed", "logger": "other"}, "!! client_closed logger=other"),
+        ("critical", {"event": "client_state", "logger": "other"}, "!! client_state logger=other"),
     ],
 )
 def test_other_events(level: str, event: dict[str, Any], text: str) -> None:

@@ -18,6 +18,7 @@ from echod.units import bytes_text, parse_duration, parse_size, seconds_text
         ("1MB", 10**6),
         ("3GiB", 3 * 2**30),
         ("64k", 64000),
+        ("64.0", 64),
         ("1.001kB", 1001),
     ],
 )
@@ -25,7 +26,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "KiB", "-1", "1e3", "1 KiBB", "0x10", "\u0661"])
+@pytest.mark.parametrize("text", ["", "KiB", "-1", "1e3", "1 KiBB", "0x10", "\u0661", "1.5", "0.5B"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size: write bytes, or for example 64KiB"):
         parse_size(text)

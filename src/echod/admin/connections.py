@@ -41,7 +41,6 @@ class Connections:
 
     def add(self, sock: socket.socket, _: object) -> None:
         """Add an accepted socket. At the limit, it replaces the one that has asked for nothing for the longest time."""
-        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
         if len(self._open) >= self._limits.max_connections:
             next(iter(self._open.values())).abort()
         task = self._loop.create_task(self._join(sock))

@@ -48,8 +48,12 @@ class History:
         while True:
             if (left := self._samples[-1].time + _LONGEST_STEP - self._loop.time()) > 0:
                 await asyncio.sleep(left)
-            else:
+                continue
+            try:
                 self.add(await self._snapshot.take())
+            except Exception as error:  # noqa: BLE001  (such as a lack of memory, which must not stop the daemon)
+                self._loop.call_exception_handler({"message": "a sample of the history failed", "exception": error})
+                await asyncio.sleep(_LONGEST_STEP)
 
     def add(self, counts: Mapping[str, Count]) -> None:
         """Add a sample of these counts, which were just taken. Does nothing if there is a recent sample."""
@@ -59,9 +63,8 @@ class History:
             totals = {name: (count.received, count.sent) for name, count in counts.items()}
             self._samples.append(_Sample(now, clients, totals))
 
-    def last(self, age: float) -> tuple[float, Mapping[str, tuple[int, int]]]:
-        """Return the time and the totals of the last sample of at least this age, or of the first sample."""
-        latest = self._loop.time() - age
+    def last(self, latest: float) -> tuple[float, Mapping[str, tuple[int, int]]]:
+        """Return the time and the totals of the last sample up to this time, or of the first sample."""
         sample = next((sample for sample in reversed(self._samples) if sample.time <= latest), self._samples[0])
         return sample.time, sample.totals
 

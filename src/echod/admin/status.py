@@ -100,7 +100,8 @@ class Reporter:
 
     def _listener(self, name: str, count: Count, now: float) -> dict[str, object]:
         server, counters = self._view.servers[name], count.counters
-        since, totals = self._history.last(_SHORTEST_SPAN)
+        # Not the sample of this report, however long ago it was taken: under load, a report takes seconds.
+        since, totals = self._history.last(now - _SHORTEST_SPAN)
         received, sent = totals.get(name, (0, 0))
         span = max(now - since, _SHORTEST_SPAN)
         tls = self._view.resources().tls.get(name) if server.settings.tls is not None else None

@@ -70,7 +70,7 @@ class EchoSession(asyncio.Protocol):
     """Echo everything that one client sends (RFC 862).
 
     Args:
-        sock: connected, non-blocking.
+        sock: a connected socket.
         limits: the limits of the server.
         shutdown: the timeouts of the server's stop.
         ended: a future that the session completes when the connection is closed.

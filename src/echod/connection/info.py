@@ -20,7 +20,7 @@ class InfoSession(EchoSession):
     """Send a description of the connection as one line of JSON, and close.
 
     Args:
-        sock: connected, non-blocking.
+        sock: a connected socket.
         limits: the limits of the server.
         shutdown: the timeouts of the server's stop.
         ended: a future that the session completes when the connection is closed.

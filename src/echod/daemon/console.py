@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from echod.connection.outcome import has_failed
-from echod.text import printable
+from echod.text import count, printable
 from echod.units import seconds_text
 
 if TYPE_CHECKING:
@@ -136,21 +136,15 @@ def _local(second: int) -> tuple[str, str, str]:
 
 def _describe(name: str, event: EventDict) -> tuple[str, str]:
     """Return the name and the text that the console shows."""
-    if name == "client_state":
-        return event["state"], event["peer"]
     # Messages of `logging` may have any name.
     if name not in _TEXTS or "logger" in event:
         return name, " ".join(f"{key}={_value(value)}" for key, value in event.items() if value)
-    return name.removeprefix("client_"), _TEXTS[name](event)
+    return event["state"] if name == "client_state" else name.removeprefix("client_"), _TEXTS[name](event)
 
 
 def _value(value: object) -> str:
     text = str(value)
     return repr(text) if " " in text or not text.isprintable() else text
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _duration(event: Mapping[str, Any]) -> str:
@@ -191,7 +185,7 @@ def _draining(event: EventDict) -> str:
     cause = f"after {event['signal']}" if event["signal"] else "after a failure"
     if not event["clients"]:
         return f"{cause}: no clients"
-    clients = _count(event["clients"], "client")
+    clients = count(event["clients"], "client")
     if not event["max_seconds"]:
         return f"{cause}: {clients}, reset at once"
     return f"{cause}: {clients}, at most {seconds_text(event['max_seconds'])}; {again(event['signal'])} stops at once"
@@ -210,7 +204,7 @@ def _drained(event: EventDict) -> str:
         unacked_bytes="{:,} B unacknowledged",
         discarded_bytes="{:,} B discarded",
     )
-    return f"{_count(event['clients'], 'client')} in {_duration(event)}{ends}{others}"
+    return f"{count(event['clients'], 'client')} in {_duration(event)}{ends}{others}"
 
 
 def _stopped(event: EventDict) -> str:
@@ -222,13 +216,14 @@ def _stopped(event: EventDict) -> str:
         accept_failures="accept failures: {:,}",
     )
     faults = "".join(f", fault {name}: {count:,}" for name, count in event.get("faults", {}).items())
-    return f"{_count(event['connections'], 'connection')}, {_echoed(event)}{others}{faults}"
+    return f"{count(event['connections'], 'connection')}, {_echoed(event)}{others}{faults}"
 
 
 _TEXTS: Mapping[str, Callable[[EventDict], str]] = {
     "started": "echod {version}, pid {pid}, {loop}, Python {python}".format_map,
     "listening": lambda event: event["address"],
     "client_connected": lambda event: event["peer"],
+    "client_state": lambda event: event["peer"],
     "client_closed": _closed,
     "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "no settings changed",
     "reload_failed": lambda event: "; ".join(event["problems"]),

@@ -20,7 +20,7 @@ from echod.daemon import logs, systemd
 from echod.daemon.console import again
 from echod.daemon.plan import ADMIN, Plan
 from echod.daemon.reload import Reloader, take_fallible_steps
-from echod.daemon.systemd import Notifier, count
+from echod.daemon.systemd import Notifier
 from echod.loops import loop_factory
 from echod.net import addresses, kernel
 from echod.net.inherited import inherit
@@ -29,6 +29,7 @@ from echod.server.ledger import Ledger
 from echod.server.receipt import Receipt
 from echod.server.server import Server
 from echod.settings.model import changes
+from echod.text import count
 from echod.threads import ThreadError
 
 if TYPE_CHECKING:
@@ -144,9 +145,9 @@ class Daemon:
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
         max_connections = self._max_connections(len(listeners))
+        settings = self._plan.settings.log
         for listener in listeners:
             observers = () if self._admin is None else (self._admin.observer(listener.name),)
-            settings = self._plan.settings.log
             logger = self._logger.bind(listener=listener.name)
             ledger = Ledger(logger, settings.connections, observers, states=settings.level == "debug")
             server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
@@ -290,10 +291,10 @@ class Daemon:
         take_fallible_steps(before, plan, self._servers, self._log)
         self._plan = plan
         max_connections = self._max_connections(len(self._servers))
+        settings = plan.settings.log
         for name, server in self._servers.items():
-            settings = plan.settings.log
-            states = settings.level == "debug"
-            server.ledger.reconfigure(self._logger.bind(listener=name), settings.connections, states=states)
+            logger = self._logger.bind(listener=name)
+            server.ledger.reconfigure(logger, settings.connections, states=settings.level == "debug")
             # A listener that was removed from the settings keeps its own until a restart.
             if name in plan.listeners:
                 server.reconfigure(plan.server_settings(name, max_connections, self._buffers))

@@ -9,7 +9,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from echod.text import printable
+from echod.text import count, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -67,11 +67,6 @@ def find_manager(warn: Callable[..., object]) -> Manager | None:
 def message(fields: Mapping[str, object]) -> bytes:
     """Render a message with one line per field. Long values are truncated."""
     return "".join(f"{name}={printable(str(value))[:_LONGEST_VALUE]}\n" for name, value in fields.items()).encode()
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the singular or plural."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Notifier:

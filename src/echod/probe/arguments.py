@@ -132,7 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument_group("server").add_argument("target", metavar="TARGET", nargs="*", help=text)
     add = parser.add_argument_group("connection").add_argument
     text = f"time limit to connect, and to wait for an echo (default: {_TIMEOUT:g}s)"
-    add("--timeout", metavar="TIME", type=_timeout, default=_TIMEOUT, help=text)
+    day = _seconds(_DAY, "a day")  # poll(2) takes at most 24 days
+    add("--timeout", metavar="TIME", type=day, default=_TIMEOUT, help=text)
     add("--half-close", action="store_true", help="half-close at the end, and require the whole echo and EOF")
     add("--source", metavar="ADDRESS", type=_ip, help="local IP address to connect from")
     add("--proxy-v1", metavar="SRC:PORT", type=_claim, help="send a PROXY v1 header with this client address")
@@ -150,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("measurement (any of these options starts one)").add_argument
     add("--count", metavar="N", type=_number, help="number of messages over all connections")
     text = f"time to measure, without --count (default: {_DURATION:g}s)"
-    add("--duration", metavar="TIME", type=_duration, help=text)
+    add("--duration", metavar="TIME", type=_seconds(366 * _DAY, "a year"), help=text)
     add("--connections", metavar="N", type=_number, help="number of connections (default: 1)")
     text = f"message size (default: {_MESSAGE_SIZE}); with --stream, size of each write (default: 64KiB)"
     add("--size", metavar="SIZE", type=_size, help=text)
@@ -230,7 +231,8 @@ def _is_number(text: str) -> bool:
 def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
     """Return pairs of a condition and the message to show if it is true."""
     unix = isinstance(given.target, UnixAddress)
-    tls_options = [f"--{name}" for name in ("ca", "cert", "key", "server-name", "insecure") if _given(given, name)]
+    of_tls = ("ca", "cert", "key", "server_name", "insecure")
+    tls_options = [f"--{name.replace('_', '-')}" for name in of_tls if getattr(given, name)]
     proxy = given.proxy_v1 or given.proxy_v2
     return [
         (given.count and given.duration, "--count and --duration both end the measurement: give only one"),
@@ -254,10 +256,6 @@ def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
         (unix and proxy, "a PROXY header contains IP addresses, but the target is a unix socket"),
         (len(_families(given)) > 1, f"addresses of different IP families: {', '.join(_families(given).values())}"),
     ]
-
-
-def _given(given: argparse.Namespace, name: str) -> bool:
-    return bool(getattr(given, name.replace("-", "_")))
 
 
 def _families(given: argparse.Namespace) -> dict[int, str]:
@@ -389,24 +387,20 @@ def _size(text: str) -> int:
     return size
 
 
-@_value
-def _duration(text: str) -> float:
-    return _seconds(text, 366 * _DAY, "a year")
+def _seconds(most: float, limit: str) -> Callable[[str], float]:
+    """Return the parser of a time up to a limit."""
 
+    @_value
+    def convert(text: str) -> float:
+        from echod import units  # noqa: PLC0415  (most checks do not need it)
 
-@_value
-def _timeout(text: str) -> float:
-    return _seconds(text, _DAY, "a day")  # poll(2) takes at most 24 days
+        seconds = units.parse_duration(text)
+        if not 0 < seconds <= most:
+            msg = f"{text!r}: use more than 0, at most {limit}"
+            raise ValueError(msg)
+        return seconds
 
-
-def _seconds(text: str, most: float, limit: str) -> float:
-    from echod import units  # noqa: PLC0415  (most checks do not need it)
-
-    seconds = units.parse_duration(text)
-    if not 0 < seconds <= most:
-        msg = f"{text!r}: use more than 0, at most {limit}"
-        raise ValueError(msg)
-    return seconds
+    return convert
 
 
 @_value

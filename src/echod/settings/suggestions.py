@@ -1,4 +1,4 @@
-"""Suggestions for unknown keys and variables."""
+"""Suggestions for unknown keys, variables and options."""
 
 from __future__ import annotations
 

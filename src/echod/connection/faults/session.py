@@ -67,6 +67,8 @@ class FaultSession(EchoSession):
         number: int,
     ) -> None:
         super().__init__(sock, limits, shutdown, ended)
+        # With uvloop, it would keep the timeout of socket.setdefaulttimeout(), for which `_write_separately` would wait.
+        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
         self._profile = profile
         self._loop = ended.get_loop()
         random = profile.new_random(number)
