@@ -50,7 +50,7 @@ def test_other_encodings(tmp_path: Path, mark: bytes) -> None:
         ("[log]\n\na = [\n\n", "FILE:3: is not TOML: Invalid value, at the end of the file"),
         ("[limits]\nbacklog = = 3", "FILE:2:11: is not TOML: Invalid value"),
         ("[log]\nlevel = 'a' 'b'\n", "FILE:2:13: is not TOML: Expected newline or end of document after a statement"),
-        ("backlog = 1\nbacklog = 2\nx = 1", "FILE:2:12: is not TOML: this key already has a value"),
+        ("backlog = 1\nbacklog = 2\nx = 1", "FILE:2:12: is not TOML: this key has a value already"),
         ("[a]\n[a]\n", "FILE:2:3: is not TOML: Cannot declare ('a',) twice"),
         ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
         ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
@@ -75,7 +75,7 @@ def test_other_encodings(tmp_path: Path, mark: bytes) -> None:
                 'write "0660"'
             ),
         ),
-        ("x = 1\nx = 2\ny = 3", "FILE:2:6: is not TOML: this key already has a value"),
+        ("x = 1\nx = 2\ny = 3", "FILE:2:6: is not TOML: this key has a value already"),
     ],
 )
 def test_syntax_errors(write: Write, text: str, line: str) -> None:

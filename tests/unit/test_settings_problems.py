@@ -191,7 +191,7 @@ def test_tables_in_place_of_values(write: Write, text: str, expected: list[str])
         ("[limits]\nbacklog = = 3", "FILE: is not TOML: Invalid value"),
         (
             "[limits]\nbacklog = 1\nbacklog = 2",
-            "FILE: is not TOML: this key already has a value, at the end of the file",
+            "FILE: is not TOML: this key has a value already, at the end of the file",
         ),
     ],
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)")
 _UNQUOTED = re.compile(r"""\s*[^\s=]+\s*=\s*([^\s"'\[{#=][^"'#]*?)\s*(?:#.*)?""")
 
-_TWICE = {"Cannot overwrite a value": "this key already has a value"}
+_TWICE = {"Cannot overwrite a value": "this key has a value already"}
 
 
 class Document(NamedTuple):
