@@ -30,7 +30,7 @@ soak: .venv/installed ## restart the daemon 200 times on an inherited socket und
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 
-docs: .venv/installed ## generate the reference page of the settings
+docs: .venv/installed ## generate the settings reference and the chart's tables of values
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
 

@@ -54,8 +54,8 @@ CPU time per unit of work. The tables show wall-clock figures as well.
 GOALS = """\
 ## Targets
 
-The targets of echod on one core with default settings. The median decides. If the bound is within the brackets, single
-rounds disagree with the median.
+These are the targets of echod on one core with default settings. The median decides whether a target is reached. If the
+bound is within the brackets, single rounds disagree with the median.
 """
 
 OVERVIEW = """\

@@ -38,24 +38,26 @@ that of the next source, and so do the addresses of `listen`. Only named tables 
 key.
 
 `echod check` accepts the same options as `echod serve` and opens no address. It reports every problem on a line of its own
-and exits with code 78, or with 0 if there is no problem ([exit codes](exit-codes.md)). It opens and closes `log.file` if that exists, and creates none. So
-a process that reads from a FIFO, and waits for its first writer, sees the end of its input. `echod config` prints the settings in force as a TOML file, each
-line with the origin of its value.
+and exits with code 78, or with 0 if there is no problem ([exit codes](exit-codes.md)). It opens and closes an existing
+`log.file`, and does not create one. If that file is a FIFO without another writer, its
+reader then sees the end of its input.
 
-A problem in the file has the file's name and the line in front: `echo.toml:3: limits.backlog: should be at least 1, not 0`.
+`echod config` prints the settings in force as a TOML file, each line with the origin of its value.
+
+A problem in the file begins with the file's name and the line: `echo.toml:3: limits.backlog: should be at least 1, not 0`.
 Items of a list are numbered from 0: `listen[2]`.
 
 An unknown key is an error in the file and on the command line. In the environment, it is an error if its section is known.
 Other unknown variables are warnings: Kubernetes injects `ECHOD_PORT` for a service named echod.
 
-A duration is a number of seconds, such as `60` or `0.25`, or a text such as `"250ms"`, `"10s"`, `"5m"`, `"1h"` or
-`"1h30m"`. It is at most a year. A size is a number of bytes, or a text such as `"64KiB"`, `"64k"` or `"1.5MB"`: units with an
-i are powers of 1024, all others are powers of 1000. Words to choose from, such as `"info"`, are accepted in any case. In the
-file, a text needs quotes.
+A duration is a number of seconds, such as `60` or `0.25`, or text such as `"250ms"`, `"10s"`, `"5m"`, `"1h"` or
+`"1h30m"`. It is at most a year. A size is a number of bytes, or text such as `"64KiB"`, `"64k"` or `"1.5MB"`: units with an
+i are powers of 1024, all others are powers of 1000. The case of keywords, such as `"info"`, does not matter. In the
+file, text needs quotes.
 
-An address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all addresses of both families. If a
-host name has several addresses, such as localhost, echod listens on each of them. `unix:PATH` is a unix socket, and
-`unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` stands for the inherited sockets of that name
+An address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all IPv4 and IPv6 addresses. If a host
+name such as localhost has several addresses, echod listens on each of them. `unix:PATH` is a unix socket, and
+`unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` means the inherited sockets of that name
 ([sockets](../how-to/sockets.md)).
 
 SIGHUP makes echod read all sources again ([reload](../how-to/reload.md)).

@@ -19,6 +19,7 @@ def values(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield the key, the default and the comment of each value.
 
     A comment describes the key in the line after it. A key without a value on its line contains other keys or a list.
+    The keys of a list's items have no comment and are left out.
     """
     parents: list[tuple[int, str]] = []
     comment: list[str] = []
@@ -32,7 +33,7 @@ def values(text: str) -> Iterator[tuple[str, str, str]]:
             parents = [(depth, parent) for depth, parent in parents if depth < indent] + [(indent, name)]
             if default is None and following.lstrip().startswith("- "):
                 default = "[…]"
-            if default is not None:
+            if comment and default is not None:
                 yield ".".join(parent for _, parent in parents), default, " ".join(comment)
         comment = []
 
@@ -50,7 +51,7 @@ def source() -> str:
 
 
 def filled(page: str) -> str:
-    """Return a page with the present table."""
+    """Return a page with the current table."""
     before, _, rest = page.partition(START)
     return before + START + table() + END + rest.partition(END)[2]
 

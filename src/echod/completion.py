@@ -45,8 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Print a script that completes commands, options and their values in a shell.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("shell", choices=_SHELLS, help="The shell that runs the script.")
+    group = parser.add_argument_group("arguments")
+    group.add_argument("shell", choices=_SHELLS, help="The shell that runs the script.")
+    parser.add_argument_group("options").add_argument("-h", "--help", action="help", help="Print the help.")
     return parser
 
 

@@ -30,7 +30,7 @@ def start(work: Callable[[], object], name: str) -> threading.Thread:
     Only the main thread runs handlers, and a signal to another thread would not wake it.
 
     Raises:
-        ThreadError: the system refused, because of a limit of processes or a lack of memory.
+        ThreadError: the system refused, because of the process limit or a lack of memory.
 
     """
 
@@ -42,7 +42,7 @@ def start(work: Callable[[], object], name: str) -> threading.Thread:
     try:
         thread.start()
     except RuntimeError as error:
-        msg = f"{error}: raise the limit of processes (ulimit -u, pids.max, TasksMax=), or free memory"
+        msg = f"{error}: raise the process limit (ulimit -u, pids.max, TasksMax=), or free memory"
         raise ThreadError(msg) from error
     return thread
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -244,7 +245,7 @@ def test_log_pipe_without_a_reader(command: Command, name: str, tmp_path: Path) 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     result = command(name, "--log.file", str(fifo))
-    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    reason = "No such device or address: no process reads this FIFO; start its reader first"
     problem = f"echod: --log.file: log.file: {str(fifo)!r} cannot be written: {reason}\n"
     assert (result.returncode, result.stderr) == (78, problem)
 
@@ -430,6 +431,6 @@ def test_readme_commands_exist() -> None:
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text()
     for target in ("run", "test"):
-        assert any(f"{before}make {target}" in readme for before in "\n`")
+        assert re.search(rf"^`?make {target}\b", readme, re.MULTILINE)
         subprocess.run(["make", "--dry-run", target], cwd=root, check=True, capture_output=True, timeout=PATIENCE)
     assert run("check", "--listen", ":7000", "--config", str(root / "config.example.toml")).returncode == 0

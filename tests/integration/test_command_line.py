@@ -194,8 +194,8 @@ def test_width_of_the_help(command: Command, monkeypatch: pytest.MonkeyPatch, na
             ["/run/x"],
             "'/run/x' is not an address; write --config '/run/x' for a settings file, 'unix:/run/x' for",
         ),
-        (["8000", "check"], "'check' is a command: write it first, and only one command"),
-        (["serve", "check"], "'check' is a command: write it first, and only one command"),
+        (["8000", "check"], "'check' is a command: write only one command, and write it first"),
+        (["serve", "check"], "'check' is a command: write only one command, and write it first"),
         (["--config", "x", "probe", "h:1"], "'probe' is a command that reads no settings: write `echod probe` first,"),
         (
             ["check", "version"],

@@ -96,7 +96,7 @@ def test_crash(lab: Lab, kind: str) -> None:
     assert (line["reason"], line["received"], line["sent"]) == ("fault", 12, 5)
     failed = lab.daemon.wait_for("client_failed", listener=f"crash {kind}")
     assert "Traceback" in failed["exception"]
-    assert "fault 'crash' was set off" in failed["exception"]
+    assert "fault 'crash' was triggered" in failed["exception"]
 
 
 def test_breaks_off(lab: Lab, kind: str) -> None:

@@ -218,7 +218,7 @@ def test_sockets_are_open_before_the_start(run_scene: Run) -> None:
         assert (receipt.clients, receipt.completed) == (1, 1)
         assert await reader.read() == b"early"
         writer.close()
-        with pytest.raises(RuntimeError, match="started once"):
+        with pytest.raises(RuntimeError, match="only once"):
             server.start()
 
     run_scene(scene)

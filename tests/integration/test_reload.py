@@ -319,7 +319,7 @@ def test_log_that_nobody_reads(start: Start, file: Configured, tmp_path: Path) -
     file.write("")
     daemon = start("--config", str(file.path))
     file.reload(daemon, f'[log]\nfile = "{pipe}"\n', "reload_failed")
-    reason = "No such device or address: no process reads this FIFO, start its reader first"
+    reason = "No such device or address: no process reads this FIFO; start its reader first"
     problem = f"{file.path}:2: log.file: '{pipe}' cannot be written: {reason}"
     assert daemon.all("reload_failed")[0]["problems"] == [problem]
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

@@ -476,7 +476,7 @@ def test_log_that_is_refused(loop_name: str, tmp_path: Path) -> None:
         os.mkfifo(link)  # only open(2) shows that it has no reader
         config.write_text(f'log.file = "{link}"\nlimits.backlog = 12\n')
         daemon.send_signal(signal.SIGHUP)
-        reason = "No such device or address: no process reads this FIFO, start its reader first"
+        reason = "No such device or address: no process reads this FIFO; start its reader first"
         problem = f"{config}:1: log.file: '{link}' cannot be written: {reason}"
         assert daemon.wait_for("reload_failed")["problems"] == [problem]
         assert [event["backlog"] for event in daemon.all("listen")] == [11, 12, 11]

@@ -200,7 +200,7 @@ def test_reload_in_an_open_terminal(run: Callable[..., Terminal]) -> None:
     terminal = run()
     connect_to(terminal).close()
     terminal.process.send_signal(signal.SIGHUP)
-    terminal.wait_for("reloaded.* nothing has changed")
+    terminal.wait_for("reloaded.* no settings changed")
     connect_to(terminal).close()
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 0

@@ -23,7 +23,7 @@ from harness import PATIENCE, Daemon, clean_environment, until
 from refusal import refusing
 from watching import WATCHED, scrape
 
-REFUSED = "can't start new thread: raise the limit of processes (ulimit -u, pids.max, TasksMax=), or free memory"
+REFUSED = "can't start new thread: raise the process limit (ulimit -u, pids.max, TasksMax=), or free memory"
 
 
 def descriptors(process: object) -> set[str]:

@@ -165,12 +165,13 @@ def leaves(value: Any, *path: str) -> Iterator[tuple[str, Any]]:
 )
 def test_table_of_values(page: Path) -> None:
     """The table has each value with its default and a description."""
-    table = page.read_text().partition("| value | default | meaning |")[2]
+    table = page.read_text().partition("| value | default | meaning |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
     found = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| \w.+\. \|$", table, re.MULTILINE)
     expected = dict(leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
     assert expected.pop("topologySpread")
     assert {key: yaml.safe_load(default) for key, default in found if default != "[…]"} == expected
     assert ("topologySpread", "[…]") in found
+    assert len(found) == len(table.splitlines())
 
 
 def test_echod_accepts_its_settings(values: str, tmp_path: Path, certificates: Certificates) -> None:

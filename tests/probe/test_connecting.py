@@ -233,7 +233,7 @@ def test_a_thread_that_cannot_start(command: Command, monkeypatch: pytest.Monkey
     names(lambda: answer("192.0.2.1"))
     monkeypatch.setattr(threading.Thread, "start", lambda _: fail(RuntimeError("can't start new thread")))
     message = (
-        "the name cannot be resolved: can't start new thread: raise the limit of processes (ulimit -u, pids.max, "
+        "the name cannot be resolved: can't start new thread: raise the process limit (ulimit -u, pids.max, "
         "TasksMax=), or free memory"
     )
     result = command("probe", "name:7")

@@ -133,7 +133,7 @@ def test_half_close_finds_an_early_end() -> None:
     with Peer(handler) as peer:
         found = measure(peer.target, "--count", "1", "--half-close", code=1)
         assert found["errors"] == {"early_eof": 1}
-        assert found["problem"] == "connection 0: the server closed it, 4 bytes of echo missing"
+        assert found["problem"] == "connection 0: the server closed it with 4 bytes of echo missing"
 
 
 def test_some_connections_refused() -> None:

@@ -46,7 +46,7 @@ def test_report_of_a_stream() -> None:
     with Peer(echo) as peer:
         result = run("probe", peer.target, "--stream", "--duration", "2.3", "--size", "4KiB")
     assert result.returncode == 0
-    assert result.stdout.startswith(f"{peer.target}: 1 connection, a stream in writes of 4096 B, ")
+    assert result.stdout.startswith(f"{peer.target}: 1 connection, a stream in writes of 4,096 B, ")
     assert "second 2 " in result.stdout
     assert "p50" not in result.stdout
 
@@ -55,7 +55,7 @@ def test_report_of_a_rate_and_errors() -> None:
     with Peer(ending(640)) as peer:
         result = run("probe", peer.target, "--rate", "1000", "--count", "100")
     assert result.returncode == 1
-    assert " 1 connection, 1000 messages of 64 B a second, " in result.stdout
+    assert " 1 connection, 1,000 messages of 64 B per second, " in result.stdout
     assert "sent late by " in result.stdout
     assert re.search(r"errors +1 +early_eof 1\n", result.stdout)
     assert result.stderr.count("\n") == 1

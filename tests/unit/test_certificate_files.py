@@ -92,7 +92,7 @@ def test_certificate_that_only_openssl_can_read(command: Command, tmp_path: Path
     timeless = ssl.DER_cert_to_PEM_cert(der.replace(b"Z\x17", b"X\x17")).encode()
     line = root.pem.count(b"\n") + 1
     for data, text in (
-        (root.pem + timeless, f": the CERTIFICATE in line {line} cannot be decoded: b'"),
+        (root.pem + timeless, f": the CERTIFICATE on line {line} cannot be decoded: b'"),
         (revocation_list(root), " holds no certificate in PEM form"),
     ):
         clients = write(tmp_path / "clients.pem", data)
@@ -121,14 +121,14 @@ JUNK = b"-----BEGIN CERTIFICATE-----\nnot base64!\n-----END CERTIFICATE-----\n"
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda pem: without_line(pem, -1), "the CERTIFICATE in line {} has no line '-----END CERTIFICATE-----'"),
-        (lambda pem: without_line(pem, -1) + pem, "the CERTIFICATE in line {} has no line '-----END CERTIFICATE-----'"),
-        (lambda pem: without_line(pem, 2), "the CERTIFICATE in line {} cannot be decoded"),
-        (lambda pem: b"\xef\xbb\xbf" + without_line(pem, 2), "the CERTIFICATE in line {} cannot be decoded"),
-        (lambda pem: b"\r\n" + JUNK + pem, "the CERTIFICATE in line {next} cannot be decoded"),
+        (lambda pem: without_line(pem, -1), "the CERTIFICATE on line {} has no line '-----END CERTIFICATE-----'"),
+        (lambda pem: without_line(pem, -1) + pem, "the CERTIFICATE on line {} has no line '-----END CERTIFICATE-----'"),
+        (lambda pem: without_line(pem, 2), "the CERTIFICATE on line {} cannot be decoded"),
+        (lambda pem: b"\xef\xbb\xbf" + without_line(pem, 2), "the CERTIFICATE on line {} cannot be decoded"),
+        (lambda pem: b"\r\n" + JUNK + pem, "the CERTIFICATE on line {next} cannot be decoded"),
         (
             lambda pem: without_line(pem.replace(b"CERTIFICATE", b"X509 CRL"), 2),
-            "the X509 CRL in line {} cannot be decoded",
+            "the X509 CRL on line {} cannot be decoded",
         ),
     ],
     ids=["cut", "cut-in-the-middle", "truncated", "byte-order-mark", "junk", "revocation-list"],
@@ -150,8 +150,8 @@ def test_damaged_block(
 @pytest.mark.parametrize(
     ("number", "problem"),
     [
-        (-1, "the PRIVATE KEY in line 1 has no line '-----END PRIVATE KEY-----'"),
-        (2, "the PRIVATE KEY in line 1 cannot be decoded"),
+        (-1, "the PRIVATE KEY on line 1 has no line '-----END PRIVATE KEY-----'"),
+        (2, "the PRIVATE KEY on line 1 cannot be decoded"),
     ],
 )
 def test_damaged_private_key(tmp_path: Path, authorities: Authorities, number: int, problem: str) -> None:
@@ -170,7 +170,7 @@ def test_private_key_of_another_kind(tmp_path: Path, authorities: Authorities) -
     key = write(tmp_path / "server.key", x25519.X25519PrivateKey.generate().private_bytes(*encoding))
     with pytest.raises(CertificateError) as caught:
         load(certificate, key, "", "1.2")
-    assert str(caught.value) == f"'{key}': the PRIVATE KEY in line 1 cannot be used"
+    assert str(caught.value) == f"'{key}': the PRIVATE KEY on line 1 cannot be used"
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])

@@ -185,7 +185,7 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             {"event": "client_state", "listener": ":8000", "peer": "1.2.3.4:5", "state": "open"},
             "   open      1.2.3.4:5",
         ),
-        ("info", {"event": "reloaded", "changed": []}, "   reloaded  nothing has changed"),
+        ("info", {"event": "reloaded", "changed": []}, "   reloaded  no settings changed"),
         ("info", {"event": "reloaded", "changed": ["a.b", "c"]}, "   reloaded  changed: a.b, c"),
         ("error", {"event": "reload_failed", "problems": ["x: y", "z"]}, "!! reload_failed x: y; z"),
         ("warning", {"event": "restart_needed", "settings": ["loop", "listen"]}, " ! restart_needed for loop, listen"),
@@ -219,7 +219,7 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             "info",
             {"event": "stopped", "connections": 2, "empty": 1, "accept_pauses": 3, "accept_failures": 0}
             | {"received": 9, "sent": 9, "acked": 9, "discarded_bytes": 0, "faults": {"slow": 1}},
-            "   stopped   2 connections, 9 B echoed, 1 of them empty, pauses of accepting: 3, fault slow: 1",
+            "   stopped   2 connections, 9 B echoed, 1 of them empty, accept pauses: 3, fault slow: 1",
         ),
         (
             "warning",

@@ -94,7 +94,7 @@ def inherited() -> Iterator[socket.socket]:
 def test_own_listener_has_the_port(port: int) -> None:
     """Each address that another listener of the configuration has names that listener."""
     first = ("first", f"127.0.0.1:{port}")
-    own = "Address already in use: the listener 'first' has it, choose another address"
+    own = "Address already in use: the listener 'first' already uses it; choose another address"
     assert problems(first, ("all", f":{port}"), ("v4", f"0.0.0.0:{port}"), ("name", f"localhost:{port}")) == [
         f"cannot listen on {address}:{port}: {own}" for address in ("", "0.0.0.0", "localhost")
     ]
@@ -117,8 +117,8 @@ def test_own_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     listeners = [("a", "unix:s"), ("tcp", "127.0.0.1:0"), ("b", f"unix:{tmp_path}/s"), ("c", "unix:@echod-test/a")]
     in_use = "Address already in use: the listener"
     assert problems(*listeners, ("d", "unix:@echod-test/a")) == [
-        f"cannot listen on unix:{tmp_path}/s: {in_use} 'a' has it, choose another address",
-        f"cannot listen on unix:@echod-test/a: {in_use} 'c' has it, choose another address",
+        f"cannot listen on unix:{tmp_path}/s: {in_use} 'a' already uses it; choose another address",
+        f"cannot listen on unix:@echod-test/a: {in_use} 'c' already uses it; choose another address",
     ]
 
 
@@ -126,5 +126,5 @@ def test_inherited_socket_has_the_port(inherited: socket.socket) -> None:
     """An inherited socket is named, whether a listener uses it or not."""
     address = f"127.0.0.1:{inherited.getsockname()[1]}"
     (problem,) = problems(("a", address), inherited={"web": [inherited]})
-    own = "Address already in use: the inherited socket 'web' has it, choose another address"
+    own = "Address already in use: the inherited socket 'web' already uses it; choose another address"
     assert problem == f"cannot listen on {address}: {own}"

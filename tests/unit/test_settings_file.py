@@ -56,26 +56,26 @@ def test_other_encodings(tmp_path: Path, mark: bytes) -> None:
         ("[a]\n[a]\n", "FILE:2:3: is not TOML: this table is defined already: add its keys there"),
         ("a.b = 1\n[a]\n", "FILE:2:3: is not TOML: this table is defined already: add its keys there"),
         ("a = {}\na.b = 1\n", "FILE:2:8: is not TOML: this table is defined already: add its keys there"),
-        ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
-        ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: a text needs quotes: write "debug"'),
+        ("[log]\nlevel = debug\n", 'FILE:2:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
+        ("level = debug # x", 'FILE:1:9: is not TOML: Invalid value: text needs quotes: write "debug"'),
         (
             "idle_timeout = 5m\nx = 1",
             (
-                "FILE:1:17: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:17: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "5m"'
             ),
         ),
         (
             "listen = 127.0.0.1:80\nx = 1",
             (
-                "FILE:1:15: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:15: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "127.0.0.1:80"'
             ),
         ),
         (
             "socket_mode = 0660\nx = 1",
             (
-                "FILE:1:16: is not TOML: Expected newline or end of document after a statement: a text needs quotes: "
+                "FILE:1:16: is not TOML: Expected newline or end of document after a statement: text needs quotes: "
                 'write "0660"'
             ),
         ),

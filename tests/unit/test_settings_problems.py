@@ -42,7 +42,7 @@ level = "loud"
 """)
     limits = f"use one of: {', '.join(LimitsSettings.model_fields)}"
     options = f"use one of: {', '.join(f'--limits.{name}' for name in LimitsSettings.model_fields)}".replace("_", "-")
-    fault_options = f"use one of: {', '.join(f'--faults.NAME.{name}' for name in FaultSettings.model_fields)}".replace(
+    fault_options = f"use one of: {', '.join(f'--faults.b.{name}' for name in FaultSettings.model_fields)}".replace(
         "_", "-"
     )
     choices = '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate" or "truncate"'

@@ -10,7 +10,7 @@ from loading import Write, loaded, problems
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("no_settings_in_the_environment")]
 
-TOP = "is a top-level key: in a file, it has to stand above the first table"
+TOP = "is a top-level key: in a file, it must come before the first table"
 
 
 @pytest.mark.parametrize(

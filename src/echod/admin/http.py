@@ -206,7 +206,9 @@ class Admin:
         families = Families(self._view, await self._snapshot.take(), self._histograms, loop_name)
         parts: list[bytes] = []
         own = CounterMetricFamily(
-            "echod_admin_accept_pauses", "Times that the admin listener stopped accepting.", self._accept_pauses
+            "echod_admin_accept_pauses",
+            "Number of times that the admin listener paused accepting.",
+            self._accept_pauses,
         )
         for family in itertools.chain(families, (own,), process, GC_COLLECTOR.collect()):
             parts.append(render(family))

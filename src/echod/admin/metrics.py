@@ -136,7 +136,7 @@ class Families:
         yield paused
         yield self._counter(
             "accept_pauses",
-            "Times that accepting paused, or that a pause got another cause.",
+            "Number of times that accepting paused, or that the cause of a pause changed.",
             lambda count: count.counters.accept_pauses,
         )
         yield self._counter(
@@ -218,7 +218,7 @@ class Families:
         yield GaugeMetricFamily(
             "echod_draining", "1 from the first stop signal on, otherwise 0.", value=view.draining()
         )
-        reloads = CounterMetricFamily("echod_reloads", "Times that the settings were read again.", labels=("result",))
+        reloads = CounterMetricFamily("echod_reloads", "Reloads of the settings, by result.", labels=("result",))
         for result in ("success", "failure"):
             reloads.add_metric((result,), view.reloads[result])
         yield reloads

@@ -212,8 +212,8 @@ def _stopped(event: EventDict) -> str:
         event,
         empty="{:,} of them empty",
         discarded_bytes="{:,} B discarded",
-        accept_pauses="pauses of accepting: {:,}",
-        accept_failures="failures to accept: {:,}",
+        accept_pauses="accept pauses: {:,}",
+        accept_failures="accept failures: {:,}",
     )
     faults = "".join(f", fault {name}: {count:,}" for name, count in event.get("faults", {}).items())
     return f"{count(event['connections'], 'connection')}, {_echoed(event)}{others}{faults}"
@@ -225,7 +225,7 @@ _TEXTS: Mapping[str, Callable[[EventDict], str]] = {
     "client_connected": lambda event: event["peer"],
     "client_state": lambda event: event["peer"],
     "client_closed": _closed,
-    "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "nothing has changed",
+    "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "no settings changed",
     "reload_failed": lambda event: "; ".join(event["problems"]),
     "restart_needed": lambda event: f"for {', '.join(event['settings'])}",
     "draining": _draining,

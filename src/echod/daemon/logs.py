@@ -257,7 +257,7 @@ def explain(file: str, error: OSError) -> str:
     if error.errno == errno.ENOENT and not folder.exists():
         return f"{reason}: create the folder {os.fspath(folder)!r}"
     if error.errno == errno.ENXIO and is_fifo(file):
-        return f"{reason}: no process reads this FIFO, start its reader first"
+        return f"{reason}: no process reads this FIFO; start its reader first"
     return reason
 
 

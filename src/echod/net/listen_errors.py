@@ -52,7 +52,7 @@ def _occupied(address: Address, own: Iterable[tuple[str, socket.socket]]) -> str
     """Return what uses an address, or else the command that finds it. As root, it shows processes of other users too."""
     for name, sock in own:
         if _conflicts(address, sock):
-            return f"{name} has it, choose another address"
+            return f"{name} already uses it; choose another address"
     match address:
         case TcpAddress(port=0):  # no port is free in both families
             return ""

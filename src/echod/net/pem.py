@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
     def __str__(self) -> str:
         """Return the block's place in its file, for messages."""
-        return f"the {self.label} in line {self.line}"
+        return f"the {self.label} on line {self.line}"
 
     @property
     def is_private_key(self) -> bool:

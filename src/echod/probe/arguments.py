@@ -235,9 +235,9 @@ def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
     tls_options = [f"--{name.replace('_', '-')}" for name in of_tls if getattr(given, name)]
     proxy = given.proxy_v1 or given.proxy_v2
     return [
-        (given.count and given.duration, "--count and --duration both end the measurement: give one of them"),
+        (given.count and given.duration, "--count and --duration both end the measurement: give only one"),
         (given.stream and given.count, "--stream has no messages to --count: give --duration"),
-        (given.stream and given.rate, "--stream sends at full speed, --rate at a fixed rate: give one of them"),
+        (given.stream and given.rate, "--stream sends at full speed, --rate at a fixed rate: give only one"),
         (given.stream and given.pipeline, "--stream never waits for an echo, so --pipeline has no effect"),
         (given.stream and given.plot, "--stream has no messages, so there is no latency to --plot"),
         (given.rate and given.pipeline, "--rate never waits for an echo, so --pipeline has no effect"),
@@ -250,7 +250,7 @@ def _contradictions(given: argparse.Namespace) -> list[tuple[object, str]]:
         ),
         (
             given.proxy_v1 and given.proxy_v2,
-            "--proxy-v1 and --proxy-v2: a connection has only one header, give one of them",
+            "--proxy-v1 and --proxy-v2: a connection has only one header; give only one of them",
         ),
         (unix and given.source, "--source is an IP address, but the target is a unix socket"),
         (unix and proxy, "a PROXY header contains IP addresses, but the target is a unix socket"),

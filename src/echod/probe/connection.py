@@ -217,7 +217,7 @@ class Connection:
             expected = self._pattern[self._place : self._place + min(len(data), self.sent - self.received)]
             raise WrongEchoError(Mismatch.find(expected, data, self.received), data)
         if not (self.shut and self.echoed):
-            msg = f"the server closed it, {self.sent - self.received} bytes of echo missing"
+            msg = f"the server closed it with {self.sent - self.received} bytes of echo missing"
             raise EarlyEofError(msg)
         self.eof = True
         return 0

@@ -45,7 +45,7 @@ class Display:
             reading, self._pipe = os.pipe()
             try:
                 self._child = os.fork()
-            except OSError:  # a limit of processes: measure without progress
+            except OSError:  # the process limit: measure without progress
                 os.close(reading)
                 os.close(self._pipe)
                 self._pipe = None

@@ -75,11 +75,11 @@ def _mode(options: ProbeOptions) -> str:
 def _title(options: ProbeOptions) -> str:
     connections = f"{options.connections} connection{'s' if options.connections > 1 else ''}"
     if options.stream:
-        how = f"a stream in writes of {options.size} B"
+        how = f"a stream in writes of {options.size:,} B"
     elif options.rate:
-        how = f"{options.rate:.10g} messages of {options.size} B a second"
+        how = f"{options.rate:,.10g} messages of {options.size:,} B per second"
     else:
-        how = f"messages of {options.size} B, {options.pipeline} at a time"
+        how = f"messages of {options.size:,} B, {options.pipeline:,} at a time"
     return f"{options.target}: {connections}, {how}"
 
 

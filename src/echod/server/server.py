@@ -127,7 +127,7 @@ class Server:
         """
         self._check_loop()
         if self._tasks:
-            msg = "a server is started once"
+            msg = "a server can be started only once"
             raise RuntimeError(msg)
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[BaseException] = self._loop.create_future()

@@ -91,7 +91,7 @@ def _syntax_error(file: str, text: str, reason: str) -> SettingsError:
         source = f"{file}:{line}"
         message += ", at the end of the file"
     if (value := _UNQUOTED.fullmatch(text.split("\n")[line - 1])) and not _is_value(value[1]):
-        message += f": a text needs quotes: write {toml.value(value[1])}"
+        message += f": text needs quotes: write {toml.value(value[1])}"
     return _error(source, message)
 
 

@@ -64,7 +64,7 @@ class LimitsSettings(_Section):
     )
     backlog: Count = Field(
         4096,
-        description="Maximum number of connections that wait to be accepted, per listening socket. The kernel caps it "
+        description="Maximum number of connections waiting to be accepted, per listening socket. The kernel caps it "
         "at net.core.somaxconn.",
     )
     idle_timeout: Seconds = Field(
@@ -72,8 +72,7 @@ class LimitsSettings(_Section):
     )
     write_timeout: PositiveSeconds = Field(
         30.0,
-        description="Reset a client that takes no byte for this many seconds while its echo waits and reading from it "
-        "is paused.",
+        description="Reset a client that takes none of its echo for this many seconds while reading from it is paused.",
     )
     handshake_timeout: PositiveSeconds = Field(
         10.0,
@@ -105,15 +104,15 @@ class ShutdownSettings(_Section):
     )
     quiet_period: Seconds = Field(
         2.0,
-        description="During the drain, close a client that is silent for this many seconds and has all its echo.",
+        description="During the drain, close a client that is silent for this many seconds and has all of its echo.",
     )
     drain_timeout: Seconds = Field(
         7.0, description="Give the other clients this many seconds to finish. Then close them after their echo."
     )
     linger_timeout: Seconds = Field(
         1.0,
-        description="Seconds without progress after our FIN until a connection is closed. In a drain, also the time "
-        "between drain_timeout and the end of the drain.",
+        description="Seconds without progress after our FIN until a connection is closed. During a drain, also the "
+        "time from drain_timeout to the end of the drain.",
     )
 
 
@@ -127,7 +126,7 @@ class LogSettings(_Section):
         "auto", description="Format of a line. auto: console on a terminal, otherwise json."
     )
     file: FileName = Field(
-        "-", description='File that lines are appended to. "-": standard error. "/dev/stdout": standard output.'
+        "-", description='File to append lines to. "-": standard error. "/dev/stdout": standard output.'
     )
     connections: Annotated[Literal["all", "nonempty", "failed", "none"], AnyCase] = Field(
         "nonempty",
@@ -147,7 +146,7 @@ class AdminSettings(_Section):
 
 
 class FaultSettings(_Section):
-    """A named fault. A listener shows it if its key `fault` has that name."""
+    """A named fault. A listener uses it if its key `fault` has that name."""
 
     trigger: Trigger | None = Field(
         None,

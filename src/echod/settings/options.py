@@ -119,7 +119,7 @@ def _check_address(text: str, after: str, command: str, parser: argparse.Argumen
 
 def _advice_on_word(word: str, after: str, command: str) -> str:
     if word in _WITH_SETTINGS:
-        return f"{word!r} is a command: write it first, and only one command"
+        return f"{word!r} is a command: write only one command, and write it first"
     if word in COMMANDS:
         return f"{word!r} is a command that reads no settings: write `echod {word}` first, then its own arguments"
     if "/" in word or word.endswith(".toml"):

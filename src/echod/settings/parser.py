@@ -38,12 +38,12 @@ COMMANDS = {
     "config": "Print the settings in force, each with its origin.",
     "probe": "Check or measure an echo server.",
     "completion": "Print a completion script for bash, zsh or fish.",
-    "help": "Print the help, also of a command: `help probe`.",
+    "help": "Print the help, or that of a command: `help probe`.",
     "version": "Print the version.",
 }
 
 _ADDRESS = (
-    "Listen on this address, as --listen does. A PORT alone is on 127.0.0.1, and :PORT is on all addresses. Several "
+    "Listen on this address, as --listen does. A PORT alone means 127.0.0.1, and :PORT means all addresses. Several "
     "addresses may be given, and --listen too."
 )
 

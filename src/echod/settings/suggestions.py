@@ -63,7 +63,7 @@ def for_key(key: Key) -> str:
     if top is not None and section(top) is not None:
         return f"{unknown!r} is a table of its own: write [{unknown}{'.NAME' if has_named_tables(top) else ''}]"
     if top is not None:
-        advice = f"{unknown!r} is a top-level key: in a file, it has to stand above the first table"
+        advice = f"{unknown!r} is a top-level key: in a file, it must come before the first table"
         return f"{advice}; or did you mean {'.'.join(here)!r}?" if here else advice
     if here:
         return f"did you mean {'.'.join(here)!r}?"

@@ -205,7 +205,7 @@ class FaultSession(EchoSession):
         match self._profile.settings.action:
             case "raise":
                 try:
-                    msg = f"fault {self._profile.name!r} was set off"
+                    msg = f"fault {self._profile.name!r} was triggered"
                     raise InjectedFault(msg)  # noqa: TRY301  (for its traceback)
                 except InjectedFault as error:
                     self.failure = error
