@@ -187,7 +187,7 @@ def test_echod_accepts_its_settings(values: str, tmp_path: Path, certificates: C
     file = tmp_path / "echod.toml"
     file.write_text(text)
     done = run("check", env={**variables(found), "ECHOD_CONFIG": str(file)})
-    assert (done.returncode, done.stdout) == (0, f"configuration OK: {file}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"configuration OK: {file}, ECHOD_ADMIN__ADDRESS\n"), done.stderr
 
 
 def test_everything_reaches_the_settings() -> None:
