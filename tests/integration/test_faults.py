@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Daemon, Start
 
+pytestmark = pytest.mark.once
+
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "faults.md"
 BLOCKS = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
 RECIPES: dict[str, dict[str, Any]] = {

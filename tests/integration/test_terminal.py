@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def run(loop_name: str) -> Iterator[Callable[..., Terminal]]:

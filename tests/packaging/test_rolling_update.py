@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from crowd import Peer
     from harness import Daemon, Start
 
+pytestmark = pytest.mark.once
+
 SHORT, LONG = 20, 10
 
 # No retries and no redispatch, so that a refused connection reaches the client.

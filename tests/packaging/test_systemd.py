@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 Arguments = TypeVarTuple("Arguments")
 
 # A daemon with an inherited socket.

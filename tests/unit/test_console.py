@@ -18,6 +18,8 @@ from echod.daemon.console import Console, columns, has_colors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.once
+
 CLOSED = {
     "event": "client_closed",
     "listener": ":8000",
