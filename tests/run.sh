@@ -46,7 +46,7 @@ for version in $here; do
     if [ "$version" = "$newest" ] && [ "$version" != 3.11 ]; then
         echo "== tests on Python $version, with branch coverage"
         "$bin/coverage" erase
-        "$bin/coverage" run -m pytest -n 4 || status=1
+        "$bin/coverage" run -m pytest -n 4 --dist worksteal || status=1
         "$bin/python" tests/support/drop_damaged_coverage.py
         "$bin/coverage" combine --quiet || status=1
         "$bin/coverage" report || status=1
@@ -58,7 +58,7 @@ for version in $here; do
             [ "$version" = "$oldest" ] || files=$core
         fi
         # shellcheck disable=SC2086
-        "$bin/python" -m pytest -n 4 -m "$selected" $files || status=1
+        "$bin/python" -m pytest -n 4 --dist worksteal -m "$selected" $files || status=1
     fi
 done
 exit $status

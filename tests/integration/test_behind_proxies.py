@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Daemon, Start
 
+pytestmark = pytest.mark.once
+
 HERE = TcpAddress("192.0.2.7", 4711)
 THERE = TcpAddress("198.51.100.1", 443)
 V1 = encode_v1(HERE, THERE)

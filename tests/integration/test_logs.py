@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from certificates import Certificates, TlsSocket
     from harness import Start
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def free_port() -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from certificates import Certificates
     from harness import Command, Start
 
+pytestmark = pytest.mark.once
+
 LINE = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "line")
 INFO = ("--listeners.x.address", "127.0.0.1:0", "--listeners.x.mode", "info")
 
