@@ -127,11 +127,16 @@ def _need(package: str) -> None:
         raise Missing(message)
 
 
+# Names on the package index, if they are not those of the package.
+_DISTRIBUTIONS = {"echod": "echod-server"}
+
+
 def _python_versions(*packages: str) -> str:
     for package in packages:
         _need(package)
     interpreter = f"{platform.python_implementation()} {platform.python_version()}"
-    return ", ".join([*(f"{package} {metadata.version(package)}" for package in packages), interpreter])
+    found = {package: metadata.version(_DISTRIBUTIONS.get(package, package)) for package in packages}
+    return ", ".join([*(f"{package} {number}" for package, number in found.items()), interpreter])
 
 
 def _serve_echod(settings: str, build: Path, port: int, certificate: Path | None) -> list[str]:

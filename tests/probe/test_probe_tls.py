@@ -132,7 +132,7 @@ def test_tls_files(authority: Authority, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pem"
     damaged.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     for options, message in {
-        ("--cert", str(damaged)): f"--cert: {str(damaged)!r}: the CERTIFICATE in line 1 cannot be decoded",
+        ("--cert", str(damaged)): f"--cert: {str(damaged)!r}: the CERTIFICATE on line 1 cannot be decoded",
         ("--ca", str(junk)): f"--ca: {str(junk)!r}: no certificate or crl found",
         ("--cert", str(tmp_path)): f"--cert: {str(tmp_path)!r} cannot be read: Is a directory",
         ("--cert", authority.ca): f"--key: {authority.ca!r}: the file holds no usable private key in PEM form",

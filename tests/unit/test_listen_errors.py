@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -11,7 +12,8 @@ import pytest
 
 from echod.net import addresses, listen_errors
 from echod.net.listen_errors import explain
-from echod.net.listeners import ListenError, ListenerSpec, open_listeners
+from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
+from harness import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,6 +111,30 @@ def test_other_hosts_are_not_the_reason(port: int, host: str) -> None:
     assert problem == (
         f"cannot listen on {host}:{port}: Address already in use: find the process with: ss -ltnp 'sport = :{port}'"
     )
+
+
+def test_a_later_listener_has_the_port(port: int) -> None:
+    """All listeners that are open already are considered, not only the first."""
+    address = f"127.0.0.1:{port}"
+    (problem,) = problems(("first", "127.0.0.1:0"), ("second", address), ("third", address))
+    own = "Address already in use: the listener 'second' already uses it; choose another address"
+    assert problem == f"cannot listen on {address}: {own}"
+
+
+def test_no_memory_for_an_accepted_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor of the connection is closed, so the client gets an end and not silence."""
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listening.getsockname(), PATIENCE))
+        own = ListeningSocket(listening)
+        stack.enter_context(monkeypatch.context()).setattr(socket, "socket", refuse)
+        with pytest.raises(MemoryError):
+            own.accept()
+        assert client.recv(1) == b""
 
 
 def test_own_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,14 @@ def test_info_of_a_session_that_has_ended() -> None:
         assert session.written == 0
 
 
+def test_info_discards_input() -> None:
+    """Data that a client sends in mode info is counted, and not echoed."""
+    with socket.socket() as sock:
+        session = InfoSession(sock, LIMITS, SHUTDOWN, None, dict)  # type: ignore[arg-type]
+        session.data_received(b"12345")
+        assert (session.discarded, session.received) == (5, 0)
+
+
 def test_peer_of_another_family() -> None:
     """Show a peer address of another family as the kernel reports it."""
     with socket.socket() as sock:
