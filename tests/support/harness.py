@@ -253,7 +253,7 @@ class Daemon:
             for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGINT):  # two equal signals may be merged
                 self.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+                self.process.wait(PATIENCE)
         self.kill()
 
     def kill(self) -> None:

@@ -167,11 +167,9 @@ def _describe(
 ) -> Iterator[tuple[str, socket.socket]]:
     """Yield every listening socket of this process, with a description for messages."""
     for name, sockets in inherited.items():
-        for sock in sockets:
-            yield f"the inherited socket {name!r}", sock
+        yield from ((f"the inherited socket {name!r}", sock) for sock in sockets)
     for name, opened in listeners:
-        for listening in opened:
-            yield f"the listener {name!r}", listening.sock
+        yield from ((f"the listener {name!r}", listening.sock) for listening in opened)
 
 
 def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.socket]]) -> Iterator[ListeningSocket]:
