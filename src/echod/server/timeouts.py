@@ -40,10 +40,6 @@ class Sweep:
         self._limits = limits
         self._clock = Clock(source)
 
-    def time(self) -> float:
-        """Return the time in seconds, without the pauses of this process."""
-        return self._clock.time()
-
     def reconfigure(self, limits: LimitsSettings) -> None:
         """Apply other timeouts from the next sweep on."""
         self._limits = limits
@@ -61,7 +57,7 @@ class Sweep:
 
     def sweep(self) -> None:
         """Close or reset each client that is overdue now."""
-        now, limits = self.time(), self._limits
+        now, limits = self._clock.time(), self._limits
         clients = self._clients
         if not limits.idle_timeout:
             # No other client can be overdue. With ten thousand clients, each check counts.
