@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from forking import ForkedProcess
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
@@ -25,6 +27,9 @@ Event = dict[str, Any]
 
 # The longest wait for a single event, in seconds. It bounds failures; no test depends on its length.
 PATIENCE = 30.0
+
+# The command, as options of the interpreter.
+COMMAND = ("-m", "echod")
 
 # The address of clients of `Daemon.echo`.
 ECHO_ADDRESS = "127.0.0.2"
@@ -71,6 +76,7 @@ class Daemon:
         prepare: called in the child process before it executes the interpreter.
         listen: an address, or None if the arguments contain one.
         pass_fds: descriptors that the process inherits.
+        forked: whether a fork replaces the start of the interpreter. Options for the interpreter prevent that.
         read_log: whether to read the log. If not, read it from `log_pipe`.
 
     """
@@ -80,10 +86,11 @@ class Daemon:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         python: tuple[str, ...] = (),
-        module: tuple[str, ...] = ("-m", "echod"),
+        module: tuple[str, ...] = COMMAND,
         prepare: Callable[[], None] | None = None,
         listen: str | None = "127.0.0.1:0",
         pass_fds: Sequence[int] = (),
+        forked: bool = True,
         read_log: bool = True,
     ) -> None:
         self._news = threading.Condition()
@@ -95,13 +102,17 @@ class Daemon:
         self._measured = "COVERAGE_RUN" in environment and "asyncio" not in arguments
         if not self._measured:
             environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
-        self.process = subprocess.Popen(
-            [sys.executable, *python, *module, *listening, *arguments],
-            stderr=subprocess.PIPE,
-            env=environment,
-            pass_fds=pass_fds,
-            preexec_fn=prepare,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
-        )
+        self.process: ForkedProcess | subprocess.Popen[bytes]
+        if forked and not python and module == COMMAND and prepare is None:
+            self.process = ForkedProcess([*listening, *arguments], environment, pass_fds)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, *python, *module, *listening, *arguments],
+                stderr=subprocess.PIPE,
+                env=environment,
+                pass_fds=pass_fds,
+                preexec_fn=prepare,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
+            )
         assert self.process.stderr is not None
         self.log_pipe = self.process.stderr
         self._ended = False
