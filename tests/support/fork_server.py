@@ -1,4 +1,4 @@
-"""Fork daemons from a process that has imported echod. `forking.py` starts this script and sends it requests.
+"""Fork commands from a process that has imported echod. `forking.py` starts this script and sends it requests.
 
 A start of the interpreter and its imports take 0.35 s of CPU time, far more than most tests need after them.
 
@@ -76,7 +76,7 @@ def place(received: Sequence[int], numbers: Sequence[int]) -> None:
 
 
 def main() -> int:
-    # Ctrl-C ends the test run and this process. A daemon starts with the handler of a new interpreter.
+    # Ctrl-C ends the test run and this process. A child has the handler of a new interpreter.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.freeze()  # a collection in a child would copy every page of memory
     control = socket.socket(fileno=int(sys.argv[1]))

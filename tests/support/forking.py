@@ -1,4 +1,4 @@
-"""Start daemons by a fork instead of a new interpreter, which `fork_server.py` does."""
+"""Run the command in a fork instead of a new interpreter. `fork_server.py` forks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ SCRIPT = Path(__file__).with_name("fork_server.py")
 
 
 class ForkServer:
-    """The process that forks daemons. It ends with this process."""
+    """The process that forks commands. It ends with this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,28 +58,26 @@ def fork_server() -> ForkServer:
 
 
 class ForkedProcess:
-    """A forked daemon, with the methods of `subprocess.Popen` that tests use.
+    """A forked command, with the methods of `subprocess.Popen` that tests use.
 
     Args:
         arguments: arguments of the command.
         env: all environment variables.
-        pass_fds: descriptors that the process inherits.
+        output: the descriptors of its standard output and standard error.
+        pass_fds: descriptors that it inherits.
 
     """
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int]) -> None:
-        reading, writing = os.pipe()
+    def __init__(
+        self, arguments: Sequence[str], env: Mapping[str, str], output: tuple[int, int], pass_fds: Sequence[int] = ()
+    ) -> None:
         request = {
             "arguments": arguments,
             "environment": env,
             "directory": str(Path.cwd()),
             "descriptors": [0, 1, 2, *pass_fds],
         }
-        try:
-            self.pid = fork_server().ask(request, [0, 1, writing, *pass_fds])
-        finally:
-            os.close(writing)
-        self.stderr = os.fdopen(reading, "rb")
+        self.pid = fork_server().ask(request, [0, *output, *pass_fds])
         self.returncode: int | None = None
         self._pidfd = os.pidfd_open(self.pid)
         self._lock = threading.Lock()
@@ -116,3 +115,23 @@ class ForkedProcess:
                     self.returncode = fork_server().ask({"reap": self.pid})
                     os.close(self._pidfd)
             return self.returncode
+
+
+def run(arguments: Sequence[str], env: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run the command in a fork, and wait until it exits.
+
+    Raises:
+        subprocess.TimeoutExpired: it has not exited after `timeout` seconds. It is killed.
+
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = ForkedProcess(arguments, env, (output.fileno(), errors.fileno()))
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import forking
 from forking import ForkedProcess
 
 if TYPE_CHECKING:
@@ -45,12 +46,18 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | dict(extra or {})
 
 
+def can_fork(env: Mapping[str, str] | None) -> bool:
+    """Return whether a fork can replace a new interpreter, which reads these extra variables at its start."""
+    return not any(name.startswith("PYTHON") for name in env or ())
+
+
 def run(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command and wait for it to exit."""
-    command = [sys.executable, "-m", "echod", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment(env), check=False
-    )
+    environment = clean_environment(env)
+    if can_fork(env):
+        return forking.run(arguments, environment, PATIENCE)
+    command = [sys.executable, *COMMAND, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
 
 
 class Command(Protocol):
@@ -103,18 +110,21 @@ class Daemon:
         if not self._measured:
             environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
         self.process: ForkedProcess | subprocess.Popen[bytes]
-        if forked and not python and module == COMMAND and prepare is None:
-            self.process = ForkedProcess([*listening, *arguments], environment, pass_fds)
-        else:
-            self.process = subprocess.Popen(
-                [sys.executable, *python, *module, *listening, *arguments],
-                stderr=subprocess.PIPE,
-                env=environment,
-                pass_fds=pass_fds,
-                preexec_fn=prepare,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
-            )
-        assert self.process.stderr is not None
-        self.log_pipe = self.process.stderr
+        reading, writing = os.pipe()
+        self.log_pipe = os.fdopen(reading, "rb")
+        try:
+            if forked and can_fork(env) and not python and module == COMMAND and prepare is None:
+                self.process = ForkedProcess([*listening, *arguments], environment, (1, writing), pass_fds)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, *python, *module, *listening, *arguments],
+                    stderr=writing,
+                    env=environment,
+                    pass_fds=pass_fds,
+                    preexec_fn=prepare,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
+                )
+        finally:
+            os.close(writing)
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         if read_log:
