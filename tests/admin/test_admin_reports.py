@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd, Stuck
-from harness import PATIENCE, Daemon, clean_environment, receive, run, until
+from harness import PATIENCE, Daemon, clean_environment, free_port, receive, run, until
 from watching import WATCHED, UnixConnection, ask, caller, get, place, scrape, status
 
 if TYPE_CHECKING:
@@ -230,8 +230,7 @@ def test_accept_pauses(start: Start) -> None:
 
 def test_lost_lines_are_counted(loop_name: str) -> None:
     """Log lines dropped because of a full pipe are counted in the status while the pipe is still full."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        echo, admin = one.getsockname()[1], other.getsockname()[1]
+    echo, admin = free_port(), free_port()
     daemon = Daemon(
         *("--loop", loop_name, "--admin.address", f"127.0.0.1:{admin}", "--log.connections", "all"),
         listen=f"127.0.0.1:{echo}",
@@ -274,9 +273,8 @@ def test_unix_socket(start: Start, tmp_path: Path) -> None:
 
 def test_address_in_use() -> None:
     """If the address is in use, the command exits with 69 and opens no listener."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
-        port, other = taken.getsockname()[1], free.getsockname()[1]
-        free.close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, other = taken.getsockname()[1], free_port()
         result = run("--listen", f"127.0.0.1:{other}", "--admin.address", f"127.0.0.1:{port}")
         message = f"echod: cannot listen on 127.0.0.1:{port}: Address already in use: "
         assert result.returncode == 69

@@ -15,7 +15,7 @@ from certificates import TlsSocket
 from crowd import Crowd
 from echod.net.addresses import TcpAddress, UnixAddress
 from echod.net.proxy_protocol import Tlv, encode_v1, encode_v2
-from harness import PATIENCE, receive, reset, until
+from harness import PATIENCE, free_port, receive, reset, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,11 +241,6 @@ def background() -> Iterator[list[subprocess.Popen[bytes]]]:
     for process in processes:
         process.terminate()
         process.wait(PATIENCE)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def through(daemon: Daemon, port: int) -> None:

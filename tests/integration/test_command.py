@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import PATIENCE, Daemon, clean_environment, run
+from harness import PATIENCE, Daemon, clean_environment, free_port, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,16 +270,9 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{sock.getsockname()[1]}"
 
 
-def free_address() -> tuple[str, int]:
-    """Return a free address."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        host, port = sock.getsockname()
-        return host, port
-
-
 def test_addresses_that_cannot_be_opened(taken: str) -> None:
     """The exit code is 69, with a line for each address. An address that was opened is free again."""
-    host, port = free_address()
+    host, port = "127.0.0.1", free_port()
     listen = (f"{host}:{port}", taken, "192.0.2.1:0", "name.invalid:0")
     result = run(*(text for address in listen for text in ("--listen", address)))
     assert result.returncode == 69
@@ -308,7 +301,7 @@ def run_without(capabilities: str, *arguments: str) -> subprocess.CompletedProce
 )
 def test_privileged_port() -> None:
     """Without permission for port 7, the message names the address and the capability, and the exit code is 69."""
-    host, port = free_address()
+    host, port = "127.0.0.1", free_port()
     result = run_without("net_bind_service", "--listen", f"{host}:{port},127.0.0.1:7")
     assert result.returncode == 69
     (line,) = result.stderr.splitlines()
@@ -404,7 +397,7 @@ def test_file_and_variables_alone(tmp_path: Path) -> None:
 
 def test_closed_standard_descriptors() -> None:
     """If standard error is closed at the start, no client's socket gets its descriptor."""
-    host, port = free_address()
+    host, port = "127.0.0.1", free_port()
     command = f"exec {sys.executable} -m echod --listen {host}:{port} --log.connections all 0<&- 1>&- 2>&-"
     process = subprocess.Popen(["sh", "-c", command], env=clean_environment())
     try:

@@ -22,7 +22,7 @@ import pytest
 from echod.daemon.log_writer import LogWriter
 from echod.daemon.logs import Log
 from echod.settings.model import LogSettings
-from harness import PATIENCE, clean_environment, receive, reset
+from harness import PATIENCE, clean_environment, free_port, receive, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +34,9 @@ pytestmark = pytest.mark.once
 
 
 @pytest.fixture
-def free_port() -> int:
+def port() -> int:
     """Return a free port, for a daemon with an unreadable log."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    return free_port()
 
 
 def connected(port: int) -> socket.socket:
@@ -55,12 +54,12 @@ def serve_one(port: int) -> None:
         assert client.recv(1) == b"x"
 
 
-def test_log_without_reading(start: Start, free_port: int) -> None:
+def test_log_without_reading(start: Start, port: int) -> None:
     """With a full log pipe, 8,000 connections are served, and the dropped lines are counted."""
     connections = 8000
-    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    daemon = start(listen=f"127.0.0.1:{port}", read_log=False)
     for _ in range(connections):
-        serve_one(free_port)
+        serve_one(port)
     daemon.start_reading()
     dropped = daemon.wait_for("log_lines_dropped")["lines"]
     assert dropped > 1000
@@ -70,32 +69,32 @@ def test_log_without_reading(start: Start, free_port: int) -> None:
     assert daemon.wait_for("stopped")["connections"] == connections
 
 
-def test_closed_log_pipe(start: Start, free_port: int) -> None:
+def test_closed_log_pipe(start: Start, port: int) -> None:
     """A closed log pipe does not end the echo, and the exit code of a stop is 0."""
-    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
+    daemon = start(listen=f"127.0.0.1:{port}", read_log=False)
     daemon.log_pipe.close()
     for _ in range(100):
-        serve_one(free_port)
+        serve_one(port)
     assert daemon.stop() == 0
 
 
-def test_full_disk(start: Start, free_port: int) -> None:
+def test_full_disk(start: Start, port: int) -> None:
     """A full disk does not end the echo."""
-    daemon = start("--log.file", "/dev/full", listen=f"127.0.0.1:{free_port}", read_log=False)
+    daemon = start("--log.file", "/dev/full", listen=f"127.0.0.1:{port}", read_log=False)
     for _ in range(100):
-        serve_one(free_port)
+        serve_one(port)
     assert daemon.stop() == 0
 
 
-def test_reader_stuck_at_the_end(start: Start, free_port: int) -> None:
+def test_reader_stuck_at_the_end(start: Start, port: int) -> None:
     """A full pipe does not prevent the exit."""
-    daemon = start(listen=f"127.0.0.1:{free_port}", read_log=False)
-    serve_one(free_port)
+    daemon = start(listen=f"127.0.0.1:{port}", read_log=False)
+    serve_one(port)
     filler = os.dup(daemon.log_pipe.fileno())
     fcntl.fcntl(filler, fcntl.F_SETPIPE_SZ, 4096)
     os.close(filler)
     for _ in range(100):
-        serve_one(free_port)
+        serve_one(port)
     assert daemon.stop() == 0
 
 
@@ -105,8 +104,7 @@ def test_file(start: Start, tmp_path: Path) -> None:
         path = tmp_path / form
         path.write_text("before\n")
         port_file = ("--log.file", str(path), "--log.format", form)
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            port = int(sock.getsockname()[1])
+        port = free_port()
         daemon = start(*port_file, listen=f"127.0.0.1:{port}", read_log=False)
         serve_one(port)
         assert daemon.stop() == 0
@@ -126,11 +124,11 @@ def test_file(start: Start, tmp_path: Path) -> None:
                 )
 
 
-def test_level(start: Start, tmp_path: Path, free_port: int) -> None:
+def test_level(start: Start, tmp_path: Path, port: int) -> None:
     """Events below `log.level` are not logged."""
     options = ("--log.level", "warning", "--log.file", str(tmp_path / "log"))
-    daemon = start(*options, listen=f"127.0.0.1:{free_port}", read_log=False)
-    serve_one(free_port)
+    daemon = start(*options, listen=f"127.0.0.1:{port}", read_log=False)
+    serve_one(port)
     assert daemon.stop() == 0
     assert (tmp_path / "log").read_bytes() == b""
 

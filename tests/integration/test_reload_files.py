@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import PATIENCE, Daemon, until
+from harness import PATIENCE, Daemon, free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -376,8 +376,7 @@ def stop_and_read_waits(daemon: Daemon) -> list[float]:
 def test_reloads_under_a_full_pipe(start: Start, tmp_path: Path) -> None:
     """Use no more threads or descriptors in a reload if the log's reader stalls. The stop waits for one second."""
     reading = full_fifo(tmp_path / "fifo")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     module = ("-c", RECORDED_WAITS)
     daemon = start("--log.file", str(tmp_path / "fifo"), listen=listen, read_log=False, module=module)
     looks = []
@@ -396,8 +395,7 @@ def test_stop_under_many_full_pipes(start: Start, tmp_path: Path) -> None:
     """Wait for one second in total in a stop after each reload opened another pipe with a stalled reader."""
     fifo = tmp_path / "fifo"
     readers = [full_fifo(fifo)]
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     daemon = start("--log.file", str(fifo), listen=listen, read_log=False, module=("-c", RECORDED_WAITS))
     until(lambda: listens(listen))
     for _ in range(8):

@@ -15,7 +15,7 @@ import pytest
 from crowd import Crowd, Stuck
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenError, ListenerSpec, open_listeners
-from harness import PATIENCE, Daemon, receive, reset, run
+from harness import PATIENCE, Daemon, free_port, receive, reset, run
 
 if TYPE_CHECKING:
     from harness import Start
@@ -263,9 +263,8 @@ def test_other_missing_addresses_are_errors(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_all_or_none() -> None:
     """If one address cannot be opened, all others are closed again."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as chosen:
-        good, bad = chosen.getsockname(), taken.getsockname()
-        chosen.close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        good, bad = ("127.0.0.1", free_port()), taken.getsockname()
         with pytest.raises(ListenError, match="Address already in use"):
             open_listeners([ListenerSpec("good", TcpAddress(*good)), ListenerSpec("bad", TcpAddress(*bad))], 10)
         socket.create_server(good).close()
@@ -277,9 +276,9 @@ def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
     bind = socket.socket.bind
     with socket.socket() as taken:
-        taken.bind(("127.0.0.2", 0))
+        port = free_port()
+        taken.bind(("127.0.0.2", port))
         taken.listen()
-        port = taken.getsockname()[1]
         tries = []
 
         class Steered(socket.socket):
@@ -295,7 +294,8 @@ def test_port_taken_in_the_other_family(monkeypatch: pytest.MonkeyPatch) -> None
             listening.close()
         assert len(ports) == 1
         assert port not in ports
-        assert len(tries) == 4
+        # The kernel may choose ports that are taken by other sockets, too.
+        assert tries[:3] == [0, port, 0]
         with pytest.raises(ListenError, match="Address already in use"):
             open_listeners([ListenerSpec("x", TcpAddress("name", port))], 10)
 

@@ -19,7 +19,7 @@ from echod import threads
 from echod.loops import loop_factory
 from echod.probe import arguments, progress
 from echod.probe.load import Interrupt, LoadGenerator
-from harness import PATIENCE, Daemon, clean_environment, until
+from harness import PATIENCE, Daemon, clean_environment, free_port, until
 from refusal import refusing
 from watching import WATCHED, scrape
 
@@ -92,8 +92,7 @@ def test_another_log(loop_name: str, tmp_path: Path) -> None:
 def test_rotation(loop_name: str, tmp_path: Path) -> None:
     """Reopen a log file without a new thread, so that a limit of processes cannot prevent it."""
     log = tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     arguments = ("--loop", loop_name, "--log.file", str(log), "--log.format", "json")
     with Daemon(*arguments, listen=listen, module=refusing(reload="-", log="+-----"), read_log=False) as daemon:
         until(lambda: log.exists() and '"listening"' in log.read_text())
@@ -110,8 +109,7 @@ def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     arguments = ("--loop", loop_name, "--log.file", str(fifo), "--log.format", "json")
     data = b""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import servers
-from harness import PATIENCE, until
+from harness import PATIENCE, free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,12 +47,6 @@ def pem(certificates: Certificates, tmp_path: Path) -> Path:
     file = tmp_path / "server.pem"
     file.write_bytes(certificates.key.read_bytes() + certificates.certificate.read_bytes())
     return file
-
-
-def free_port() -> int:
-    """Return an unused port."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import echod
 import policy
 from crowd import Crowd
 from dockerd import BASE_IMAGE, SOURCE, Container, Engine, why_not
-from harness import PATIENCE, until
+from harness import PATIENCE, free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,8 +197,7 @@ def stopped_under_load(engine: Engine) -> None:
 
     Docker kills a container 10 seconds after the signal. With its default settings, echod has stopped by then.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with Container(engine, "loaded", "--network=host", f"--env=ECHOD_LISTEN=:{port}") as container:
         container.wait_for("listening")
         with Crowd() as crowd:

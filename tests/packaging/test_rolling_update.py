@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from crowd import Crowd
-from harness import until
+from harness import free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,8 +52,7 @@ class Balancer:
     """
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._admin = folder / "admin"
         config = folder / "haproxy.cfg"
         config.write_text(HAPROXY.format(port=self.port, admin=self._admin))

@@ -25,7 +25,7 @@ from echod.net.listeners import ListenError, ListenerSpec, open_listeners
 from echod.probe import arguments, connect
 from echod.probe.connect import Endpoint
 from echod.probe.timing import Deadline
-from harness import PATIENCE, clean_environment, run, until
+from harness import PATIENCE, clean_environment, free_port, run, until
 from namespaces import DEAD_SERVER, namespace, without_name_server
 from peers import Peer, echo
 
@@ -64,18 +64,11 @@ sys.exit(main())
 """
 
 
-def dead_port(host: str) -> int:
-    """Return a port on which no server listens."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.mark.parametrize("arguments", EACH_KIND)
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_connection_to_itself(host: str, arguments: tuple[str, ...]) -> None:
     """The connection counts as refused, and leaves no TIME_WAIT that would keep a server from the port."""
-    port = dead_port(host)
+    port = free_port(host)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     result = execute([sys.executable, "-c", OWN_PORT, "probe", target, "--source", host], *arguments)
     assert (result.returncode, "came back" in result.stdout) == (69, False)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -309,6 +310,15 @@ class Daemon:
         with self._news:
             self._ended = True
             self._news.notify_all()
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that no socket uses. The kernel gives it to no other socket, as it chooses from higher ports."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock, contextlib.suppress(OSError):
+            sock.bind((host, random.SystemRandom().randrange(10_000, lowest)))
+            return int(sock.getsockname()[1])
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from harness import PATIENCE, clean_environment
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 COLUMNS = 120
+
+
+def noon() -> str:
+    """Return a time zone in which it is between 12:00 and 13:00, so that the date does not change during a test."""
+    return f"NOON{datetime.now(UTC).hour - 12}"
 
 
 class Terminal:
@@ -52,7 +58,7 @@ class Terminal:
 
         self.process = subprocess.Popen(
             [*command, *arguments],
-            env=clean_environment({"TERM": "xterm", **(env or {})}),
+            env=clean_environment({"TERM": "xterm", "TZ": noon(), **(env or {})}),
             start_new_session=True,
             preexec_fn=take_terminal,  # noqa: PLW1509  (no thread of a test holds a lock that the child needs)
             **{"stdin": slave, "stdout": slave, "stderr": slave, **streams},

@@ -13,7 +13,7 @@ import pytest
 from echod.net import addresses, listen_errors
 from echod.net.listen_errors import explain
 from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
-from harness import PATIENCE
+from harness import PATIENCE, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,8 +83,7 @@ def problems(*listeners: tuple[str, str], inherited: dict[str, list[socket.socke
 @pytest.fixture
 def port() -> int:
     """Return a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture
