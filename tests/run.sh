@@ -5,39 +5,58 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-here="" installing=""
+# Print the path of the interpreter of a version.
+find_python() {
+    "python$1" -c 'import sys; print(sys.executable)' 2>/dev/null ||
+        "$PYTHON" -c 'import sys; sys.exit(sys.argv[1] != "%d.%d" % sys.version_info[:2] or print(sys.executable))' "$1"
+}
+
+# Install the tools in the environment of a version. Only the newest version builds, and checks types and documents.
+install_tools() {
+    [ -x ".venv-test-$1/bin/python" ] || "$(find_python "$1")" -m venv ".venv-test-$1"
+    requirements=tests/requirements-core.txt
+    if [ "$1" = "$newest" ] || [ -n "${FULL:-}" ]; then requirements=tests/requirements.txt; fi
+    ".venv-test-$1/bin/python" -m pip install --quiet -r "$requirements"
+}
+
+install_wheel() {
+    ".venv-test-$1/bin/python" -m pip install --quiet dist/*.whl
+    # Without --force-reinstall, pip would keep a wheel of the same version.
+    ".venv-test-$1/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+}
+
+# Call a function for all versions at the same time.
+for_each() {
+    jobs=""
+    for version in $here; do
+        "$1" "$version" &
+        jobs="$jobs $!"
+    done
+    for job in $jobs; do wait "$job"; done
+}
+
+here=""
 for version in $VERSIONS; do
-    if python=$("python$version" -c 'import sys; print(sys.executable)' 2>/dev/null); then :
-    elif [ "$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ]; then python=$PYTHON
-    else
-        echo "== Python $version is not installed: skipped"
-        continue
-    fi
-    venv=.venv-test-$version
-    { { [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"; } &&
-        "$venv/bin/python" -m pip install --quiet -r tests/requirements.txt; } &
-    here="$here $version" installing="$installing $!"
+    if find_python "$version" >/dev/null; then here="$here $version"; else echo "== Python $version is not installed: skipped"; fi
 done
 [ -n "$here" ] || { echo "none of Python $VERSIONS is installed" >&2; exit 1; }
-for job in $installing; do wait "$job"; done
-rm -rf dist
 newest=${here##* }
 oldest=${here# }
 oldest=${oldest%% *}
+for_each install_tools
+rm -rf dist
 ".venv-test-$newest/bin/python" -m build --wheel --no-isolation >/dev/null
-for version in $here; do
-    ".venv-test-$version/bin/python" -m pip install --quiet dist/*.whl
-    # Without --force-reinstall, pip would keep a wheel of the same version.
-    ".venv-test-$version/bin/python" -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-done
+for_each install_wheel
 core=""
 for name in serving shutdown tls reload clean; do core="$core tests/integration/test_$name.py"; done
 core="$core tests/unit/test_session.py"
 
-echo "== lint and types"
+echo "== lint"
 ".venv-test-$newest/bin/ruff" format --check .
 ".venv-test-$newest/bin/ruff" check .
-".venv-test-$newest/bin/mypy"
+# mypy uses a single processor, and tests wait often.
+".venv-test-$newest/bin/mypy" >dist/mypy 2>&1 &
+types=$!
 
 status=0
 for version in $here; do
@@ -61,4 +80,7 @@ for version in $here; do
         "$bin/python" -m pytest -n 4 --dist worksteal -m "$selected" $files || status=1
     fi
 done
+echo "== types"
+wait "$types" || status=1
+cat dist/mypy
 exit $status
