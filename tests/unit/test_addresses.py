@@ -18,10 +18,12 @@ from echod.net.addresses import (
     TcpAddress,
     UnixAddress,
     from_sockaddr,
+    host,
     is_within,
     network,
     parse,
     parse_bindable,
+    text,
 )
 from echod.server.quota import Quota
 from harness import PATIENCE, receive
@@ -205,6 +207,8 @@ def test_invalid_socket_names(text: str, message: str) -> None:
 )
 def test_from_sockaddr(sockaddr: object, address: TcpAddress | UnixAddress | None) -> None:
     assert from_sockaddr(sockaddr) == address
+    assert text(sockaddr) == str(address or sockaddr)
+    assert host(sockaddr) == (address.host if isinstance(address, TcpAddress) else None)
 
 
 def link_local() -> str:
@@ -270,10 +274,10 @@ def test_zones_of_the_library(loop_name: str) -> None:
 def test_clients_that_share_a_quota(first: str, second: str, *, one: bool) -> None:
     """An IPv6 /64 network counts as one client. Link-local hosts count one by one, per interface."""
     quota = Quota(1)
-    assert quota.acquire(TcpAddress(first, 1))
-    assert quota.acquire(TcpAddress(second, 2)) is not one
-    quota.release(TcpAddress(first, 1))
-    assert quota.acquire(TcpAddress(first, 3))
+    assert quota.acquire(first)
+    assert quota.acquire(second) is not one
+    quota.release(first)
+    assert quota.acquire(first)
 
 
 @pytest.mark.parametrize(

@@ -140,14 +140,16 @@ class EchoSession(asyncio.Protocol):
         """Open the session, unless it was ended while the loop made the transport."""
         transport = cast("asyncio.Transport", transport)  # uvloop's transports do not inherit from it
         self.transport = transport
-        transport.set_write_buffer_limits(high=self._large)
-        # asyncio and uvloop keep a connection open and unread if this method raises.
-        if self.phase is Phase.CLOSED:
-            self.attempt(self._reset)
-        elif self.phase is Phase.FLUSHING:
-            self.attempt(self._stop_reading)
-        elif self.phase is Phase.CONNECTING:
-            self.attempt(self._open)
+        try:
+            transport.set_write_buffer_limits(high=self._large)
+            if self.phase is Phase.CONNECTING:
+                self.begin()
+            elif self.phase is Phase.FLUSHING:
+                self._stop_reading()
+            elif self.phase is Phase.CLOSED:
+                self._reset()
+        except Exception as error:  # noqa: BLE001  (asyncio and uvloop would keep the connection open and unread)
+            self.fail(error)
 
     def _open(self) -> None:
         self.phase = Phase.OPEN
@@ -352,6 +354,11 @@ class EchoSession(asyncio.Protocol):
         return self.received
 
     @property
+    def _on_the_wire(self) -> int:
+        """The number of bytes that were written to the TCP connection."""
+        return self.written if self.tls_layer is None else self.tls_layer.written
+
+    @property
     def owed(self) -> int:
         """The number of bytes of echo that the client must get in all, including held echo."""
         return self.written
@@ -416,7 +423,7 @@ class EchoSession(asyncio.Protocol):
     def _send_fin(self) -> None:
         if self.transport is None or self.transport.is_closing():
             return  # aborted or reset in the meantime
-        if self.eof and not self.unacknowledged():
+        if self.eof and self._has_arrived():
             # No input can follow and nothing is on its way, so close(2) may send FIN: it can destroy nothing.
             self._delivered = True
             self.phase = Phase.CLOSED
@@ -425,6 +432,19 @@ class EchoSession(asyncio.Protocol):
             self.phase = Phase.LINGERING
             self._report("lingering")
             Linger(self, self.transport, Clock(self.ended.get_loop().time))
+
+    def _has_arrived(self) -> bool:
+        """Return whether the client has acknowledged everything that was written, and keep the TCP_INFO that says so."""
+        try:
+            info = kernel.tcp_info(self.sock)
+        except OSError:
+            info = None
+        if info is None:
+            return not self.unacknowledged()
+        if info.acked < self._on_the_wire:
+            return False
+        self.tcp_info = info
+        return True
 
     def _shut_down(self) -> bool:
         """Send FIN. Return False if that fails, which ends the session."""
@@ -471,6 +491,8 @@ class EchoSession(asyncio.Protocol):
 
     def _count(self) -> int | None:
         """Take the kernel's counters of one moment. Return the unacknowledged bytes, or None if they are unknown."""
+        if self._delivered and self.tcp_info is not None:
+            return 0
         waiting = 0 if self._delivered else None
         failure: Exception | None = None
         try:
@@ -491,7 +513,7 @@ class EchoSession(asyncio.Protocol):
         return waiting
 
     def _record_delivery(self, *, broken: bool) -> None:
-        written = self.written if self.tls_layer is None else self.tls_layer.written
+        written = self._on_the_wire
         unacknowledged = self._count()
         if self.tcp_info is None or unacknowledged is None:
             sent = written - max(self.unsent(), self._dropped)

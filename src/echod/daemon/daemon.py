@@ -366,7 +366,7 @@ class Daemon:
 def _addresses(listener: Listener) -> list[str]:
     """Return the addresses of a listener's sockets."""
     names = (listening.sock.getsockname() for listening in listener.sockets)
-    return [str(addresses.from_sockaddr(name) or name) for name in names]
+    return [addresses.text(name) for name in names]
 
 
 def _lowest_free_descriptor() -> int:

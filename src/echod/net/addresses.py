@@ -99,6 +99,23 @@ def from_sockaddr(sockaddr: Any) -> TcpAddress | UnixAddress | None:
             return None
 
 
+def text(sockaddr: Any) -> str:
+    """Return an address of `from_sockaddr` as text. For other families, it is Python's text of the address."""
+    match sockaddr:
+        case (str(host), int(port)):  # IPv4
+            return f"{host}:{port}"
+    return str(from_sockaddr(sockaddr) or sockaddr)
+
+
+def host(sockaddr: Any) -> str | None:
+    """Return the IP address of an address of `from_sockaddr`, or None for other families."""
+    match sockaddr:
+        case (str(host), int(_)):  # IPv4
+            return host
+    address = from_sockaddr(sockaddr)
+    return address.host if isinstance(address, TcpAddress) else None
+
+
 def _zone(scope: int) -> str:
     try:
         return socket.if_indextoname(scope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import errno
 import fcntl
@@ -39,6 +40,19 @@ class ListenError(Exception):
         self.problems = problems
 
 
+class _Connection(socket.socket):
+    """An accepted socket. Its family and type are integers.
+
+    `socket.socket` makes an enum member each time that one of them is read, and uvloop reads them for each connection. It
+    needs a subclass of `socket.socket`: it would close the descriptor of a plain `_socket.socket` twice.
+    """
+
+    __slots__ = ()
+
+    family = _socket.socket.family  # type: ignore[assignment]  # instead of an enum member
+    type = _socket.socket.type  # type: ignore[assignment]
+
+
 class ListeningSocket:
     """A listening socket and, for a unix socket, its file.
 
@@ -54,7 +68,6 @@ class ListeningSocket:
         self.inherited = inherited
         # A unix socket's connections inherit no option, and those in an inherited queue may be older than the option.
         self._set_inline = inherited or sock.family == socket.AF_UNIX
-        # Integers: `socket.accept` would make two enum members for each connection.
         self._kind = int(sock.family), int(sock.type), sock.proto
         self._path = path
         self._node = None if path is None else _node(path)
@@ -70,7 +83,7 @@ class ListeningSocket:
         """
         descriptor, sockaddr = self.sock._accept()  # type: ignore[attr-defined]  # noqa: SLF001  (half of `accept`)
         try:
-            connection = socket.socket(*self._kind, descriptor)
+            connection = _Connection(*self._kind, descriptor)
         except BaseException:  # MemoryError
             os.close(descriptor)
             raise

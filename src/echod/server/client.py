@@ -47,7 +47,7 @@ class Client:
 
     """
 
-    __slots__ = ("_acquired", "_address", "_bytes_seen", "_left", "_name", "_since", "header", "opened", "session")
+    __slots__ = ("_bytes_seen", "_counted", "_left", "_name", "_since", "_sockaddr", "header", "opened", "session")
 
     def __init__(
         self,
@@ -56,12 +56,13 @@ class Client:
         opened: float,
         new_session: Callable[[Client, socket.socket], EchoSession],
     ) -> None:
-        self._address = addresses.from_sockaddr(sockaddr)
-        # Only an open socket tells the peer of a unix socket.
-        self._name = _name_unnamed(sock, sockaddr) if self._address is None else ""
+        self._sockaddr = sockaddr
+        # A client of a unix socket mostly has no address. Only an open socket tells its process.
+        self._name = "" if sockaddr else _process_name(sock)
         self.opened = opened
         self.header: proxy_protocol.Header | None = None
-        self._acquired = False
+        self._counted: str | None = None
+        """The IP address for which the quota counts this client."""
         # The clock of the sweep. Clients that one sweep finds share its time: with many clients, a float each counts.
         self._since: float | None = None
         self._bytes_seen = 0
@@ -71,7 +72,7 @@ class Client:
     @property
     def peer(self) -> str:
         """The peer's address as text. For a unix socket without a name, its process and user."""
-        return printable(str(self._address)) if self._address is not None else self._name
+        return self._name or printable(addresses.text(self._sockaddr))
 
     @property
     def proxied_client(self) -> TcpAddress | UnixAddress | None:
@@ -85,6 +86,7 @@ class Client:
             Exception: a defect in the session. Errors of the network are not raised.
 
         """
+        session = self.session
         if settings.listener.proxy_protocol == "require":
             if not self._is_trusted(settings):
                 self._refuse("proxy_header", "the sender is not in proxy_trusted")
@@ -94,16 +96,22 @@ class Client:
             return
         try:
             try:
-                await self._join(settings, quota)
+                # Connect the socket to the session, through the PROXY header and TLS if the listener has them.
+                front = self._front(settings, quota)
+                await asyncio.get_running_loop().connect_accepted_socket(lambda: front, session.sock)
             except asyncio.CancelledError:
                 # The loop has closed the transport that it made. uvloop does not report that.
-                self.session.reject("aborted")
+                session.reject("aborted")
+            except Exception as error:  # noqa: BLE001  (the session reports it; a client that has reset already is one)
+                unwatch(session.sock)
+                session.connection_lost(error)
+                session.sock.close()
             try:
-                await self.session.ended
+                await session.ended
             except asyncio.CancelledError:
                 await self._reset()
         finally:
-            if self._acquired:
+            if self._counted is not None:
                 quota.release(self._counted)
 
     def _refuse(self, reason: Reason, detail: str) -> None:
@@ -122,53 +130,45 @@ class Client:
                 session.abandon()
             await session.ended
 
-    @property
-    def _counted(self) -> TcpAddress | UnixAddress | None:
-        """The address that the quota counts."""
-        return self.proxied_client or self._address
-
     def _acquire(self, quota: Quota) -> bool:
-        self._acquired = quota.acquire(self._counted)
-        return self._acquired
+        """Have the client counted, unless it has no IP address; return False if its address has reached the limit."""
+        host = self._host()
+        if host is not None and not quota.acquire(host):
+            return False
+        self._counted = host
+        return True
+
+    def _host(self) -> str | None:
+        """Return the IP address of the client that the PROXY header names, or else of the peer; None if it has none."""
+        if (source := self.proxied_client) is not None:
+            return source.host if isinstance(source, TcpAddress) else None
+        return addresses.host(self._sockaddr)
 
     def _identify(self, quota: Quota, header: proxy_protocol.Header) -> bool:
         """Take the PROXY header; return False and close the session if its address has reached the limit."""
         self.header = header
-        if not self._acquire(quota):
-            self.session.reject("client_limit")
-        return self._acquired
+        if self._acquire(quota):
+            return True
+        self.session.reject("client_limit")
+        return False
 
-    async def _join(self, settings: ServerSettings, quota: Quota) -> None:
-        """Connect the socket to the session, through the PROXY header and TLS if the listener has them."""
-        session = self.session
-        following: EchoSession | TlsLayer = session
-        loop = asyncio.get_running_loop()
-        try:
-            if settings.tls is not None:
-                following = TlsLayer(session, settings.tls)
-            front: EchoSession | TlsLayer | HeaderReader = following
-            if settings.listener.proxy_protocol == "require":
-                front = HeaderReader(session, following, partial(self._identify, quota))
-            await loop.connect_accepted_socket(lambda: front, session.sock)
-        except Exception as error:  # noqa: BLE001  (the session reports it; a client that has reset already is one)
-            unwatch(session.sock)
-            session.connection_lost(error)
-            session.sock.close()
-        else:
-            if front is session:
-                session.attempt(session.begin)
+    def _front(self, settings: ServerSettings, quota: Quota) -> EchoSession | TlsLayer | HeaderReader:
+        """Return the protocol that the client's first bytes go to."""
+        following = self.session if settings.tls is None else TlsLayer(self.session, settings.tls)
+        if settings.listener.proxy_protocol == "require":
+            return HeaderReader(self.session, following, partial(self._identify, quota))
+        return following
 
     def _is_trusted(self, settings: ServerSettings) -> bool:
         # A unix socket is protected by the permissions of its file.
-        if not isinstance(self._address, TcpAddress):
-            return True
-        return addresses.is_within(self._address.host, settings.listener.trusted_networks)
+        host = addresses.host(self._sockaddr)
+        return host is None or addresses.is_within(host, settings.listener.trusted_networks)
 
     def describe(self) -> dict[str, object]:
         """Describe the connection as the server sees it, ready for JSON."""
         session = self.session
-        local = addresses.from_sockaddr(session.sock.getsockname())
-        seen: dict[str, object] = {"local": str(local) if local is not None else None, "peer": self.peer}
+        local = session.sock.getsockname()
+        seen: dict[str, object] = {"local": addresses.text(local) if local else None, "peer": self.peer}
         if session.sock.family == socket.AF_UNIX and (credentials := kernel.peer_credentials(session.sock)):
             seen["credentials"] = dict(zip(("pid", "uid", "gid"), credentials, strict=True))
         seen["proxy"] = proxy_protocol.describe(self.header) if self.header is not None else None
@@ -220,9 +220,9 @@ class Client:
         return reason if late and not fell and not unknown else None
 
 
-def _name_unnamed(sock: socket.socket, sockaddr: object) -> str:
-    """Return a name for a peer without an address."""
-    if sock.family == socket.AF_UNIX and (credentials := kernel.peer_credentials(sock)):
-        pid, uid, _ = credentials
-        return f"unix:pid={pid},uid={uid}"
-    return str(sockaddr)
+def _process_name(sock: socket.socket) -> str:
+    """Return the process at the other end of a unix socket as text, or nothing if it is unknown."""
+    if (credentials := kernel.peer_credentials(sock)) is None:
+        return ""
+    pid, uid, _ = credentials
+    return f"unix:pid={pid},uid={uid}"

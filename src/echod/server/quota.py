@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-from collections import Counter
-from typing import TYPE_CHECKING
-
-from echod.net.addresses import TcpAddress
-
-if TYPE_CHECKING:
-    from echod.net.addresses import UnixAddress
 
 
 class Quota:
@@ -21,36 +14,35 @@ class Quota:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._clients = Counter[object]()
+        self._clients: dict[object, int] = {}
 
     def reconfigure(self, limit: int) -> None:
         """Apply another limit from now on."""
         self._limit = limit
 
-    def acquire(self, client: TcpAddress | UnixAddress | None) -> bool:
-        """Count a client; return False if its address has reached the limit."""
-        key = _network(client)
-        if key is None:
-            return True
-        if self._limit and self._clients[key] >= self._limit:
+    def acquire(self, host: str) -> bool:
+        """Count a client; return False if its IP address has reached the limit."""
+        key = _network(host)
+        count = self._clients.get(key, 0)
+        if self._limit and count >= self._limit:
             return False
-        self._clients[key] += 1
+        self._clients[key] = count + 1
         return True
 
-    def release(self, client: TcpAddress | UnixAddress | None) -> None:
+    def release(self, host: str) -> None:
         """Stop counting a client that `acquire` has counted."""
-        if (key := _network(client)) is not None:
-            self._clients[key] -= 1
-            if not self._clients[key]:
-                del self._clients[key]
+        key = _network(host)
+        count = self._clients[key] - 1
+        if count:
+            self._clients[key] = count
+        else:
+            del self._clients[key]
 
 
-def _network(client: TcpAddress | UnixAddress | None) -> object:
-    if not isinstance(client, TcpAddress):
-        return None
-    if ":" not in client.host:
-        return client.host
-    address = ipaddress.IPv6Address(client.host)
+def _network(host: str) -> object:
+    if ":" not in host:
+        return host
+    address = ipaddress.IPv6Address(host)
     if address.is_link_local:
         return str(address)
     # HAProxy sends an IPv4 client as a mapped address if it connected to a socket of both families.
