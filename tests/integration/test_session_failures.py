@@ -25,7 +25,7 @@ from harness import PATIENCE, UNHURRIED, receive, reset
 from pairs import LIMITS, SHUTDOWN, Pair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from certificates import Certificates
     from harness import Start
@@ -308,8 +308,8 @@ def test_linger_option_fails(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -
 # Steps that are not called by a transport
 
 
-def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the next question to the kernel about a connection raise an error."""
+def fail_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Make the next question to the kernel about a connection raise an error. Return the counter of the questions."""
     calls = itertools.count()
 
     def failing(ask: Callable[[socket.socket], Any]) -> Callable[[socket.socket], Any]:
@@ -322,6 +322,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for ask in (kernel.unacknowledged, kernel.tcp_info):
         monkeypatch.setattr(kernel, ask.__name__, failing(ask))
+    return calls
 
 
 @pytest.mark.parametrize("step", ["connection_made", "resume_writing", "eof", "poll", "eof while it lingers"])
@@ -337,7 +338,7 @@ def test_failure_in_a_step_of_its_own(in_loop: InLoop, monkeypatch: pytest.Monke
             pair.session.data_received(bytes(200_000))
         if step.startswith(("poll", "eof while")):
             pair.session.close("cut")
-        fail_once(monkeypatch)
+        calls = fail_once(monkeypatch)
         if step == "connection_made":
             await pair.connect()
         elif step == "resume_writing":
