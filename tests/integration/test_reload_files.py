@@ -283,7 +283,7 @@ def test_log_that_cannot_be_reopened(start: Start, tmp_path: Path) -> None:
     logged.config.write_text("limits.backlog = 0")
     logged.daemon.send_signal(signal.SIGHUP)
     until(lambda: '"reload_failed"' in logged.rotated.read_text())
-    assert f'"log_reopen_failed", "file": "{logged.log}", "error": "Is a directory"' in logged.rotated.read_text()
+    assert f'"log_reopen_failed","file":"{logged.log}","error":"Is a directory"' in logged.rotated.read_text()
     logged.log.rmdir()
     logged.daemon.send_signal(signal.SIGHUP)
     logged.wait_for('"reload_failed"')

@@ -69,7 +69,7 @@ class LogFile:
         return connect(line.rpartition(":")[2].rstrip('"}'))
 
     def events(self) -> list[str]:
-        return re.findall(r'"event": "(\w+)"', self._text)
+        return re.findall(r'"event":"(\w+)"', self._text)
 
     @property
     def _text(self) -> str:
@@ -172,7 +172,7 @@ def test_closed_terminal(run: Callable[..., Terminal], log: LogFile) -> None:
     assert log.events()[2:] in (
         ["draining", *middle, "client_closed", "drained", "stopped"] for middle in ([], ["reload_ignored"])
     )
-    assert '"signal": "SIGHUP"' in log.wait_for('"draining"')
+    assert '"signal":"SIGHUP"' in log.wait_for('"draining"')
 
 
 def test_closed_terminal_that_has_the_log(run: Callable[..., Terminal]) -> None:

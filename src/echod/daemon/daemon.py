@@ -149,7 +149,13 @@ class Daemon:
         for listener in listeners:
             observers = () if self._admin is None else (self._admin.observer(listener.name),)
             logger = self._logger.bind(listener=listener.name)
-            ledger = Ledger(logger, settings.connections, observers, states=settings.level == "debug")
+            ledger = Ledger(
+                logger,
+                settings.connections,
+                observers,
+                states=settings.level == "debug",
+                write=self._log.line("client_closed", listener=listener.name),
+            )
             server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
             self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
         self._logger.info(
@@ -294,7 +300,12 @@ class Daemon:
         settings = plan.settings.log
         for name, server in self._servers.items():
             logger = self._logger.bind(listener=name)
-            server.ledger.reconfigure(logger, settings.connections, states=settings.level == "debug")
+            server.ledger.reconfigure(
+                logger,
+                settings.connections,
+                states=settings.level == "debug",
+                write=self._log.line("client_closed", listener=name),
+            )
             # A listener that was removed from the settings keeps its own until a restart.
             if name in plan.listeners:
                 server.reconfigure(plan.server_settings(name, max_connections, self._buffers))

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import structlog
+from pydantic_core import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from structlog.typing import EventDict, Processor
+    from structlog.typing import EventDict
 
 # Values with one of these are quoted in logfmt.
 _QUOTED = frozenset(' ="')
 
 
-def processors(form: str) -> list[Processor]:
-    """Return the processors of structlog that render "json" or "logfmt"."""
-    render: Processor = _logfmt if form == "logfmt" else structlog.processors.JSONRenderer(_json)
-    return [_order, structlog.processors.format_exc_info, render]
+def renderer(form: str) -> Callable[[object, str, EventDict], str]:
+    """Return the processor of structlog that renders "json" or "logfmt"."""
+    encode = _logfmt if form == "logfmt" else _json
 
+    def render(_: object, level: str, event: EventDict) -> str:
+        """Render a line that begins with the time, the level and the event."""
+        second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
+        timestamp = f"{_second(second)}.{fraction:06}Z"
+        return encode({"timestamp": timestamp, "level": level, "event": event.pop("event"), **event})
 
-def _order(_: object, level: str, event: EventDict) -> EventDict:
-    """Put the time, the level and the event first."""
-    second, fraction = divmod(time.time_ns() // 1000, 1_000_000)
-    timestamp = f"{_second(second)}.{fraction:06}Z"
-    return {"timestamp": timestamp, "level": level, "event": event.pop("event"), **event}
+    return render
 
 
 @lru_cache(maxsize=1)
@@ -38,17 +39,17 @@ def _second(when: int) -> str:
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _json(event: EventDict, default: Callable[[object], object]) -> str:
-    # json.dumps() would create an encoder for each line.
-    return _encoder(default).encode(event)
+def _json(event: EventDict) -> str:
+    """Render one line of JSON in ASCII."""
+    with contextlib.suppress(ValueError):  # a lone surrogate
+        line = to_json(event, fallback=repr)
+        if line.isascii():
+            return line.decode()
+    # This takes four times as long, and escapes all other characters.
+    return json.dumps(event, separators=(",", ":"), default=repr)
 
 
-@cache
-def _encoder(default: Callable[[object], object]) -> json.JSONEncoder:
-    return json.JSONEncoder(default=default)
-
-
-def _logfmt(_: object, __: str, event: EventDict) -> str:
+def _logfmt(event: EventDict) -> str:
     """Render one line of logfmt, in printable characters only."""
     return " ".join(f"{_logfmt_key(key)}={_logfmt_value(value)}" for key, value in event.items())
 

@@ -11,7 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -22,9 +22,11 @@ from echod.daemon.log_writer import CLOSE_TIMEOUT, LogWriter
 from echod.settings.problems import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from structlog.typing import FilteringBoundLogger, Processor
+    from structlog.typing import EventDict, FilteringBoundLogger
+
+    Render = Callable[[object, str, EventDict], str]
 
     from echod.settings.model import Config, LogSettings
 
@@ -53,7 +55,8 @@ class _Target:
         self._descriptor = descriptor
         self._console = console
         self._status = ""
-        self.processors: list[Processor] = []
+        self._form: Render = console
+        self._is_journal = _is_journal(descriptor)
         try:
             # Only the thread closes it: during a blocked write, a client's socket could get its number.
             self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor))
@@ -61,17 +64,21 @@ class _Target:
             os.close(descriptor)
             raise
 
-    def render(self, form: str) -> None:
+    def use(self, form: str) -> None:
         """Render lines in a format that `log.format` allows."""
         if form == "auto":
             form = "console" if os.isatty(self._descriptor) else "json"
         if form == "console":
             self._console.use(self._descriptor)
-            self.processors = [structlog.processors.format_exc_info, self._console]
+            self._form = self._console
         else:
-            self.processors = log_formats.processors(form)
-        if _is_journal(self._descriptor):
-            self.processors.append(_prefix)
+            self._form = log_formats.renderer(form)
+
+    def render(self, _: object, level: str, event: EventDict) -> str:
+        """Render one line. This is the last processor of structlog."""
+        line = self._form(_, level, event)
+        # The level first, as in sd-daemon(3). The journal removes it, and stores it as PRIORITY.
+        return f"<{_PRIORITIES[level]}>{line}" if self._is_journal else line
 
     @property
     def is_screen(self) -> bool:
@@ -89,10 +96,7 @@ class _Target:
         self.writer.write((self._status or _CLEAR).encode())
 
     def _notice(self, lines: int) -> bytes:
-        event: Any = {"event": "log_lines_dropped", "lines": lines}
-        for processor in self.processors:
-            event = processor(None, "warning", event)
-        return self._framed(event)
+        return self._framed(self.render(None, "warning", {"event": "log_lines_dropped", "lines": lines}))
 
     def _framed(self, line: str) -> bytes:
         text = f"{_CLEAR}{line}\n{self._status}" if self._status else f"{line}\n"
@@ -193,16 +197,30 @@ class Log:
     def _configure(self, settings: LogSettings) -> None:
         self.settings = settings
         """The settings in force."""
-        self._target.render(settings.format)
+        self._target.use(settings.format)
         self.logger = structlog.wrap_logger(
             _Lines(self),
-            processors=self._target.processors,
+            processors=[structlog.processors.format_exc_info, self._target.render],
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
         ).bind()
 
     def write(self, line: str) -> None:
         """Queue one rendered line."""
         self._target.write(line)
+
+    def line(self, event: str, **fields: object) -> Callable[[EventDict], None]:
+        """Return a function that logs one kind of event at level info, with these fields and those of its argument.
+
+        It does the same as `logger`, for a quarter of the time. Get another one after `change`.
+        """
+        if logging.getLevelNamesMapping()[self.settings.level.upper()] > logging.INFO:
+            return lambda _: None
+
+        def write(values: EventDict) -> None:
+            target = self._target
+            target.write(target.render(None, "info", {"event": event, **fields, **values}))
+
+        return write
 
     def show_status(self, text: str) -> None:
         """Show a line on the terminal, below the log, in place of the last one. An empty text removes it.
@@ -325,8 +343,3 @@ def _is_journal(descriptor: int) -> bool:
     """Tell whether a descriptor is connected to the journal (JOURNAL_STREAM in systemd.exec(5))."""
     file = os.fstat(descriptor)
     return os.environ.get("JOURNAL_STREAM") == f"{file.st_dev}:{file.st_ino}"
-
-
-def _prefix(_: object, level: str, line: Any) -> str:
-    """Put the level first as in sd-daemon(3). The journal removes it, and stores it as PRIORITY."""
-    return f"<{_PRIORITIES[level]}>{line}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echod.connection.outcome import MEANINGS, has_failed
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from echod.connection.outcome import Reason
     from echod.connection.state import Delivery
     from echod.server.client import Client
+
+    Write = Callable[[dict[str, Any]], object]
 
 Choice = Literal["all", "nonempty", "failed", "none"]
 
@@ -95,6 +97,7 @@ class Ledger:
         connections: which closed connections are logged.
         states: whether each connection and the states of its session are logged, at level debug.
         observers: called with the entry of every connection, whether it is logged or not.
+        write: logs `client_closed` with these fields. None: `log` does.
 
     """
 
@@ -105,18 +108,20 @@ class Ledger:
         observers: Sequence[Callable[[Entry], None]] = (),
         *,
         states: bool = False,
+        write: Write | None = None,
     ) -> None:
-        self.log = log
         self.counters = Counters()
-        self._connections = connections
         self._observers = observers
-        self._states = states
+        self.reconfigure(log, connections, states=states, write=write)
 
-    def reconfigure(self, log: FilteringBoundLogger, connections: Choice, *, states: bool) -> None:
+    def reconfigure(
+        self, log: FilteringBoundLogger, connections: Choice, *, states: bool, write: Write | None = None
+    ) -> None:
         """Use another logger from now on, and log other connections. Connected clients keep reporting their states."""
         self.log = log
         self._connections = connections
         self._states = states
+        self._write: Write = write or (lambda fields: log.info("client_closed", **fields))
 
     def connect(self, client: Client) -> Callable[[str], None] | None:
         """Log a new connection; return the function that logs the states of its session, or None if it is not wanted."""
@@ -171,8 +176,7 @@ class Ledger:
             return
         entry = _entry(client, reason, delivery, now)
         if logged:
-            line = {name: value for name, value in zip(Entry._fields, entry, strict=True) if value is not None}
-            self.log.info("client_closed", **line)
+            self._write({name: value for name, value in zip(Entry._fields, entry, strict=True) if value is not None})
         for observe in self._observers:
             observe(entry)
 
