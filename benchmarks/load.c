@@ -258,7 +258,8 @@ static bool pump(struct client *c)
         }
         c->sent += (uint64_t)count;
     }
-    poll_for(c, c->sent < c->wanted, EPOLL_CTL_MOD);
+    /* During a handshake, OpenSSL may have to read before it can write. */
+    poll_for(c, c->sent < c->wanted && !(c->ssl && SSL_want_read(c->ssl)), EPOLL_CTL_MOD);
     return true;
 }
 
@@ -285,7 +286,8 @@ static bool dial(struct client *c, bool wait)
         c->ssl = SSL_new(tls);
         SSL_set_fd(c->ssl, c->fd);
         SSL_set1_host(c->ssl, "localhost");
-        if (SSL_connect(c->ssl) != 1) {
+        SSL_set_connect_state(c->ssl);
+        if (wait && SSL_do_handshake(c->ssl) != 1) {
             wrong(c, "TLS handshake: %s", ERR_reason_error_string(ERR_get_error()));
             return false;
         }
@@ -313,6 +315,11 @@ static void message_back(struct client *c)
         begin(c);
         break;
     case CONNECT:
+        if (c->ssl) {
+            SSL_shutdown(c->ssl);
+            SSL_free(c->ssl);
+            c->ssl = NULL;
+        }
         close(c->fd);
         open_clients--;
         if (dial(c, false))
@@ -374,8 +381,11 @@ static void turn(int timeout)
     int count = epoll_wait(poller, events, EVENTS, timeout);
     for (int i = 0; i < count; i++) {
         struct client *c = events[i].data.ptr;
-        if (events[i].events & ~(uint32_t)EPOLLOUT)
+        if (events[i].events & ~(uint32_t)EPOLLOUT) {
             receive(c);
+            if (c->fd >= 0 && c->ssl && c->sent < c->wanted)
+                pump(c); /* the handshake may be done */
+        }
         if (c->fd >= 0 && events[i].events & EPOLLOUT) {
             if (options.mode == STREAM)
                 c->wanted = c->sent - c->sent % options.size + 4 * options.size;

@@ -354,11 +354,6 @@ class EchoSession(asyncio.Protocol):
         return self.received
 
     @property
-    def _on_the_wire(self) -> int:
-        """The number of bytes that were written to the TCP connection."""
-        return self.written if self.tls_layer is None else self.tls_layer.written
-
-    @property
     def owed(self) -> int:
         """The number of bytes of echo that the client must get in all, including held echo."""
         return self.written
@@ -434,17 +429,24 @@ class EchoSession(asyncio.Protocol):
             Linger(self, self.transport, Clock(self.ended.get_loop().time))
 
     def _has_arrived(self) -> bool:
-        """Return whether the client has acknowledged everything that was written, and keep the TCP_INFO that says so."""
+        """Return whether the client has acknowledged all of its echo, and keep the TCP_INFO that says so.
+
+        Over TLS, our close_notify may still be on its way. The kernel goes on sending it after close(2).
+        """
         try:
             info = kernel.tcp_info(self.sock)
         except OSError:
             info = None
         if info is None:
             return not self.unacknowledged()
-        if info.acked < self._on_the_wire:
+        if self._arrived(info.acked) < self.written:
             return False
         self.tcp_info = info
         return True
+
+    def _arrived(self, size: int) -> int:
+        """Return how many bytes of echo the first N bytes of the TCP connection hold."""
+        return size if self.tls_layer is None else self.tls_layer.plaintext(size)
 
     def _shut_down(self) -> bool:
         """Send FIN. Return False if that fails, which ends the session."""
@@ -513,7 +515,7 @@ class EchoSession(asyncio.Protocol):
         return waiting
 
     def _record_delivery(self, *, broken: bool) -> None:
-        written = self._on_the_wire
+        written = self.written if self.tls_layer is None else self.tls_layer.written
         unacknowledged = self._count()
         if self.tcp_info is None or unacknowledged is None:
             sent = written - max(self.unsent(), self._dropped)
@@ -526,12 +528,10 @@ class EchoSession(asyncio.Protocol):
             acked = 0 if broken or unacknowledged is None else max(0, sent - unacknowledged)
         else:
             acked = min(self.tcp_info.acked, sent)
-        if self.tls_layer is not None:
-            sent, acked = self.tls_layer.plaintext(sent), self.tls_layer.plaintext(acked)
-        self.delivery = Delivery(self.received, sent, acked, self.discarded)
+        self.delivery = Delivery(self.received, self._arrived(sent), self._arrived(acked), self.discarded)
         # The acknowledgements alone decide. A client that has all of its echo may reset: over TLS, a client that does
         # not wait for our close_notify does (RFC 8446, section 6.1).
-        if self.reason in {"eof", "info"} and not self._delivered and acked < self.owed:
+        if self.reason in {"eof", "info"} and not self._delivered and self.delivery.acked < self.owed:
             self.reason = "reset" if broken else "undelivered"
 
 
