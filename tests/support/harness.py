@@ -245,15 +245,15 @@ class Daemon:
     def freeze(self) -> None:
         """Send SIGSTOP, and wait until the process has stopped."""
         self.send_signal(signal.SIGSTOP)
-        until(lambda: self._state() == "T")
+        until(lambda: self._states() == {"T"})
 
     def settle(self) -> None:
-        """Wait until the process is idle: it sleeps, and has used no CPU time since the previous check."""
+        """Wait until the process is idle: all its threads sleep, and have used no CPU time since the previous check."""
         used = [-1.0]
 
         def is_idle() -> bool:
             used.append(self.cpu_seconds())
-            return used[-1] == used[-2] and self._state() == "S"
+            return used[-1] == used[-2] and self._states() == {"S"}
 
         until(is_idle)
 
@@ -295,9 +295,13 @@ class Daemon:
         """Return the resident memory of the process in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def _state(self) -> str:
-        """Return the state of the process as a letter, as in proc(5)."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    def _states(self) -> set[str]:
+        """Return the states of the threads as letters, as in proc(5)."""
+        states = set()
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                states.add((thread / "stat").read_text().rpartition(")")[2].split()[0])
+        return states
 
     def _read(self) -> None:
         for line in self.log_pipe:
