@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,9 @@ class Server:
             msg = "a server can be started only once"
             raise RuntimeError(msg)
         self._loop = asyncio.get_running_loop()
+        # All clients share these two: with many clients, a context and a bound method each counts.
+        self._context = contextvars.copy_context()
+        self._on_client_end = self._remove
         self._failed: asyncio.Future[BaseException] = self._loop.create_future()
         for run in (self._listener.run, self._sweep.run):
             task = self._loop.create_task(run())
@@ -261,7 +265,7 @@ class Server:
     def _admit(self, sock: socket.socket, sockaddr: Any) -> None:
         try:
             client = Client(sock, sockaddr, self._loop.time(), self._new_session)
-            task = _begin(client.run(self.settings, self._quota))
+            task = _begin(client.run(self.settings, self._quota), self._loop, self._context)
         except Exception as error:  # noqa: BLE001  (it is logged, and concerns this connection only)
             unwatch(sock)
             sock.close()
@@ -269,7 +273,7 @@ class Server:
             return
         self.ledger.accept()
         self._clients[task] = client
-        task.add_done_callback(self._remove)
+        task.add_done_callback(self._on_client_end, context=self._context)
 
     def _new_session(self, client: Client, sock: socket.socket) -> EchoSession:
         session = new_session(sock, self.settings, self.ledger.counters.accepted + 1, client.describe)
@@ -293,14 +297,18 @@ class Server:
 
 if sys.version_info >= (3, 12):
 
-    def _begin(life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begin(
+        life: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: contextvars.Context
+    ) -> asyncio.Task[None]:
         """Create a task and run its first step at once, which saves the loop an iteration per client."""
-        return asyncio.Task(life, loop=asyncio.get_running_loop(), eager_start=True)
+        return asyncio.Task(life, loop=loop, context=context, eager_start=True)
 
 else:  # pragma: no cover  (coverage is measured on the newest version)
 
-    def _begin(life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        return asyncio.create_task(life)
+    def _begin(
+        life: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: contextvars.Context
+    ) -> asyncio.Task[None]:
+        return loop.create_task(life, context=context)
 
 
 async def _cancel(*tasks: asyncio.Task[None]) -> None:
