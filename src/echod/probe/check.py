@@ -37,7 +37,7 @@ def run(options: ProbeOptions, clock: Callable[[], float] = time.perf_counter) -
     try:
         connection = options.route.connect(options.route.endpoints(options.timeout), deadline)
     except OSError as error:
-        return _failure(options, Outcome.UNREACHABLE, error, unreachable(error))
+        return failure(options, Outcome.UNREACHABLE, error, unreachable(error))
     echo = bytearray()
     began = clock()
     try:
@@ -50,11 +50,11 @@ def run(options: ProbeOptions, clock: Callable[[], float] = time.perf_counter) -
         if isinstance(error, OSError):
             progress = f"{len(echo)} of {_SIZE} bytes came back, then" if echo else "no echo"
             problem = f"{progress}: {problem}"
-        return _failure(options, Outcome.FAILED, error, problem)
+        return failure(options, Outcome.FAILED, error, problem)
     finally:
         connection.channel.close()
     if options.json:
-        text = _json(options, Outcome.RIGHT, seconds=seconds, connect_seconds=connection.seconds)
+        text = report(options, Outcome.RIGHT, seconds=seconds, connect_seconds=connection.seconds)
     else:
         text = (
             f"{options.target}: {_SIZE} bytes came back right in {seconds * 1000:.3f} ms"
@@ -85,12 +85,13 @@ def _exchange(connection: Connected, message: bytes, echo: bytearray, deadline: 
         raise EarlyEofError(msg)
 
 
-def _failure(options: ProbeOptions, outcome: Outcome, error: ProbeError, problem: str) -> ProbeResult:
+def failure(options: ProbeOptions, outcome: Outcome, error: ProbeError, problem: str) -> ProbeResult:
+    """Return the result of a check that failed. `problem` describes the error."""
     problem = f"{options.target}: {problem}"
-    return ProbeResult(outcome, _json(options, outcome, error, problem) if options.json else "", problem)
+    return ProbeResult(outcome, report(options, outcome, error, problem) if options.json else "", problem)
 
 
-def _json(
+def report(
     options: ProbeOptions,
     outcome: Outcome,
     error: ProbeError | None = None,
@@ -99,9 +100,10 @@ def _json(
     seconds: float | None = None,
     connect_seconds: float | None = None,
 ) -> str:
+    """Return the report of a check as JSON. Its parameters are the keys of the same names, and the first error."""
     import json  # noqa: PLC0415  (needed for --json only)
 
-    report = {
+    found = {
         "target": str(options.target),
         "mode": "check",
         "ending": outcome.value,
@@ -111,4 +113,4 @@ def _json(
         "mismatch": error.mismatch._asdict() if isinstance(error, WrongEchoError) else None,
         "problem": problem,
     }
-    return json.dumps(report) + "\n"
+    return json.dumps(found) + "\n"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from echod.probe import check
 from echod.probe.model import Outcome, ProbeResult
+from echod.probe.targets import UdpAddress
 
 if TYPE_CHECKING:
     from echod.probe.model import ProbeOptions
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 def run(options: ProbeOptions) -> ProbeResult:
     """Run the probe."""
     if not options.measure:
+        if isinstance(options.target, UdpAddress):
+            from echod.probe.udp import check as udp_check  # noqa: PLC0415  (of UDP only)
+
+            return udp_check.run(options)
         return check.run(options)
     try:
         return _measure(options)
@@ -38,6 +43,11 @@ def _measure(options: ProbeOptions) -> ProbeResult:
     if options.plot is not None and (problem := report.unwritable(options.plot)):
         return ProbeResult(Outcome.FAILED, problem=problem)
     with progress.Display(options) as display:
+        if isinstance(options.target, UdpAddress):
+            from echod.probe.udp import measure  # noqa: PLC0415  (of UDP only)
+            from echod.probe.udp import report as udp_report  # noqa: PLC0415  (as above)
+
+            return udp_report.result(options, measure.Measurement(options, interrupt, display).run())
         generator = LoadGenerator(options, interrupt, display)
         generator.connect()
         results = generator.run()

@@ -18,6 +18,7 @@ from echod.net.addresses import TcpAddress, UnixAddress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from echod.probe.targets import UdpAddress
     from echod.probe.timing import Deadline
     from echod.probe.tls import ClientTls, TlsChannel
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 _RETRY = 0.01
 
 # Seconds before the next address is tried: the "Connection Attempt Delay" of RFC 8305, section 5.
-_ATTEMPT_DELAY = 0.25
+ATTEMPT_DELAY = 0.25
+
+# The DSCP are the upper six bits of the former TOS and traffic class (RFC 2474, section 3).
+_DSCP_SHIFT = 2
 
 
 class Channel(Protocol):
@@ -64,9 +68,13 @@ class Connected(NamedTuple):
 class Route(NamedTuple):
     """The way to the server: where to, where from, and with which preamble and TLS."""
 
-    target: TcpAddress | UnixAddress
+    target: TcpAddress | UnixAddress | UdpAddress
     source: str | None = None
     """The local IP address."""
+    dscp: int | None = None
+    """The code point of the IP packets, or None for that of the system."""
+    ttl: int | None = None
+    """The TTL or hop limit of the IP packets, or None for that of the system."""
     header: Callable[[TcpAddress], bytes] | None = None
     """Returns the PROXY header for a connection to the given address."""
     family: int = socket.AF_UNSPEC
@@ -119,6 +127,23 @@ class Route(NamedTuple):
             raise
         return Connected(sock, secure or sock, secure, deadline.clock() - began)
 
+    def prepare(self, sock: socket.socket) -> None:
+        """Set the source address, the DSCP and the TTL of an IP socket.
+
+        Raises:
+            OSError: the system refuses one of them.
+
+        """
+        v6 = sock.family == socket.AF_INET6
+        level = socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP
+        if self.dscp is not None:
+            sock.setsockopt(level, socket.IPV6_TCLASS if v6 else socket.IP_TOS, self.dscp << _DSCP_SHIFT)
+        if self.ttl is not None:
+            sock.setsockopt(level, socket.IPV6_UNICAST_HOPS if v6 else socket.IP_TTL, self.ttl)
+        if self.source is not None:
+            numeric = socket.AI_NUMERICHOST  # no name server is asked, even for an address with a zone
+            sock.bind(socket.getaddrinfo(self.source, 0, sock.family, flags=numeric)[0][4])
+
     @property
     def advice(self) -> str:
         """Advice on a server that ended the connection, or was silent in the handshake, without an answer."""
@@ -135,9 +160,7 @@ class Route(NamedTuple):
             sock = opened.enter_context(socket.socket(endpoint.family, socket.SOCK_STREAM))
             sock.settimeout(0)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.source is not None:
-                numeric = socket.AI_NUMERICHOST  # no name server is asked, even for an address with a zone
-                sock.bind(socket.getaddrinfo(self.source, 0, endpoint.family, flags=numeric)[0][4])
+            self.prepare(sock)
             with contextlib.suppress(BlockingIOError):  # EINPROGRESS
                 sock.connect(endpoint.sockaddr)
             opened.pop_all()
@@ -185,7 +208,7 @@ def race(
                     continue
                 begun[sock.fileno()] = sock
                 poll.register(sock, select.POLLOUT)
-                due = now + _ATTEMPT_DELAY
+                due = now + ATTEMPT_DELAY
             wait = min(due - now, left) if waiting else left
             for descriptor, _ in poll.poll(wait * 1000):
                 poll.unregister(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
 from typing import NamedTuple, Self
 
@@ -19,6 +20,22 @@ class TlsError(OSError):
     """The server does not use TLS, broke its protocol, or has a certificate that is not accepted."""
 
 
+class IcmpError(OSError):
+    """The network or the kernel reports that a datagram was not delivered.
+
+    Args:
+        number: the errno of the kernel.
+        word: the word under which the error is counted, such as "port_unreachable".
+        sender: the address of the host that sent the ICMP message, or nothing if there was none.
+
+    """
+
+    def __init__(self, number: int, word: str, sender: str = "") -> None:
+        text = word.replace("_", " ")
+        super().__init__(number, f"{text} (ICMP from {sender})" if sender else text)
+        self.word = word
+
+
 class EarlyEofError(Exception):
     """The server ended the connection before it had sent the whole echo."""
 
@@ -30,25 +47,28 @@ class Mismatch(NamedTuple):
     """Its offset in the data received on the connection."""
     expected: int | None
     """The byte sent, or None if the server sent more bytes than it had received."""
-    got: int
+    got: int | None
+    """The byte received, or None if a datagram ended before it."""
 
     @classmethod
     def find(cls, sent: bytes, received: bytes, offset: int = 0) -> Self:
-        """Return the first difference. Received data that starts with `sent` differs in the byte after it.
+        """Return the first difference. If one starts with the other, they differ in the byte after that.
 
         Args:
             sent: the expected data.
-            received: data that differs from `sent` or is longer.
+            received: data that differs from `sent`.
             offset: the offset of both in the connection.
 
         """
-        place = next((i for i, pair in enumerate(zip(sent, received, strict=False)) if pair[0] != pair[1]), len(sent))
-        return cls(offset + place, sent[place] if place < len(sent) else None, received[place])
+        pairs = itertools.zip_longest(sent, received)
+        place, pair = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+        return cls(offset + place, *pair)
 
     def __str__(self) -> str:
         """Describe the mismatch."""
         expected = "nothing, as no more had been sent" if self.expected is None else f"0x{self.expected:02x}"
-        return f"wrong echo at offset {self.offset}: expected {expected}, got 0x{self.got:02x}"
+        got = "the end of the datagram" if self.got is None else f"0x{self.got:02x}"
+        return f"wrong echo at offset {self.offset}: expected {expected}, got {got}"
 
 
 class WrongEchoError(Exception):
@@ -102,6 +122,8 @@ _KINDS: dict[type[Exception], str] = {
 
 def kind(error: ProbeError) -> str:
     """Return the word under which an error is counted: one of echod's, or the name of the errno."""
+    if isinstance(error, IcmpError):
+        return error.word
     for category, word in _KINDS.items():
         if isinstance(error, category):
             return word

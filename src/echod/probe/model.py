@@ -6,16 +6,18 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from fractions import Fraction
     from pathlib import Path
 
     from echod.net.addresses import TcpAddress, UnixAddress
     from echod.probe.connect import Route
+    from echod.probe.targets import UdpAddress
 
 
 class ProbeOptions(NamedTuple):
     """The options of a quick check, and of a measurement if `measure` is set."""
 
-    target: TcpAddress | UnixAddress
+    target: TcpAddress | UnixAddress | UdpAddress
     route: Route
     timeout: float
     """Seconds to connect, and seconds to wait for any echo."""
@@ -29,14 +31,16 @@ class ProbeOptions(NamedTuple):
     """Seconds to measure, or 0 if `messages` ends the measurement."""
     connections: int
     size: int
-    """Bytes per message; in a stream, bytes per write."""
+    """Bytes per message; in a stream, bytes per write; over UDP, bytes per datagram."""
     rate: float | None
     """Messages per second over all connections, or None to send the next message when an echo has arrived."""
     pipeline: int
-    """Messages in flight per connection."""
+    """Messages in flight per connection; over UDP, datagrams in flight."""
     stream: bool
     seed: int
     plot: Path | None
+    max_loss: Fraction | int
+    """The highest percentage of lost datagrams that is right. Of no meaning for TCP."""
 
 
 class Outcome(enum.Enum):

@@ -67,7 +67,9 @@ class Display:
             os.close(self._pipe)
             os.waitpid(self._child, 0)
 
-    def show(self, *, seconds: float, messages: int, received: int, errors: int, sample: Sequence[int]) -> None:
+    def show(
+        self, *, seconds: float, messages: int, received: int, errors: int, sample: Sequence[int], lost: int = 0
+    ) -> None:
         """Show the state.
 
         Args:
@@ -76,12 +78,14 @@ class Display:
             received: bytes received so far.
             errors: errors so far.
             sample: some recent latencies in nanoseconds.
+            lost: datagrams lost so far.
 
         """
         if self._pipe is None:
             return
         some = sorted(sample[:_SAMPLE])
-        state = (seconds, messages, received, errors, some[len(some) // 2] if some else 0, some[-1] if some else 0)
+        median, largest = (some[len(some) // 2], some[-1]) if some else (0, 0)
+        state = (seconds, messages, received, errors, lost, median, largest)
         # A write below PIPE_BUF is atomic. A slow terminal misses some states.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, json.dumps(state).encode() + b"\n")
@@ -104,13 +108,15 @@ def _draw(options: ProbeOptions, reading: int) -> None:
     with Live(bar, console=bar.console, auto_refresh=False, transient=True) as live, open(reading, "rb") as states:
         live.refresh()
         for line in states:
-            seconds, messages, received, errors, median, largest = json.loads(line)
+            seconds, messages, received, errors, lost, median, largest = json.loads(line)
             counted = received if options.stream else messages
             speed = (counted - before) / max(seconds - then, 0.001)
             before, then = counted, seconds
             parts = [f"{seconds:.1f} s", f"{bytes_text(speed)}/s" if options.stream else f"{speed:,.0f}/s"]
             if largest:
                 parts.append(f"p50 {seconds_text(median / 1e9)}, max {seconds_text(largest / 1e9)}")
+            if lost:
+                parts.append(f"[red]{lost:,} lost[/red]")
             if errors:
                 parts.append(f"[red]{errors} error{'s' if errors > 1 else ''}[/red]")
             bar.update(task, completed=messages if options.messages else seconds, text="  ".join(parts))

@@ -168,7 +168,8 @@ def choose(options: ProbeOptions) -> Workload:
     if options.stream:
         return Stream(size=options.size, duration=options.duration)
     if options.rate is not None:
-        count = options.messages or math.ceil(options.rate * options.duration)
+        # Rounded first, because the inverse of --interval is not exact.
+        count = options.messages or max(1, math.ceil(round(options.rate * options.duration, 6)))
         return Rate(rate=options.rate, size=options.size, count=count)
     duration = options.duration if options.messages is None else math.inf
     return PingPong(pipeline=options.pipeline, size=options.size, count=options.messages, duration=duration)
