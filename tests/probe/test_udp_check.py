@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datagrams import UdpPeer, changing, echo, silent
+from datagrams import UdpPeer, changing, echo, silent, twins
 from echod.probe import arguments
 from echod.probe.model import Outcome
 from echod.probe.udp import check as udp_check
@@ -61,7 +61,10 @@ def test_check_imports_little() -> None:
         (changing(15), r"wrong echo at offset 15: expected 0x00, got 0x01"),
         (changing(63), r"wrong echo at offset 63: expected 0x[0-9a-f]{2}, got 0x[0-9a-f]{2}"),
         (lambda _, data: [data[:40]], r"wrong echo at offset 40: expected 0x[0-9a-f]{2}, got the end of the datagram"),
-        (lambda _, data: [data + b"!"], r"wrong echo at offset 64: expected nothing, as no more had been sent, got 0x21"),
+        (
+            lambda _, data: [data + b"!"],
+            r"wrong echo at offset 64: expected nothing, as no more had been sent, got 0x21",
+        ),
         (lambda *_: [b""], r"wrong echo at offset 0: expected 0x9e, got the end of the datagram"),
         (lambda *_: [b"Monday, November 30\r\n"], r"wrong echo: the server sent 'Monday, November 30'"),
     ],
@@ -150,7 +153,8 @@ def test_a_silent_address_does_not_hold_up_the_next_one() -> None:
         clock.seconds += 0.25
         return []
 
-    with UdpPeer(echo, "127.0.0.1") as right, UdpPeer(script, "::1", right.port) as quiet:
+    v4, v6 = twins(echo, script)
+    with v4 as right, v6 as quiet:
         options = arguments.parse([f"udp::{right.port}"])
         first = options.route.endpoints(1)[0].family
         assert udp_check.run(options, clock).outcome is Outcome.RIGHT
@@ -170,7 +174,8 @@ def test_a_socket_is_never_connected_to_itself() -> None:
 @pytest.mark.parametrize("options", [(), ("--count", "1")])
 def test_a_signal_ends_a_check(options: tuple[str, ...]) -> None:
     """It also ends the check by which a measurement chooses among several addresses."""
-    with UdpPeer(silent) as peer, UdpPeer(silent, "::1", peer.port) as other:
+    v4, v6 = twins(silent, silent)
+    with v4 as peer, v6 as other:
         command = [sys.executable, "-m", "echod", "probe", f"udp::{peer.port}", "--timeout", "1000", *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment())
         other.wait(1)

@@ -49,8 +49,12 @@ class UdpPeer:
         self._stop.close()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
-        self._stopped.close()
-        self.socket.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the sockets. A script may close `socket` alone earlier."""
+        for sock in (self._stop, self._stopped, self.socket):
+            sock.close()
 
     def wait(self, datagrams: int) -> None:
         """Wait until a number of datagrams has been received."""
@@ -67,6 +71,16 @@ class UdpPeer:
                 self.socket.sendto(answer, client)
             if self.socket.fileno() < 0:  # the script has closed it
                 return
+
+
+def twins(v4: Script, v6: Script) -> tuple[UdpPeer, UdpPeer]:
+    """Return two servers with one port number on the loopback addresses of both families."""
+    while True:
+        first = UdpPeer(v4)
+        try:
+            return first, UdpPeer(v6, "::1", first.port)
+        except OSError:  # another process has the port
+            first.close()
 
 
 def echo(_: int, datagram: bytes) -> list[bytes]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from echod.probe import workloads
 from echod.probe.connection import PERIOD, random_pattern
-from echod.probe.errors import WrongEchoError, kind
+from echod.probe.errors import WrongEchoError, kind, reason
 from echod.probe.latencies import Latencies
 from echod.probe.timing import Deadline, Timer
 from echod.probe.udp import check, icmp, sockets
@@ -67,10 +67,10 @@ class Results:
     signal: signal.Signals | None = None
     """The signal that ended the measurement early."""
 
-    def add_error(self, error: OSError | WrongEchoError) -> None:
-        """Count an error, and keep the first one."""
+    def add_error(self, error: OSError | WrongEchoError, problem: str) -> None:
+        """Count an error, and keep the description of the first one."""
         self.errors[kind(error)] += 1
-        self.problem = self.problem or check.describe(error)
+        self.problem = self.problem or problem
 
 
 class Measurement:
@@ -117,7 +117,7 @@ class Measurement:
         except InterruptedError:
             pass
         except (OSError, WrongEchoError) as error:
-            self._results.add_error(error)
+            self._results.add_error(error, check.describe(error))
             self._results.reached = isinstance(error, TimeoutError | WrongEchoError)
         else:
             with sock:
@@ -228,7 +228,7 @@ class Measurement:
         """
         queued = icmp.queued(sock)
         for each in queued or [icmp.from_errno(error.errno or 0)]:
-            self._results.add_error(each)
+            self._results.add_error(each, reason(each))
             # A path MTU is no reason to stop: the kernel cuts the next datagram into smaller fragments.
             if not self._tally.received and each.word != "message_too_long":
                 self._results.reached = False

@@ -27,14 +27,15 @@ def result(options: ProbeOptions, results: Results) -> ProbeResult:
         outcome = interrupted(results.signal)
     elif not results.reached:
         outcome = Outcome.UNREACHABLE
+    line = f"{options.target}: {problem}" if problem else ""
     if unwritten := write_plot(options.plot, _title(options), results.latencies):
-        problem = problem or unwritten
+        line = line or unwritten
         outcome = Outcome.FAILED if outcome is Outcome.RIGHT else outcome
     if options.json:
         text = _json(options, results, outcome, problem)
     else:
         text = _text(options, results) if results.tally.received or results.reached else ""
-    return ProbeResult(outcome, text, f"{options.target}: {problem}" if problem else "")
+    return ProbeResult(outcome, text, line)
 
 
 def _problem(options: ProbeOptions, results: Results) -> str:
