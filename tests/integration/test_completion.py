@@ -30,6 +30,7 @@ COMPLETIONS = {
     "echod help con": "config",
     "echod probe localhost:1 --pipe": "--pipeline",
     "echod probe localhost:1 --tls --ca ech": "echo.toml",
+    "echod probe udp:localhost:1 --max": "--max-loss",
 }
 
 # Each script gets the file of completions and the lines. It prints the completed word of each line.

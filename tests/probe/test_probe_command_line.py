@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.probe import arguments
+import datagrams
+from datagrams import UdpPeer
+from echod.probe import arguments, workloads
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, echo
 from probing import REFUSED, measure
@@ -27,8 +29,11 @@ def test_documentation() -> None:
     options = set(re.findall(r"--[a-z][a-z0-9-]+", run("probe", "--help").stdout))
     assert len(options) > 20
     assert options - set(re.findall(r"--[a-z][a-z0-9-]+", text)) == {"--help"}
-    with Peer(echo) as peer:
-        keys = measure(peer.target).keys() | measure(peer.target, "--count", "1").keys()
+    keys = set()
+    with Peer(echo) as peer, UdpPeer(datagrams.echo) as udp:
+        for target in (peer.target, udp.target):
+            keys |= measure(target).keys() | measure(target, "--count", "1").keys()
+    assert len(keys) > 40
     assert {key for key in keys if f"`{key}`" not in text} == set()
 
 
@@ -41,20 +46,21 @@ def test_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
         ([], "TARGET is missing: write the server's address, such as 127.0.0.1:8000"),
         (["h:1", "h:2"], "'h:2' is a second TARGET: give only one"),
         (["h:1", "--cuont=3"], "unknown option --cuont; did you mean --count?"),
         (["h:1", "--xyzzy"], "unknown option --xyzzy\n"),
         (["h:1", "--count"], "argument --count: expected one argument"),
-        (["h"], "TARGET 'h' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME\n"),
+        (["h"], "TARGET 'h' has no port: write HOST:PORT, [V6]:PORT, :PORT, udp:HOST:PORT, unix:PATH"),
         (["h:0"], "TARGET 'h:0': a server cannot listen on port 0: use 1 to 65535"),
         (["systemd:echo"], "TARGET 'systemd:echo': only a server inherits sockets; give the address"),
         (["h:1", "--count", "0"], "argument --count: '0' is not a number of at least 1: write for example 50 or 10k\n"),
         (["h:1", "--seed", "x"], "argument --seed: 'x' is not a whole number: use 0 or more"),
         (["h:1", "--size", "3 apples"], "argument --size: '3 apples' is not a size: write bytes, or for example 64KiB"),
-        (["h:1", "--size", "0"], "argument --size: '0' is not a valid size: use 1 byte to 1TiB"),
+        (["h:1", "--size", "0"], "--size 0: only a datagram (udp:HOST:PORT) may be empty; use 1 byte or more\n"),
+        (["h:1", "--size", "2TB"], "argument --size: '2TB' is not a valid size: use at most 1TiB\n"),
         (["h:1", "--timeout", "0"], "argument --timeout: '0': use more than 0, at most a day\n"),
         (["h:1", "--timeout", "25h"], "argument --timeout: '25h': use more than 0, at most a day\n"),
         (["h:1", "--timeout", "5x"], "'5x' is not a duration: write seconds, or for example 250ms, 10s, 5m or 1h\n"),
@@ -83,10 +89,35 @@ def test_help() -> None:
         (["h:1", "--proxy-v1", "1.2.3.4:1", "--proxy-v2", "1.2.3.4:1"], "a connection has only one header"),
         (["127.0.0.1:1", "--proxy-v2", "[::1]:1"], "different IP families: TARGET 127.0.0.1, --proxy-v2 ::1"),
         (["h:1", "--source", "[::1]", "--proxy-v1", "1.2.3.4:1"], "families: --source ::1, --proxy-v1 1.2.3.4"),
+        (["h:1", "--dscp", "64"], "argument --dscp: '64' is not a DSCP: use 0 to 63, CS0 to CS7, AF11 to AF43, EF or"),
+        (["h:1", "--dscp", "AF44"], "argument --dscp: 'AF44' is not a DSCP: use 0 to 63"),
+        (["h:1", "--ttl", "0"], "argument --ttl: '0' is not a TTL: use 1 to 255\n"),
+        (["h:1", "--ttl", "256"], "argument --ttl: '256' is not a TTL: use 1 to 255\n"),
+        (["unix:/x", "--ttl", "5"], "--dscp and --ttl are for IP, but the target is a unix socket"),
+        (["unix:/x", "--dscp", "0"], "--dscp and --ttl are for IP, but the target is a unix socket"),
+        (["h:1", "--rate", "5", "--interval", "1"], "--interval TIME is the same as --rate 1/TIME: give only one"),
+        (["h:1", "--interval", "1", "--pipeline", "2"], "--interval never waits for an echo, so --pipeline has no"),
+        (["h:1", "--interval", "1", "--stream"], "--stream sends at full speed, not at an --interval: give only one"),
+        (["h:1", "--window", "5"], "--window is for UDP: for connections, write --pipeline"),
+        (["h:1", "--max-loss", "0"], "--max-loss is for UDP: over TCP, a lost message is always an error"),
+        (["udp:h:1", "--max-loss", "101"], "argument --max-loss: '101' is not a percentage: use 0 to 100, such as 0.5"),
+        (["udp:h:1", "--max-loss", "1/2"], "argument --max-loss: '1/2' is not a percentage: use 0 to 100"),
+        (["udp:h:1", "--tls"], "--tls: there is no TLS over UDP; remove --tls"),
+        (["udp:h:1", "--insecure", "--ca", "x"], "--ca, --insecure: there is no TLS over UDP; remove it"),
+        (["udp:h:1", "--proxy-v2", "1.2.3.4:1"], "a PROXY header starts a connection, but UDP has none: remove the"),
+        (["udp:h:1", "--half-close"], "--half-close ends a connection, but UDP has none: remove it"),
+        (["udp:h:1", "--connections", "2"], "--connections: UDP has none; --window N sets the datagrams in flight"),
+        (["udp:h:1", "--pipeline", "2"], "--pipeline is for connections: for UDP, write --window"),
+        (["udp:h:1", "--stream"], "--stream is for connections: for UDP, give --rate or --window"),
+        (["udp:h:1", "--seed", "0"], "--seed has no effect on UDP, as the bytes depend on a random session"),
+        (["udp:h:1", "--size", "65508"], "--size: a datagram has at most 65,507 bytes, not 65,508"),
+        (["udp:h:1", "--window", "5", "--rate", "1"], "--window waits for echoes, --rate does not: give only one"),
+        (["udp:h:1", "--window", "5", "--interval", "1"], "--window waits for echoes, --rate does not: give only"),
+        (["udp:1.2.3.4:1", "--source", "::1"], "different IP families: TARGET 1.2.3.4, --source ::1"),
     ],
 )
-def test_usage_errors(command: Command, arguments: list[str], message: str) -> None:
-    result = command("probe", *arguments)
+def test_usage_errors(command: Command, words: list[str], message: str) -> None:
+    result = command("probe", *words)
     assert (result.returncode, result.stdout) == (2, "")
     usage, error = result.stderr.splitlines(keepends=True)
     assert usage == "usage: echod probe TARGET [options]\n"
@@ -95,7 +126,7 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
         (["-c", "10", "h:1"], "unknown option -c; write --connections"),
         (["h:1", "-c10"], "unknown option -c; write --connections"),
@@ -110,7 +141,7 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
         (["h:1", "--a\n\x1b"], "unknown option --a\\n\\x1b"),
         (
             ["h\n:1"],
-            "TARGET 'h\\n:1': 'h\\n' is not a host name: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH or unix:@NAME",
+            f"TARGET 'h\\n:1': 'h\\n' is not a host name: write {arguments._FORMS}",
         ),
         (["http://h:80/path"], "TARGET 'http://h:80/path' is a URL: write h:80"),
         (["HTTP://user@h?x"], "TARGET 'HTTP://user@h?x' is a URL: write h:80"),
@@ -121,11 +152,19 @@ def test_usage_errors(command: Command, arguments: list[str], message: str) -> N
         (["@name"], "TARGET '@name' has no port: for a unix socket, write unix:@name"),
         (["h:1", "8000"], "'8000' is a second TARGET: give only one"),
         (["99999"], "TARGET ':99999': '99999' is not a port: use 0 to 65535"),
+        (["udp:99999"], "TARGET 'udp:99999': '99999' is not a port: use 0 to 65535"),
+        (["udp:h"], "TARGET 'udp:h' has no port: write udp:HOST:PORT, udp:[V6]:PORT or udp::PORT"),
+        (["udp:::1:7"], "TARGET 'udp:::1:7': an IPv6 address needs brackets: write udp:[V6]:PORT"),
+        (["udp:h:0"], "TARGET 'udp:h:0': a server cannot listen on port 0: use 1 to 65535"),
+        (["udp:unix:/x"], "TARGET 'udp:unix:/x' is not a UDP port: write udp:HOST:PORT, udp:[V6]:PORT or udp::PORT"),
+        (["udp://h:7"], "TARGET 'udp://h:7' is a URL: write udp:h:7"),
+        (["h:7", "-u"], "unknown option -u; write udp:HOST:PORT"),
+        (["h:7", "-i", "0.2"], "unknown option -i; write --interval"),
     ],
 )
-def test_first_guesses(command: Command, arguments: list[str], message: str) -> None:
+def test_first_guesses(command: Command, words: list[str], message: str) -> None:
     """The options and addresses of similar tools are answered with what to write."""
-    result = command("probe", *arguments)
+    result = command("probe", *words)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[1] == f"echod probe: error: {message}"
 
@@ -138,6 +177,9 @@ def test_first_guesses(command: Command, arguments: list[str], message: str) -> 
         (["192.0.2.1", "8000"], "192.0.2.1:8000"),
         (["::1", "8000"], "[::1]:8000"),
         (["[::1]", "8000"], "[::1]:8000"),
+        (["udp:7"], "udp::7"),
+        (["udp:[::1]:7"], "udp:[::1]:7"),
+        (["udp:Echo.Example:7"], "udp:echo.example:7"),
     ],
 )
 def test_targets(words: list[str], target: str) -> None:
@@ -156,6 +198,34 @@ def test_units() -> None:
     assert (parsed.messages, parsed.connections, parsed.size) == (10_000, 7, 65536)
     assert arguments.parse(["h:1", "--rate", "0.5"]).rate == 0.5
     assert arguments.parse(["h:1", "--rate", "10M"]).rate == 10_000_000
+
+
+def test_any_measurement_option_starts_one() -> None:
+    """A value of 0 is a value too."""
+    for option in (("--seed", "0"), ("--stream",)):
+        assert arguments.parse(["h:1", *option]).measure
+    for option in (("--size", "0"), ("--max-loss", "0"), ("--window", "2"), ("--interval", "1")):
+        assert arguments.parse(["udp:h:1", *option]).measure
+    for option in (("--timeout", "1"), ("--dscp", "0"), ("--ttl", "1"), ("--json",)):
+        assert not arguments.parse(["udp:h:1", *option]).measure
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("63", 63), ("cs0", 0), ("CS7", 56), ("af11", 10), ("AF43", 38), ("ef", 46), ("LE", 1)],
+)
+def test_dscp(text: str, number: int) -> None:
+    assert arguments.parse(["h:1", "--dscp", text]).route.dscp == number
+
+
+def test_interval() -> None:
+    """An interval is a rate. Every datagram that is due within the duration is sent, and no further one."""
+    for interval, duration, count in (("30ms", "3", 100), ("0.1", "0.7", 7), ("20ms", "10", 500), ("1m", "1", 1)):
+        workload = workloads.choose(arguments.parse(["udp:h:1", "--interval", interval, "--duration", duration]))
+        due = 0
+        while not workload.exhausted:
+            due += len(workload.schedule(10**18)[0])
+        assert due == count
 
 
 def test_plot_files() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from datagrams import UdpPeer
 from harness import PATIENCE, clean_environment, run
 from peers import Peer, each, echo, ending, messages
 
@@ -128,6 +129,16 @@ def test_progress_of_a_count_and_of_a_stream() -> None:
         terminal.read_until(r"0\.[0-9] s  [0-9.]+ .B/s")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.shown
+
+
+def test_progress_over_udp() -> None:
+    """The bar shows lost datagrams, and a long target does not widen the lines."""
+    with UdpPeer(lambda number, datagram: [datagram] if number % 2 else []) as peer:
+        terminal = Terminal("probe", peer.target, "--rate", "50", "--count", "60", "--timeout", "0.2")
+        terminal.read_until("[1-9][0-9]* lost")
+        assert terminal.wait() == 1
+    assert re.search("lost +[0-9]+ +[0-9.]+%", STYLE.sub("", terminal.shown))
+    assert "Traceback" not in terminal.shown
 
 
 STYLE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")

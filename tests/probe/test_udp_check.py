@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,17 @@ def test_no_server() -> None:
     assert check("udp:127.0.0.1:1", "--source", "192.0.2.1", code=69) == "no echo: Cannot assign requested address"
     assert check("udp:name.invalid:7", code=69).startswith("no echo: the name cannot be resolved (")
     assert measure("udp:255.255.255.255:7", code=69)["errors"] == {"eacces": 1}
+
+
+def test_host_unreachable() -> None:
+    """A router that rejects the datagram is named."""
+    if shutil.which("iptables") is None:
+        pytest.skip("not installed: iptables")
+    rule = "iptables -A INPUT -p udp -d 127.0.0.9 -j REJECT --reject-with icmp-host-unreachable"
+    command = [*namespace(rule), sys.executable, "-m", "echod", "probe", "udp:127.0.0.9:7007"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=clean_environment())
+    assert (result.returncode, result.stdout) == (69, "")
+    assert result.stderr == "echod: udp:127.0.0.9:7007: no echo: host unreachable (ICMP from 127.0.0.9)\n"
 
 
 class Clock:

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.once
 # Of simulated time. It ends only if the script of the server says so.
 TIMEOUT = 60
 LATER = (TIMEOUT + 1) * 1_000_000_000
+# The default receive buffer of a socket holds 277 small datagrams. No test has more in flight, so none is lost by chance.
 
 
 def run(peer: UdpPeer, *options: str, time: SimulatedTime) -> Results:
@@ -66,13 +67,13 @@ def test_dropped_datagrams_are_lost(seed: int) -> None:
             dropped.append(number)
         else:
             yield datagram
-        if number == 299:
+        if number == 199:
             time.advance(LATER)
 
     with UdpPeer(script) as peer:
-        results = run(peer, "--count", "300", "--rate", "5000", time=time)
-    assert 10 < len(dropped) < 60
-    assert counts(results) == {"sent": 300, "received": 300 - len(dropped), "lost": len(dropped)}
+        results = run(peer, "--count", "200", "--rate", "5000", time=time)
+    assert 5 < len(dropped) < 45
+    assert counts(results) == {"sent": 200, "received": 200 - len(dropped), "lost": len(dropped)}
 
 
 def test_a_lost_datagram_makes_room_for_the_next_one() -> None:

@@ -8,6 +8,7 @@ from echod.net import addresses
 from echod.net.addresses import TcpAddress
 
 _PREFIX = "udp:"
+_FORMS = "udp:HOST:PORT, udp:[V6]:PORT or udp::PORT"
 
 
 class UdpAddress(NamedTuple):
@@ -36,9 +37,10 @@ def parse_udp(text: str) -> UdpAddress | None:
     try:
         address = addresses.parse(rest)
     except addresses.AddressError as error:
-        msg = f"{text!r}: {error}".replace(addresses.FORMS, "udp:HOST:PORT, udp:[V6]:PORT or udp::PORT")
+        reason = str(error).removeprefix(repr(rest)).replace(addresses.FORMS, _FORMS)
+        msg = f"{text!r}{reason.replace('write [V6]', 'write udp:[V6]')}"
         raise addresses.AddressError(msg) from None
     if not isinstance(address, TcpAddress):
-        msg = f"{text!r} is not a UDP port: write udp:HOST:PORT, udp:[V6]:PORT or udp::PORT"
+        msg = f"{text!r} is not a UDP port: write {_FORMS}"
         raise addresses.AddressError(msg)
     return UdpAddress(address.host, address.port)
