@@ -85,7 +85,7 @@ def test_silence() -> None:
 
 
 def test_no_server() -> None:
-    """An ICMP error is reported as what it is."""
+    """The kind of an ICMP error is reported, and the host that sent it."""
     assert check("udp:127.0.0.1:1", code=69) == REFUSED
     assert measure("udp:127.0.0.1:1", code=69)["errors"] == {"port_unreachable": 1}
     assert check("udp:[::1]:1", code=69) == "no echo: port unreachable (ICMP from ::1)"

@@ -128,6 +128,22 @@ def test_duplicates_and_reordering() -> None:
     assert counts(results) == {"sent": 100, "received": 100, "duplicated": 20, "reordered": 10}
 
 
+def test_a_duplicate_of_the_last_datagram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe listens for a while after the last echo."""
+    time = SimulatedTime()
+    monkeypatch.setattr(udp, "_LINGER", LATER)
+
+    def script(_: int, datagram: bytes) -> Iterator[bytes]:
+        yield datagram
+        time.pause(0.05)
+        yield datagram
+        time.advance(LATER)
+
+    with UdpPeer(script) as peer:
+        results = run(peer, "--count", "1", time=time)
+    assert counts(results) == {"sent": 1, "received": 1, "duplicated": 1}
+
+
 @pytest.mark.parametrize(
     ("script", "mismatch"),
     [
@@ -253,8 +269,8 @@ def test_rate_shows_a_stall_of_the_server() -> None:
     assert results.latencies.percentiles([90])[90] > 0.4
 
 
-def test_what_has_arrived_is_received() -> None:
-    """A stall of the probe is not a loss: it first reads what has arrived in the meantime."""
+def test_a_stall_of_the_probe_is_not_a_loss() -> None:
+    """The probe reads all echoes that have arrived before a timeout ends."""
     time = SimulatedTime()
 
     def script(_: int, datagram: bytes) -> Iterator[bytes]:

@@ -96,7 +96,7 @@ def test_the_highest_loss(received: int, lost: int, allowed: str, percent: str |
 
 
 def test_errors_with_an_allowed_loss() -> None:
-    """An error is no failure by itself, as its datagram is lost."""
+    """An error alone is not a failure, as its datagram is lost."""
     found = results(99, 1)
     found.errors["port_unreachable"] = 1
     result = report.result(arguments.parse(["udp:h:7", "--max-loss", "1"]), found)

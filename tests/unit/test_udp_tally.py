@@ -1,4 +1,4 @@
-"""The fate of each datagram of a UDP probe: by examples, and against a simple model."""
+"""The counters of a UDP probe: by examples, and against a simple model."""
 
 from __future__ import annotations
 

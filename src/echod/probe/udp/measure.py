@@ -229,7 +229,7 @@ class Measurement:
         queued = icmp.queued(sock)
         for each in queued or [icmp.from_errno(error.errno or 0)]:
             self._results.add_error(each, reason(each))
-            # A path MTU is no reason to stop: the kernel cuts the next datagram into smaller fragments.
+            # The kernel has learned the path MTU, and sends smaller fragments from now on.
             if not self._tally.received and each.word != "message_too_long":
                 self._results.reached = False
         return bool(queued)

@@ -15,8 +15,8 @@ _STEP = 7919
 class Payloads:
     """Makes the datagrams of one session, and recognises them.
 
-    A datagram is the header and a slice of the pattern, whose place depends on the sequence number. A datagram that is
-    smaller than the header is the end of the header.
+    A datagram is the header and a slice of the pattern. The sequence number determines the start of the slice. A datagram
+    smaller than the header consists of the last bytes of the header.
 
     Args:
         session: six bytes, random for each probe.

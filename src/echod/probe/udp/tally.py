@@ -1,4 +1,4 @@
-"""Count what became of each datagram. This module does no I/O and has no clock."""
+"""Decide for each datagram whether it is received or lost. This module does no I/O and has no clock."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from echod.probe.errors import Mismatch
 if TYPE_CHECKING:
     from echod.probe.udp.payload import Payloads
 
-# Lost datagrams whose late echoes are recognised. It bounds the memory, about 100 bytes each.
+# Lost datagrams that are remembered to recognise their late echoes. Each needs about 100 bytes.
 _REMEMBERED = 1 << 20
 
 
 class Tally:
-    """The fate of each datagram, by its sequence number.
+    """Tracks each datagram by its sequence number, and counts.
 
     A datagram is in flight until its echo arrives (received) or its timeout ends (lost), so in the end
     sent = received + lost. A further echo of a received datagram is duplicated. An echo of a lost one is late, and the
@@ -30,7 +30,7 @@ class Tally:
     def __init__(self, payloads: Payloads, timeout: int) -> None:
         self.sent = 0
         self.received = 0
-        """Datagrams whose first echo arrived in time."""
+        """Datagrams with an echo in time."""
         self.lost = 0
         """Datagrams without an echo in time."""
         self.late = 0
@@ -102,7 +102,7 @@ class Tally:
         return None
 
     def expire(self, now: int) -> int:
-        """Count the datagrams whose timeout has ended as lost. Return their number."""
+        """Count datagrams as lost if their timeout has ended. Return the number of those."""
         before = self.lost
         while (expiry := self.expiry) is not None and expiry <= now:
             sequence, _ = self._flying.popitem(last=False)
