@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from datagrams import Script
 
 pytestmark = pytest.mark.once
+
+
+def failure(target: str, *options: str, code: int) -> tuple[str, dict[str, int]]:
+    """Run a quick check that fails in this process. Return its error without the target, and the errors as JSON."""
+    result = udp_check.run(arguments.parse([target, "--json", *options]))
+    assert result.outcome is (Outcome.FAILED if code == 1 else Outcome.UNREACHABLE)
+    found = json.loads(result.text)
+    assert (found["ending"], found["problem"]) == (result.outcome.value, result.problem)
+    assert result.problem.startswith(f"{target}: ")
+    return result.problem.removeprefix(f"{target}: "), found["errors"]
+
 
 RIGHT = re.compile(r"\S+: 64 bytes came back right in [0-9.]+ ms\n")
 REFUSED = "no echo: port unreachable (ICMP from 127.0.0.1)"
@@ -72,26 +84,28 @@ def test_check_imports_little() -> None:
 )
 def test_wrong_echoes(script: Script, message: str) -> None:
     with UdpPeer(script) as peer:
-        assert re.fullmatch(message, check(peer.target, code=1))
-        found = measure(peer.target, code=1)
-    assert (found["ending"], found["errors"]) == ("failed", {"wrong_echo": 1})
+        line, errors = failure(peer.target, code=1)
+    assert re.fullmatch(message, line)
+    assert errors == {"wrong_echo": 1}
 
 
 def test_silence() -> None:
     """A server that does not answer fails the check, but it is not unreachable."""
     with UdpPeer(silent) as peer:
-        assert check(peer.target, "--timeout", "0.1", code=1) == "no echo: timed out"
-        assert measure(peer.target, "--timeout", "0.1", code=1)["errors"] == {"timeout": 1}
+        assert failure(peer.target, "--timeout", "0.1", code=1) == ("no echo: timed out", {"timeout": 1})
 
 
 def test_no_server() -> None:
     """The kind of an ICMP error is reported, and the host that sent it."""
     assert check("udp:127.0.0.1:1", code=69) == REFUSED
-    assert measure("udp:127.0.0.1:1", code=69)["errors"] == {"port_unreachable": 1}
-    assert check("udp:[::1]:1", code=69) == "no echo: port unreachable (ICMP from ::1)"
-    assert check("udp:127.0.0.1:1", "--source", "192.0.2.1", code=69) == "no echo: Cannot assign requested address"
-    assert check("udp:name.invalid:7", code=69).startswith("no echo: the name cannot be resolved (")
-    assert measure("udp:255.255.255.255:7", code=69)["errors"] == {"eacces": 1}
+    assert failure("udp:127.0.0.1:1", code=69) == (REFUSED, {"port_unreachable": 1})
+    assert failure("udp:[::1]:1", code=69)[0] == "no echo: port unreachable (ICMP from ::1)"
+    line, errors = failure("udp:127.0.0.1:1", "--source", "192.0.2.1", code=69)
+    assert (line, errors) == ("no echo: Cannot assign requested address", {"eaddrnotavail": 1})
+    line, errors = failure("udp:name.invalid:7", code=69)
+    assert line.startswith("no echo: the name cannot be resolved (")
+    assert errors == {"name": 1}
+    assert failure("udp:255.255.255.255:7", code=69) == ("no echo: Permission denied", {"eacces": 1})
 
 
 def test_host_unreachable() -> None:
@@ -149,12 +163,13 @@ def test_addresses_of_a_name() -> None:
     """An empty host stands for the loopback addresses of both families. One with a server is enough."""
     for host in ("127.0.0.1", "::1"):
         with UdpPeer(echo, host) as peer:
-            assert RIGHT.fullmatch(run("probe", f"udp::{peer.port}").stdout)
+            assert RIGHT.fullmatch(udp_check.run(arguments.parse([f"udp::{peer.port}"])).text)
             assert measure(f"udp::{peer.port}", "--count", "5")["received"] == 5
     # An address of the other family does not count if the source has this one.
-    assert check("udp::1", "--source", "127.0.0.2", code=69) == REFUSED
-    assert check("udp::1", code=69).startswith("no echo: port unreachable (ICMP from ")
-    assert measure("udp::1", "--count", "1", code=69)["errors"] == {"port_unreachable": 1}
+    assert failure("udp::1", "--source", "127.0.0.2", code=69)[0] == REFUSED
+    line, errors = failure("udp::1", code=69)
+    assert line.startswith("no echo: port unreachable (ICMP from ")
+    assert errors == {"port_unreachable": 1}
 
 
 def test_a_silent_address_does_not_hold_up_the_next_one() -> None:

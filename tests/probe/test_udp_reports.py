@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from datagrams import UdpPeer, echo, silent, twins
-from echod.probe import arguments
+from echod.probe import arguments, progress
+from echod.probe.load import Interrupt
 from echod.probe.model import Outcome
+from echod.probe.udp import measure as udp
 from echod.probe.udp import report, sockets
 from echod.probe.udp.measure import Results
 from echod.probe.udp.payload import Payloads
@@ -172,8 +174,11 @@ def test_choosing_an_address() -> None:
     for script, word in ((silent, "timeout"), (lambda *_: [b"hello"], "wrong_echo")):
         v4, v6 = twins(script, script)
         with v4, v6:
-            found = measure(f"udp::{v4.port}", "--count", "3", "--timeout", "0.1", code=1)
-        assert (found["ending"], found["errors"], found["sent"]) == ("failed", {word: 1}, 0)
+            options = arguments.parse([f"udp::{v4.port}", "--count", "3", "--timeout", "0.1"])
+            with progress.Display(options) as display:
+                found = udp.Measurement(options, Interrupt(), display).run()
+        assert (found.errors, found.tally.sent) == ({word: 1}, 0)
+        assert report.result(options, found).outcome is Outcome.FAILED
 
 
 @pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
