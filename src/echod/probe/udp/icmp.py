@@ -1,4 +1,4 @@
-"""The errors that the network reports for a UDP socket: which ICMP message, from which host, for which datagram.
+"""The errors that the network reports for a UDP socket: the kind of the ICMP message, and its sender.
 
 A connected UDP socket on Linux reports only some errors as the errno of the next call. With IP_RECVERR the kernel queues
 all of them with their ICMP message (ip(7), ipv6(7), and struct sock_extended_err in linux/errqueue.h).
