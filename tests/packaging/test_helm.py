@@ -8,8 +8,12 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
 import tomllib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +24,7 @@ import yaml
 import echod
 import policy
 from echod.settings.model import LimitsSettings, ListenerSettings, LogSettings, Settings, ShutdownSettings
-from harness import run
+from harness import PATIENCE, Daemon, clean_environment, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -290,12 +294,55 @@ def test_optional_manifests() -> None:
     assert "replicas" not in one(everything, "Deployment")["spec"]
     # The client of `helm test` cannot send PROXY headers.
     assert "Pod" not in {manifest["kind"] for manifest in manifests(f"--values={CHART}/ci/proxy-values.yaml")}
-    probes = {container["name"]: container["args"] for container in one(everything, "Pod")["spec"]["containers"]}
-    assert {name: arguments[4:] for name, arguments in probes.items()} == {
-        "echo": [],
-        "lines": [],
-        "secure": ["--tls", "--insecure"],
-    }
+    (probe,) = one(everything, "Pod")["spec"]["containers"]  # `helm test --logs` fails with several
+    assert re.findall(r"^echod probe \S+\.svc:(\d+)( .*)? --timeout 10 ", probe["args"][0], re.MULTILINE) == [
+        ("7", ""),
+        ("8001", ""),
+        ("443", " --tls --insecure"),
+    ]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_helm_test_probes_every_listener(fails: bool, tmp_path: Path) -> None:
+    """Run the command of `helm test` against a daemon: it probes all listeners, and fails if any of them does."""
+    (probe,) = one(manifests(f"--values={CHART}/ci/everything-values.yaml"), "Pod")["spec"]["containers"]
+    targets = iter(["unix:/absent" if fails else "unix:lines", "unix:echo", "unix:lines"])
+    script = re.sub(r"\S+\.svc:\d+( --tls --insecure)?", lambda _: next(targets), probe["args"][0])
+    (tmp_path / "echod").write_text(f'#!/bin/sh\nexec {sys.executable} -m echod "$@"\n')
+    (tmp_path / "echod").chmod(0o755)
+    environment = clean_environment({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    with Daemon(listen=f"unix:{tmp_path}/echo,unix:{tmp_path}/lines"):
+        done = subprocess.run(
+            [*probe["command"], script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert done.returncode == (69 if fails else 0), done.stderr
+    assert re.findall("^(unix:.*?): 64 bytes came back right", done.stdout, re.MULTILINE) == [
+        *([] if fails else ["unix:lines"]),
+        "unix:echo",
+        "unix:lines",
+    ]
+
+
+def test_startup_probe_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The startup probe does not fail while nothing listens, and ends at the first connect after that."""
+    with socket.socket() as admin:
+        admin.bind(("127.0.0.1", 0))
+        port = admin.getsockname()[1]
+        probe = pod(manifests(f"--set=admin.port={port}"))["containers"][0]["startupProbe"]
+        python, option, script = probe["exec"]["command"]
+        assert (python, option) == ("/opt/echod/bin/python", "-c")
+        waits = []
+
+        def listen_at_the_second_wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                admin.listen()
+
+        monkeypatch.setattr(time, "sleep", listen_at_the_second_wait)
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # it closes no socket, as it is short
+            exec(script, {})
+    assert waits == [0.1, 0.1]
+    assert probe["failureThreshold"] == 1
 
 
 def test_changed_settings_replace_the_pods() -> None:
