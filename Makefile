@@ -12,7 +12,7 @@ KUBERNETES = 1.35
 # The number of restarts of `make soak`.
 RESTARTS ?= 200
 
-.PHONY: help run install test soak docs picture evolution bench bench-quick clean
+.PHONY: help run install test soak syscalls suites docs picture evolution bench bench-quick clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -30,9 +30,18 @@ soak: .venv/installed ## restart the daemon 200 times on an inherited socket und
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 
+syscalls: .venv/installed ## make each system call of a table fail in the running daemon, in four minutes; needs strace
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	SYSCALLS=all .venv/bin/python -m pytest tests/integration/test_system_calls.py
+
 docs: .venv/installed ## generate the settings reference and the chart's tables of values
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
+
+# tlsfuzzer is a Git repository without releases of its scripts. testssl.sh is a package of the distribution.
+suites: .venv/installed ## run the scripts of tlsfuzzer and testssl.sh against the daemon; needs git and testssl.sh
+	.venv/bin/python -m pip install --quiet trustme
+	.venv/bin/python tests/foreign/suites.py build/suites
 
 .PHONY: site manifests
 

@@ -69,7 +69,10 @@ class Peer:
             return
         self._size = 0
         if self.sent == self.total and self.half_close:
-            self.sock.shutdown(socket.SHUT_WR)
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._ended(error)
 
     def stop(self) -> None:
         """Half-close after the write in progress. OpenSSL may have sent some of its records."""

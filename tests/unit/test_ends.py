@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
-import shutil
 import signal
 import socket
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,11 +15,10 @@ from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
 from echod.settings.model import FaultSettings
 from harness import PATIENCE, UNHURRIED, receive, reset, run
+from injection import injected
 from pairs import LIMITS, SHUTDOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from certificates import Certificates
     from harness import Daemon, Start
     from pairs import InLoop, Pair
@@ -203,26 +199,6 @@ def test_client_resets_instead_of_taking_the_object(start: Start) -> None:
 
 
 # System calls that fail
-
-
-@contextlib.contextmanager
-def injected(daemon: Daemon, *injections: str) -> Iterator[None]:
-    """Make system calls of the loop's thread fail, by means of strace."""
-    if (strace := shutil.which("strace")) is None:
-        pytest.skip("strace is not installed")
-    options = [text for injection in injections for text in ("-e", f"inject={injection}")]
-    with subprocess.Popen(
-        [strace, "-p", str(daemon.pid), "-o", os.devnull, *options], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        try:
-            if "Operation not permitted" in said:
-                pytest.skip(f"strace may not attach here: {said}")
-            assert "attached" in said
-            yield
-        finally:
-            process.terminate()
 
 
 def test_write_fails(start: Start) -> None:

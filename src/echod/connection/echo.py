@@ -197,9 +197,9 @@ class EchoSession(asyncio.Protocol):
         try:
             if exc is not None:
                 self._derive_reason(exc)
-            self._record_delivery(broken=exc is not None)
+            unsent = self._record_delivery(broken=exc is not None)
             if self.reason == "io_error" and exc is not None:
-                self._explain(exc)
+                self._explain(exc, unsent=unsent)
         except Exception as error:  # noqa: BLE001  (`ended` must be completed, and holds the error)
             self.reason, self.failure = "failed", error
             self.delivery = Delivery(self.received, 0, 0, self.discarded)
@@ -478,18 +478,20 @@ class EchoSession(asyncio.Protocol):
             self.reason, self.failure = "failed", error
         elif is_from_network(error):
             self.reason = self.reason or "reset"
-            return
         elif self.reason is None or MEANINGS[self.reason].is_clean:
             self.reason = "io_error"
-        # FIN would tell the client that its echo is complete.
+        # FIN would tell the client that its echo is complete. A host that is unreachable now may be back soon.
         self._reset_on_close()
 
-    def _explain(self, error: Exception) -> None:
-        """Name the failed system call. The transports do not: if echo is unsent, it was a write."""
-        assert self.delivery is not None
-        call = "write" if self.delivery.sent < self.written else "read"
-        # Without TCP_INFO it is unknown whether asyncio's transport had unsent echo.
-        self.detail = describe(call if self.tcp_info is not None else "read or write", error)
+    def _explain(self, error: Exception, *, unsent: bool) -> None:
+        """Name the failed system call. The transports do not: if anything is unsent, it was a write."""
+        if self.transport is None:
+            call = "system call"  # of the loop, while it made the transport
+        elif self.tcp_info is None:
+            call = "read or write"  # it is unknown whether asyncio's transport had unsent echo
+        else:
+            call = "write" if unsent else "read"
+        self.detail = describe(call, error)
 
     def _count(self) -> int | None:
         """Take the kernel's counters of one moment. Return the unacknowledged bytes, or None if they are unknown."""
@@ -514,7 +516,8 @@ class EchoSession(asyncio.Protocol):
             self.detail = self.detail or f"sent and acked are estimates: {failure}"
         return waiting
 
-    def _record_delivery(self, *, broken: bool) -> None:
+    def _record_delivery(self, *, broken: bool) -> bool:
+        """Take the final figures. Return whether the kernel has not taken everything that was written."""
         written = self.written if self.tls_layer is None else self.tls_layer.written
         unacknowledged = self._count()
         if self.tcp_info is None or unacknowledged is None:
@@ -533,6 +536,7 @@ class EchoSession(asyncio.Protocol):
         # not wait for our close_notify does (RFC 8446, section 6.1).
         if self.reason in {"eof", "info"} and not self._delivered and self.delivery.acked < self.owed:
             self.reason = "reset" if broken else "undelivered"
+        return sent < written
 
 
 def _ignore(state: str) -> None:

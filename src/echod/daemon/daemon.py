@@ -93,9 +93,17 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
     used = {spec.address.name for spec in specs if isinstance(spec.address, addresses.InheritedAddress)}
     for name in inherited.keys() - used:
         log.logger.warning("inherited_socket_unused", name=name)
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        daemon = Daemon(plan, inherited, log, load, descriptors, admin)
-        return runner.run(daemon.run(listeners, signals, manager))
+    exit_code: int | None = None
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+            daemon = Daemon(plan, inherited, log, load, descriptors, admin)
+            exit_code = runner.run(daemon.run(listeners, signals, manager))
+    except (OSError, RuntimeError):
+        # uvloop opens a pair of sockets to close itself. If the system refuses them, the stop is complete nonetheless.
+        if exit_code is None:
+            raise
+    assert exit_code is not None
+    return exit_code
 
 
 class Daemon:
