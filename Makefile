@@ -38,10 +38,9 @@ docs: .venv/installed ## generate the settings reference and the chart's tables 
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md
 	.venv/bin/python docs/values.py
 
-# tlsfuzzer is a Git repository without releases of its scripts. testssl.sh is a package of the distribution.
-suites: .venv/installed ## run the scripts of tlsfuzzer and testssl.sh against the daemon; needs git and testssl.sh
-	.venv/bin/python -m pip install --quiet trustme
-	.venv/bin/python tests/foreign/suites.py build/suites
+# tlsfuzzer is fetched with git. testssl.sh is a package of the distribution.
+suites: .venv/installed ## run the scripts of tlsfuzzer and testssl.sh against the daemon; needs git, openssl and testssl.sh
+	PYTHONPATH=tests/support .venv/bin/python tests/foreign/suites.py build/suites
 
 .PHONY: site manifests
 
