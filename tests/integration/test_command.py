@@ -336,6 +336,16 @@ def test_without_uvloop() -> None:
     assert result.stderr == ("echod: --loop: loop: uvloop is not installed: install it, or choose auto or asyncio\n")
 
 
+# A stand-in for uvloop without descriptors for the sockets that it opens to close itself.
+UNCLOSABLE = """
+import asyncio, errno
+class Loop(asyncio.SelectorEventLoop):
+    async def shutdown_asyncgens(self):
+        raise OSError(errno.EMFILE, "Too many open files")
+new_event_loop = Loop
+"""
+
+
 def test_crash(tmp_path: Path) -> None:
     """An unexpected exception is logged on one line with its traceback, and the exit code is 1."""
     (tmp_path / "uvloop.py").write_text("raise RuntimeError('a broken uvloop')")
@@ -344,6 +354,15 @@ def test_crash(tmp_path: Path) -> None:
     line = json.loads(result.stderr)
     assert (line["level"], line["event"]) == ("error", "crashed")
     assert "RuntimeError: a broken uvloop" in line["exception"]
+
+
+def test_loop_that_cannot_be_closed(tmp_path: Path) -> None:
+    """A failure of the loop after the stop does not change the exit code: nothing is lost any more."""
+    (tmp_path / "uvloop.py").write_text(UNCLOSABLE)
+    with Daemon("--loop", "uvloop", env={"PYTHONPATH": str(tmp_path)}) as daemon:
+        daemon.echo(b"x")
+        assert daemon.stop() == 0
+        assert daemon.loud() == []
 
 
 def test_garbage_collection() -> None:

@@ -315,6 +315,18 @@ def test_shutdown_fails(in_loop: InLoop, action: str) -> None:
     in_loop(scene)
 
 
+def test_setup_fails(in_loop: InLoop) -> None:
+    """Name neither read nor write if the loop could not make the transport."""
+
+    async def scene(pair: Pair) -> None:
+        pair.session.connection_lost(OSError(errno.ENOBUFS, "No buffer space available"))
+        await pair.session.ended
+        assert (pair.session.reason, pair.session.detail) == ("io_error", "system call: ENOBUFS")
+        pair.sock.close()
+
+    in_loop(scene)
+
+
 def test_stop_without_counters(start: Start) -> None:
     """Finish the stop and log each client's end even if the kernel refuses its counters."""
     daemon = start("--shutdown.quiet-period", "0.1", "--log.connections", "all")
