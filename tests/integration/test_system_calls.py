@@ -30,14 +30,8 @@ CLIENTS = 6
 SIZE = 100_000
 RECORD = 16384
 QUICK = (
-    "--shutdown.quiet-period",
-    "0.1",
-    "--shutdown.drain-timeout",
-    "1",
-    "--shutdown.linger-timeout",
-    "1",
-    "--log.connections",
-    "all",
+    *("--log.connections", "all", "--shutdown.quiet-period", "0.1"),
+    *("--shutdown.drain-timeout", "5", "--shutdown.linger-timeout", "2"),
 )
 
 READ = "read,readv,recvfrom,recvmsg"
