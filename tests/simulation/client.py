@@ -68,6 +68,8 @@ class Client:
         """The echo, if it is not a prefix of the payload."""
         self.certificate: bytes | None = None
         """The server's certificate."""
+        self.oldest_certificate = 0
+        """The number of swaps of the server's certificate before it connected."""
         self.is_raw = bool(listener.tls) and tls is None
         """Whether it does not speak TLS to a listener with TLS."""
         self.finishing: Ending | None = None

@@ -30,7 +30,7 @@ from steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from client import Ending
     from scenario import Stop
@@ -48,16 +48,8 @@ def generate(seed: int) -> Scenario:
     listeners = _listeners(rng)
     (stop,) = rng.choices(_STOPS, (35, 25, 20, 10, 10))
     limits = _limits(rng)
-    scripts = [
-        _client(rng, number, rng.choice(listeners), limits, endless=stop == "cut" and "max_connections" not in limits)
-        for number in range(rng.randint(2, 9))
-    ]
-    steps = _merge(rng, scripts)
-    for event in _events(rng):
-        place = rng.randint(0, len(steps))
-        steps[place:place] = [event]
-    if rng.random() < 0.3:
-        _freeze(rng, steps)
+    endless = stop == "cut" and "max_connections" not in limits
+    steps = script(rng, listeners, limits, rng.randint(2, 9), endless=endless)
     if rng.random() < 0.4:
         steps.insert(rng.randint(0, len(steps)), Calm())
     if rng.random() < 0.7:
@@ -71,6 +63,28 @@ def generate(seed: int) -> Scenario:
         connections=rng.choices(("all", "nonempty", "failed", "none"), (85, 5, 5, 5))[0],
         steps=tuple(steps),
     )
+
+
+def script(
+    rng: random.Random, listeners: Sequence[Listener], limits: Mapping[str, Any], clients: int, *, endless: bool = False
+) -> list[Step]:
+    """Return the steps of some clients and of the operator, without a stop.
+
+    Args:
+        rng: decides.
+        listeners: the clients connect to these.
+        limits: those of the daemon.
+        clients: their number.
+        endless: whether some of them send until the daemon ends their connection.
+
+    """
+    scripts = [_client(rng, number, rng.choice(listeners), limits, endless=endless) for number in range(clients)]
+    steps = _merge(rng, scripts)
+    for event in _events(rng):
+        steps.insert(rng.randint(0, len(steps)), event)
+    if rng.random() < 0.3:
+        _freeze(rng, steps)
+    return steps
 
 
 def _listeners(rng: random.Random) -> tuple[Listener, ...]:
@@ -116,7 +130,7 @@ def _limits(rng: random.Random) -> dict[str, Any]:
 
 
 def _client(
-    rng: random.Random, number: int, listener: Listener, limits: dict[str, Any], *, endless: bool
+    rng: random.Random, number: int, listener: Listener, limits: Mapping[str, Any], *, endless: bool
 ) -> list[Step]:
     """Return the steps of one client in their order."""
     (behaviour,) = rng.choices(("well", "leaves", "bad"), (70, 20, 10))
@@ -157,10 +171,11 @@ def _client(
     if behaviour == "bad" and listener.tls:
         steps.append(SendGarbage(number))
     if behaviour == "leaves":
-        steps.append(Leave(number, by_reset=rng.random() < 0.6))
+        # A stalled session does not notice a close.
+        steps.append(Leave(number, by_reset=rng.random() < 0.6 or listener.fault == "stalling"))
         if rng.random() < 0.3:
             steps.insert(-1, Finish(number, rng.choice(_ENDINGS)))
-    elif endless and not small and rng.random() < 0.4:
+    elif endless and (listener.mode, listener.fault, small) == ("stream", "", False) and rng.random() < 0.4:
         steps.append(SendEndlessly(number, rng.choice((100, 3000, 60_000))))
     elif rng.random() < 0.6:
         steps.append(Finish(number, rng.choice(_ENDINGS)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import echo_model
 from scenario import STOPS
-from world import ViolationError
+from world import ViolationError, sums
 
 if TYPE_CHECKING:
     from client import Client
@@ -43,6 +43,8 @@ _OUTCOMES = {
 
 _GRACEFUL = frozenset({"eof", "info", "quiet", "idle", "cut", "line_too_long", "fault"})
 
+_TOTALS = frozenset({"connections", "empty", "received", "sent", "acked", "discarded_bytes"})
+
 # Beyond the settings of a stop, in seconds: the last steps of clients, and time that a busy machine takes.
 _SPARE = 30.0
 
@@ -53,7 +55,20 @@ _EXACT = 0.01
 
 
 def check(world: World) -> None:
-    """Check all invariants.
+    """Check all invariants after the daemon has exited.
+
+    Raises:
+        ViolationError: one does not hold.
+
+    """
+    check_connections(world)
+    if world.scenario.connections == "all":
+        _check_totals(world)
+    _check_end(world)
+
+
+def check_connections(world: World) -> None:
+    """Check the invariants of connections. Each client must have ended.
 
     Raises:
         ViolationError: one does not hold.
@@ -66,9 +81,6 @@ def check(world: World) -> None:
         _check_client(world, client, line)
         if line is not None:
             _check_line(world, client, line)
-    if world.scenario.connections == "all":
-        _check_totals(world)
-    _check_end(world)
 
 
 def _fail(invariant: str, message: str) -> None:
@@ -116,6 +128,9 @@ def _check_client(world: World, client: Client, line: Event | None) -> None:
     """Check that each byte was right, and that the daemon reset no client without a cause."""
     if client.wrong and not client.is_raw:
         _fail("content", f"wrong echo within the first {client.got} bytes of {client}")
+    served = [world.identity.ders[number] for number in world.certificates[client.oldest_certificate :]]
+    if client.certificate is not None and client.certificate not in served:
+        _fail("certificate", f"an old one for {client}")
     lost_race = client.late and line is None
     if client.misbehaves or client.end == "eof" or lost_race or world.scenario.stop in {"short", "forced"}:
         return
@@ -232,22 +247,22 @@ def _check_totals(world: World) -> None:
     lines = world.lines()
     (stopped,) = (event for event in events if event["event"] == "stopped")
     (receipt,) = (event for event in events if event["event"] == "drained")
-    sums = {field: sum(line[field] for line in lines) for field in ("received", "sent", "acked", "discarded_bytes")}
-    faults = Counter(line["fault"] for line in lines if "fault" in line)
-    sums |= {"connections": len(lines), "empty": sum(not line["received"] for line in lines), "accept_failures": 0}
-    if sums.items() > stopped.items() or faults != stopped.get("faults", {}):
-        _fail("totals", f"{stopped}, and the lines give {sums}, {faults}")
+    totals = {name: value for name, value in stopped.items() if name in _TOTALS}
+    totals |= {f"fault {name}": count for name, count in stopped.get("faults", {}).items()}
+    expected = world.sums + sums(lines)
+    if +Counter(totals) != expected or stopped["accept_failures"]:
+        _fail("totals", f"{stopped}, and the lines give {expected}")
     after = next(number for number, event in enumerate(events) if event["event"] == "draining")
     drained = [event for event in events[after:] if event["event"] == "client_closed"]
     outcomes = Counter(_OUTCOMES[line["reason"]] for line in drained)
-    expected = {outcome: outcomes[outcome] for outcome in sorted(set(_OUTCOMES.values()))} | {
+    counts = {outcome: outcomes[outcome] for outcome in sorted(set(_OUTCOMES.values()))} | {
         "clients": len(drained),
         "unsent_bytes": sum(max(0, line["received"] - line["sent"]) for line in drained),
         "unacked_bytes": sum(line["sent"] - line["acked"] for line in drained),
         "discarded_bytes": sum(line["discarded_bytes"] for line in drained),
     }
-    if not expected.items() <= receipt.items():
-        _fail("receipt", f"{receipt}, and the lines give {expected}")
+    if not counts.items() <= receipt.items():
+        _fail("receipt", f"{receipt}, and the lines give {counts}")
 
 
 def _check_end(world: World) -> None:

@@ -32,17 +32,22 @@ def identity(folder: Path) -> Identity:
     return Identity(Certificates(folder))
 
 
-def one(seed: int, folder: Path, command: tuple[str, ...], keep: Sequence[int] | None = None) -> Figures | str:
-    """Run a seed, or some steps of it. Return its figures, or the report of its failure."""
+def one(
+    seed: int, folder: Path, mutant: str | None, keep: Sequence[int] | None = None
+) -> Figures | str:
+    """Run a seed, or some steps of it. Return its figures, or the report of its failure.
+
+    The script of a failure is shortened, except for a part of a script or a mutant.
+    """
     scenario = generate(seed)
     if keep is not None:
         scenario = dataclasses.replace(scenario, steps=tuple(scenario.steps[number] for number in keep))
     try:
-        return run(scenario, identity(folder), command)
+        return run(scenario, identity(folder), module(mutant))
     except ViolationError as violation:
-        if keep is not None:
-            return f"{violation}\n{scenario}\n"
-        return explain(scenario, violation, identity(folder), command)
+        if mutant is not None or keep is not None:
+            return f"seed {seed}: {violation}\n{scenario}\n"
+        return explain(scenario, violation, identity(folder))
 
 
 def main() -> int:
@@ -54,16 +59,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="break echod on purpose, and stop at the first failure")
     options = parser.parse_args()
-    command = module(options.mutant)
     with tempfile.TemporaryDirectory(prefix="simulation-") as name:
         folder = Path(name)
         identity(folder)
         if options.keep:
             keep = [] if options.keep == "none" else [int(number) for number in options.keep.split(",")]
-            result = one(options.seed, folder, command, keep)
+            result = one(options.seed, folder, options.mutant, keep)
             sys.stdout.write(result if isinstance(result, str) else f"no failure: {result}\n")
             return isinstance(result, str)
-        return _run_all(options, partial(one, folder=folder, command=command))
+        return _run_all(options, partial(one, folder=folder, mutant=options.mutant))
 
 
 def _run_all(options: argparse.Namespace, task: partial[Figures | str]) -> int:

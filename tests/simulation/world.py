@@ -20,7 +20,7 @@ from harness import Daemon
 from scenario import toml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from certificates import Certificates
@@ -92,25 +92,25 @@ class World:
         self.listeners = {listener.name: listener for listener in scenario.listeners}
         self.settings = scenario.settings(folder)
         self.clients: dict[int, Client] = {}
-        self.refused = 0
-        """Clients that could not connect, after the signal to stop."""
+        self.sums = Counter[str]()
+        """The figures of lines that are forgotten."""
         self.frozen = False
         self.stopping = False
         self.forced = False
         self.exit_code: int | None = None
         self.broken_reloads = 0
-        self.served_certificate = 0
-        """The index of the server's certificate."""
+        self.certificates = [0]
+        """The index of the server's certificate, at the start and after each swap."""
         self._hang_up_is_due = False
         self._logs: list[_LogFile] = []
+        self._forgotten = 0
         self._selector = selectors.DefaultSelector()
         self._registered: dict[Client, int] = {}
         self._install_certificate()
         shutil.copy(identity.certificates.ca, folder / "ca.pem")
         self.write_settings()
         self.daemon = Daemon("--config", str(folder / "echod.toml"), module=module, listen=None)
-        for name in self.listeners:
-            self.daemon.wait_for("listening", listener=name)
+        self._addresses = {name: self.daemon.wait_for("listening", listener=name)["address"] for name in self.listeners}
         self.serve(lambda: False, or_idle=True)
         self.resources = self._count_resources()
 
@@ -144,18 +144,17 @@ class World:
             else:
                 # Not the port but the address tells clients apart: the kernel gives a port to several.
                 sock.bind((f"127.{1 + number // 250 // 250}.{number // 250 % 250}.{1 + number % 250}", 0))
-                address = self.daemon.wait_for("listening", listener=listener.name)["address"]
-                sock.connect(("127.0.0.1", int(address.rpartition(":")[2])))
+                sock.connect(("127.0.0.1", int(self._addresses[listener.name].rpartition(":")[2])))
         except (ConnectionError, FileNotFoundError):
             sock.close()
             if not self.stopping:
                 raise
-            self.refused += 1
             return None
         return sock
 
     def add(self, client: Client) -> None:
         """Serve another client."""
+        client.oldest_certificate = len(self.certificates) - 1
         self.clients[client.number] = client
 
     def open(self, number: int) -> list[Client]:
@@ -208,17 +207,14 @@ class World:
 
     def _watch(self) -> None:
         """Register each client for the events that it waits for."""
-        for client in self.clients.values():
-            events = 0 if client.end else client.events
-            if self._registered.get(client, 0) == events:
-                continue
-            if client in self._registered:
-                with contextlib.suppress(KeyError, ValueError):  # it is closed
-                    self._selector.unregister(client.sock)
-                del self._registered[client]
-            if events:
-                self._selector.register(client.sock, events, client)
-                self._registered[client] = events
+        changed = [client for client in self.clients.values() if self._registered.get(client, 0) != client.events]
+        for client in changed:  # first, as a new client may have the descriptor of a closed one
+            if self._registered.pop(client, 0):
+                self._selector.unregister(client.sock)
+        for client in changed:
+            if client.events:
+                self._selector.register(client.sock, client.events, client)
+                self._registered[client] = client.events
 
     def _unfinished(self) -> Iterator[Client]:
         return (client for client in self.clients.values() if not client.end)
@@ -246,25 +242,33 @@ class World:
 
     def swap_certificate(self) -> None:
         """Replace the files of the server's certificate."""
-        self.served_certificate = 1 - self.served_certificate
+        self.certificates.append(1 - self.certificates[-1])
         self._install_certificate()
 
     def _install_certificate(self) -> None:
         for source, name in zip(
-            self.identity.servers[self.served_certificate], ("server.pem", "server.key"), strict=True
+            self.identity.servers[self.certificates[-1]], ("server.pem", "server.key"), strict=True
         ):
             shutil.copy(source, self.folder / name)
 
     def rotate_log(self) -> None:
-        """Rename the log file, and let the daemon open a new one."""
+        """Rename the log file, and let the daemon open a new one.
+
+        Raises:
+            ViolationError: it does not write to it.
+
+        """
         path = self.folder / "echod.log"
         if path.exists():
-            path.rename(path.with_suffix(f".{len(self._logs)}"))
+            path.rename(path.with_suffix(".old"))
         self.settings["log"]["file"] = str(path)
         self.write_settings()
         path.touch()
         self._logs.append(_LogFile(path))
         self.hang_up()
+        if not self._logs[-1].read():
+            msg = "log: the result of the reload is not in the new file"
+            raise ViolationError(msg)
 
     def freeze(self) -> None:
         """Stop the process."""
@@ -322,7 +326,10 @@ class World:
     def _count_resources(self) -> tuple[int, int]:
         """Return the numbers of descriptors and threads. uvloop opens /dev/null at its first close, and keeps it."""
         process = Path(f"/proc/{self.daemon.pid}")
-        names = Counter(os.readlink(link) for link in (process / "fd").iterdir())
+        names = Counter[str]()
+        for link in (process / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                names[os.readlink(link)] += 1
         return names.total() - names["/dev/null"], len(list((process / "task").iterdir()))
 
     def terminate(self, number: int) -> None:
@@ -366,15 +373,42 @@ class World:
     # The log
 
     def events(self) -> list[Event]:
-        """Return all events so far, in the order of their times."""
-        events = [event for log in self._logs for event in log.read()]
-        if not events:
-            return self.daemon.events
-        return sorted([*self.daemon.events, *events], key=lambda event: str(event["timestamp"]))
+        """Return all events so far, in the order of their times, except forgotten ones."""
+        events = self.daemon.events[self._forgotten :]
+        for log in self._logs:
+            events += log.read()
+        return sorted(events, key=lambda event: str(event["timestamp"])) if self._logs else events
+
+    def forget(self) -> None:
+        """Forget the clients and the events so far, except for their sums. Every client must have ended."""
+        self._watch()
+        self.sums += sums(self.lines())
+        self._forgotten = len(self.daemon.events)
+        self.clients.clear()
+        self.broken_reloads = 0
+        del self.certificates[:-1]
+        for log in self._logs[:-1]:
+            log.close()
+        del self._logs[:-1]
+        for log in self._logs:
+            log.forget()
 
     def lines(self) -> list[Event]:
         """Return the lines of connections so far."""
         return [event for event in self.events() if event["event"] == "client_closed"]
+
+
+def sums(lines: Iterable[Event]) -> Counter[str]:
+    """Return the totals that lines of connections give."""
+    totals = Counter[str]()
+    for line in lines:
+        totals["connections"] += 1
+        totals["empty"] += not line["received"]
+        for name in ("received", "sent", "acked", "discarded_bytes"):
+            totals[name] += line[name]
+        if "fault" in line:
+            totals[f"fault {line['fault']}"] += 1
+    return totals
 
 
 class _LogFile:
@@ -390,6 +424,10 @@ class _LogFile:
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         self._events += map(json.loads, lines)
         return self._events
+
+    def forget(self) -> None:
+        """Return only later events from now on."""
+        self._events = []
 
     def close(self) -> None:
         self._file.close()
