@@ -398,3 +398,20 @@ def test_half_close_while_more_is_on_its_way(start: Start, certificates: Certifi
         assert client.recv(11) == b"last words"
         assert client.recv(1) == b""
     assert daemon.wait_for("client_closed")["received"] == 10
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_client_answers_close_notify(start: Start, certificates: Certificates, version: str) -> None:
+    """A close_notify after the server's own is the client's half-close, not an error of TLS."""
+    daemon = start(
+        *certificates.options(),
+        *("--listeners.tls.fault", "half", "--faults.half.after-bytes", "3", "--faults.half.action", "half_close"),
+        listen=None,
+    )
+    with certificates.join(daemon, certificates.context(version=version)) as client:
+        client.send(b"abcde")
+        assert receive(client, 6) == b"abc"  # type: ignore[arg-type]  # the part of a socket that it uses
+        client.send(b"late")
+        client.shutdown(socket.SHUT_WR)
+        line = daemon.wait_for("client_closed")
+    assert (line["reason"], line["received"], line["acked"]) == ("fault", 9, 3)

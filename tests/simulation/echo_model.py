@@ -42,7 +42,7 @@ def echo_size(listener: Listener, max_line: int, data: bytes) -> int:
                 break
             size += len(line)
         return size
-    return min(len(data), FAULTS.get(listener.fault, {}).get("after_bytes", len(data)))
+    return min(len(data), int(FAULTS.get(listener.fault, {}).get("after_bytes", len(data))))
 
 
 def is_echo(listener: Listener, data: bytes, reply: bytes, *, at_eof: bool) -> bool:

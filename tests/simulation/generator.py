@@ -30,15 +30,19 @@ from steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from client import Ending
-    from scenario import Stop
-    from steps import Step
+    from scenario import Mode, Stop
+    from steps import Header, Hello, Step
 
 LOOPS = ("uvloop", "asyncio")
 
 _STOPS: Sequence[Stop] = ("unhurried", "quiet", "cut", "short", "forced")
+_MODES: Sequence[Mode] = ("stream", "line", "info")
+_HEADERS: Sequence[Header] = ("v1", "v2")
+_BAD_HEADERS: Sequence[Header] = ("garbage", "unfinished")
+_HELLOS: Sequence[Hello] = ("garbage", "unfinished", "tls")
 _ENDINGS: Sequence[Ending] = ("notify", "notify_fin", "fin")
 
 
@@ -91,7 +95,7 @@ def _listeners(rng: random.Random) -> tuple[Listener, ...]:
     listeners = [Listener(name="plain")]
     for number in range(rng.randint(1, 3)):
         unix = rng.random() < 0.15
-        mode = rng.choices(("stream", "line", "info"), (60, 30, 10))[0]
+        (mode,) = rng.choices(_MODES, (60, 30, 10))
         fault = ""
         if mode != "info" and rng.random() < 0.35:
             suitable = sorted(LINE_FAULTS if mode == "line" else FAULTS.keys() - LINE_FAULTS)
@@ -101,9 +105,9 @@ def _listeners(rng: random.Random) -> tuple[Listener, ...]:
             Listener(
                 name=f"l{number}",
                 unix=unix,
-                mode=mode,  # type: ignore[arg-type]  # one of the choices
+                mode=mode,
                 proxy=rng.random() < 0.3,
-                tls=rng.choices(("", "server", "mutual"), (55, 30, 15))[0],  # type: ignore[arg-type]  # as above
+                tls=rng.choices(("", "server", "mutual"), (55, 30, 15))[0],
                 fault=fault,
             )
         )
@@ -134,54 +138,64 @@ def _client(
 ) -> list[Step]:
     """Return the steps of one client in their order."""
     (behaviour,) = rng.choices(("well", "leaves", "bad"), (70, 20, 10))
-    header = rng.choice(("v1", "v2")) if listener.proxy else None
-    hello, certificate = "tls", True
-    if behaviour == "bad":
-        if listener.proxy:
-            header = rng.choice(("garbage", "unfinished"))
-        elif listener.tls:
-            hello = rng.choice(("garbage", "unfinished", "tls"))
-            certificate = hello != "tls"
-    steps: list[Step] = [
-        Connect(
-            number,
-            listener.name,
-            receive_buffer=4096 if rng.random() < 0.2 else None,
-            read_size=rng.choice((1, 100, 3000)) if rng.random() < 0.2 else 65536,
-            header=header,  # type: ignore[arg-type]  # one of the choices
-            who=rng.randint(1, 2) if "max_connections_per_client" in limits else 1 + number % 250,
-            hello=hello,  # type: ignore[arg-type]  # as above
-            certificate=certificate,
-        )
-    ]
-    small = isinstance(steps[0], Connect) and steps[0].read_size < 1000
-    for _ in range(rng.randint(0, 4)):
-        size = rng.choice((1, rng.randint(2, 200), rng.randint(200, 2000)))
-        if rng.random() < 0.15 and not small:
-            size = rng.choice((10_000, 70_000, 300_000))
-        steps.append(Send(number, size, rng.choice((1 + size // 3, size, 65536))))
-        if rng.random() < 0.1:
-            steps.append(SendUrgent(number))
-        if rng.random() < 0.15:
-            steps += [StopReading(number), Send(number, rng.choice((500, 200_000)) if not small else 500, 50_000)]
-            if rng.random() < 0.7:
-                steps += [Await((number,)), Read(number)]
-        if rng.random() < 0.6:
-            steps.append(Await((number,)))
+    connect = _connect(rng, number, listener, limits, bad=behaviour == "bad")
+    small = connect.read_size < 1000
+    steps: list[Step] = [connect, *_traffic(rng, number, small=small)]
     if behaviour == "bad" and listener.tls:
         steps.append(SendGarbage(number))
     if behaviour == "leaves":
+        if rng.random() < 0.3:
+            steps.append(Finish(number, rng.choice(_ENDINGS)))
         # A stalled session does not notice a close.
         steps.append(Leave(number, by_reset=rng.random() < 0.6 or listener.fault == "stalling"))
-        if rng.random() < 0.3:
-            steps.insert(-1, Finish(number, rng.choice(_ENDINGS)))
     elif endless and (listener.mode, listener.fault, small) == ("stream", "", False) and rng.random() < 0.4:
         steps.append(SendEndlessly(number, rng.choice((100, 3000, 60_000))))
     elif rng.random() < 0.6:
         steps.append(Finish(number, rng.choice(_ENDINGS)))
-    elif "idle_timeout" in limits and rng.random() < 0.5:
+    elif "idle_timeout" in limits:
         steps.append(AwaitEnd(number))
     return steps
+
+
+def _connect(rng: random.Random, number: int, listener: Listener, limits: Mapping[str, Any], *, bad: bool) -> Connect:
+    """Return the first step of a client. A bad one has a wrong PROXY header, handshake or certificate."""
+    header: Header | None = None
+    hello: Hello = "tls"
+    certificate = True
+    if listener.proxy:
+        header = rng.choice(_BAD_HEADERS if bad else _HEADERS)
+    elif bad:
+        hello = rng.choice(_HELLOS)
+        certificate = hello != "tls"
+    return Connect(
+        number,
+        listener.name,
+        receive_buffer=4096 if rng.random() < 0.2 else None,
+        read_size=rng.choice((1, 100, 3000)) if rng.random() < 0.2 else 65536,
+        header=header,
+        who=rng.randint(1, 2) if "max_connections_per_client" in limits else 1 + number % 250,
+        hello=hello,
+        certificate=certificate,
+    )
+
+
+def _traffic(rng: random.Random, number: int, *, small: bool) -> Iterator[Step]:
+    """Yield the steps of a client between its start and its end. A client with small reads gets little echo."""
+    for _ in range(rng.randint(0, 4)):
+        size = rng.choice((1, rng.randint(2, 200), rng.randint(200, 2000)))
+        if rng.random() < 0.15 and not small:
+            size = rng.choice((10_000, 70_000, 300_000))
+        yield Send(number, size, rng.choice((1 + size // 3, size, 65536)))
+        if rng.random() < 0.1:
+            yield SendUrgent(number)
+        if rng.random() < 0.15:
+            yield StopReading(number)
+            yield Send(number, 500 if small else rng.choice((500, 200_000)), 50_000)
+            if rng.random() < 0.7:
+                yield Await((number,))
+                yield Read(number)
+        if rng.random() < 0.6:
+            yield Await((number,))
 
 
 def _merge(rng: random.Random, scripts: list[list[Step]]) -> list[Step]:

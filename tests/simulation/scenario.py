@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from steps import Step
 
+Mode = Literal["stream", "line", "info"]
 Stop = Literal["unhurried", "quiet", "cut", "short", "forced"]
 
 # The settings of each kind of stop. In all except `short`, timeouts that end a drain are too long to be reached.
@@ -54,7 +55,7 @@ class Listener:
 
     name: str
     unix: bool = False
-    mode: Literal["stream", "line", "info"] = "stream"
+    mode: Mode = "stream"
     proxy: bool = False
     tls: Literal["", "server", "mutual"] = ""
     fault: str = ""

@@ -32,9 +32,7 @@ def identity(folder: Path) -> Identity:
     return Identity(Certificates(folder))
 
 
-def one(
-    seed: int, folder: Path, mutant: str | None, keep: Sequence[int] | None = None
-) -> Figures | str:
+def one(seed: int, folder: Path, mutant: str | None, keep: Sequence[int] | None = None) -> Figures | str:
     """Run a seed, or some steps of it. Return its figures, or the report of its failure.
 
     The script of a failure is shortened, except for a part of a script or a mutant.
@@ -57,7 +55,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200, help="the number of seeds")
     parser.add_argument("--keep", default="", help="run these steps of the first seed only, such as 0,3,4, or none")
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time")
-    parser.add_argument("--mutant", choices=sorted(MUTANTS), help="break echod on purpose, and stop at the first failure")
+    parser.add_argument(
+        "--mutant", choices=sorted(MUTANTS), help="break echod on purpose, and stop at the first failure"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="simulation-") as name:
         folder = Path(name)

@@ -229,7 +229,9 @@ class ReloadBroken:
             certificate.write_bytes(right)
             return
         path = world.folder / "echod.toml"
-        path.write_text(path.read_text() + {"syntax": "\n[[[", "value": "\n[limits.x]\ny = 1\n"}.get(self.fault, "\n=\n"))
+        path.write_text(
+            path.read_text() + {"syntax": "\n[[[", "value": "\n[limits.x]\ny = 1\n"}.get(self.fault, "\n=\n")
+        )
         world.hang_up(breaks=True)
         world.write_settings()
 

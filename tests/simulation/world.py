@@ -329,7 +329,7 @@ class World:
         names = Counter[str]()
         for link in (process / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-                names[os.readlink(link)] += 1
+                names[str(link.readlink())] += 1
         return names.total() - names["/dev/null"], len(list((process / "task").iterdir()))
 
     def terminate(self, number: int) -> None:

@@ -255,6 +255,9 @@ class TlsLayer(asyncio.BufferedProtocol, asyncio.Transport):
                 read = self._object.read(RECORD, plain[size:])
             except ssl.SSLWantReadError:
                 break
+            except ssl.SSLZeroReturnError:  # close_notify, after our own; before it, `read` returns 0
+                closed = True
+                break
             except ssl.SSLError as error:
                 failure = error
                 break
