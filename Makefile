@@ -9,10 +9,20 @@ ARGUMENTS ?= --config config.example.toml
 HELM ?= helm
 KUBERNETES = 1.35
 
-# The number of restarts of `make soak`.
+# The number of restarts of `make restarts`.
 RESTARTS ?= 200
 
-.PHONY: help run install test soak syscalls suites docs picture evolution bench bench-quick clean
+# `make simulate`: the first seed and the number of seeds. KEEP=0,3 runs these steps of the first seed only. MUTANT=NAME
+# breaks echod on purpose.
+SEED ?= 0
+COUNT ?= 200
+KEEP ?=
+MUTANT ?=
+
+# The duration of `make soak` in seconds.
+DURATION ?= 1800
+
+.PHONY: help run install test simulate soak restarts syscalls suites docs picture evolution bench bench-quick clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -25,8 +35,18 @@ install: .venv/installed ## install echod with all extras in .venv only
 test: ## check lint and types, and test the wheel on each version of Python; VERSIONS=3.12 selects one
 	PYTHON="$(PYTHON)" VERSIONS="$(VERSIONS)" sh tests/run.sh
 
+SIMULATION = PYTHONPATH=tests/support .venv/bin/python tests/simulation
+
+simulate: .venv/installed ## run random scenarios from seeds: SEED=17 COUNT=1, or SEED=0 COUNT=5000 before a release
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	$(SIMULATION)/simulate.py --seed $(SEED) --count $(COUNT) $(if $(KEEP),--keep $(KEEP)) $(if $(MUTANT),--mutant '$(MUTANT)')
+
+soak: .venv/installed ## keep a daemon on each loop under a mixed load for 30 minutes
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	$(SIMULATION)/soak.py --seconds $(DURATION)
+
 # Each of the two loops takes four minutes.
-soak: .venv/installed ## restart the daemon 200 times on an inherited socket under load
+restarts: .venv/installed ## restart the daemon 200 times on an inherited socket under load
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SOAK_RESTARTS=$(RESTARTS) .venv/bin/python -m pytest tests/integration/test_sockets.py -k restarts_under_load -s
 

@@ -49,7 +49,7 @@ rm -rf dist
 for_each install_wheel
 core=""
 for name in serving shutdown tls reload clean; do core="$core tests/integration/test_$name.py"; done
-core="$core tests/unit/test_session.py"
+core="$core tests/unit/test_session.py tests/simulation"
 
 echo "== lint"
 ".venv-test-$newest/bin/ruff" format --check .

@@ -475,7 +475,7 @@ def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> No
     sys.stdout.write(f"{RESTARTS} restarts on {loop_name}: {connects.served} clients served, none failed\n")
 
 
-# A soak test sets a higher number.
+# `make restarts` sets a higher number.
 RESTARTS = int(os.environ.get("SOAK_RESTARTS", "4"))
 
 

@@ -48,11 +48,11 @@ MUTANTS: Mapping[str, str] = {
         from echod.server.listener_task import ListenerTask
         ListenerTask.accept_rest = lambda self: self.close() or True
         """,
-    "every 20th ledger line is lost": """
+    "every tenth ledger line is lost": """
         from echod.server.ledger import Ledger
         is_logged = Ledger._is_logged
         def chosen(self, *arguments):
-            return is_logged(self, *arguments) and self.counters.accepted % 20 != 7
+            return is_logged(self, *arguments) and self.counters.accepted % 10 != 5
         Ledger._is_logged = chosen
         """,
     "every tenth client leaks a descriptor": """
