@@ -188,8 +188,7 @@ def _check_echo(world: World, client: Client, line: Event, *, is_graceful: bool)
         data, reply = client.payload(received), bytes(client.reply)
         if not echo_model.is_echo(listener, data, reply, at_eof=line["reason"] == "eof"):
             _fail("content", context)
-    # Of TLS, discarded bytes are ciphertext.
-    read = received if line["reason"] == "eof" else received + line["discarded_bytes"]
+    read = received if listener.tls else received + line["discarded_bytes"]  # of TLS, those are ciphertext
     if is_graceful and (line["reason"] == "eof" or not listener.tls) and read != client.sent:
         _fail("counts", context)
 

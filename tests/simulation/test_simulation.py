@@ -98,7 +98,7 @@ def test_model_of_lines() -> None:
 
 @pytest.mark.parametrize(
     ("field", "change", "invariant"),
-    [("received", -1, "counts"), ("sent", 1, "bounds"), ("acked", -1, "counts"), ("discarded_bytes", 1, "counts")],
+    [("received", -1, "bounds"), ("sent", 1, "counts"), ("acked", -1, "counts"), ("discarded_bytes", 1, "counts")],
 )
 def test_wrong_figures_are_found(
     identity: Identity, tmp_path_factory: pytest.TempPathFactory, field: str, change: int, invariant: str
