@@ -15,7 +15,7 @@ from client import Client
 from proxy_headers import v2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from client import Ending
     from world import World
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 Header = Literal["v1", "v2", "garbage", "unfinished"]
 Hello = Literal["tls", "garbage", "unfinished"]
 Fault = Literal["syntax", "value", "certificate"]
+
+# The file that a fault is in, and the text that replaces a certificate or follows the settings.
+_BREAKS: Mapping[Fault, tuple[str, str]] = {
+    "syntax": ("echod.toml", "\n[[["),
+    "value": ("echod.toml", "\n[limits.x]\ny = 1\n"),
+    "certificate": ("server.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
+}
 
 _LOCAL = bytes((127, 0, 0, 1))
 
@@ -214,26 +221,21 @@ class Reload:
 
 @dataclass(frozen=True)
 class ReloadBroken:
-    """Break the settings or a certificate, send SIGHUP, and mend them after the reload."""
+    """Break the settings or the certificate, send SIGHUP, and mend them after the reload."""
 
     fault: Fault
 
     def apply(self, world: World) -> None:
         if world.frozen or world.stopping:
             return  # it might be mended before it is read
-        if self.fault == "certificate" and any(listener.tls for listener in world.listeners.values()):
-            certificate = world.folder / "server.pem"
-            right = certificate.read_bytes()
-            certificate.write_bytes(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-            world.hang_up(breaks=True)
-            certificate.write_bytes(right)
-            return
-        path = world.folder / "echod.toml"
-        path.write_text(
-            path.read_text() + {"syntax": "\n[[[", "value": "\n[limits.x]\ny = 1\n"}.get(self.fault, "\n=\n")
-        )
-        world.hang_up(breaks=True)
-        world.write_settings()
+        name, text = _BREAKS[self.fault]
+        path = world.folder / name
+        right = path.read_text()
+        path.write_text(right + text if name == "echod.toml" else text)
+        # Without TLS, the certificate is not read.
+        has_tls = any(listener.tls for listener in world.listeners.values())
+        world.hang_up(breaks=self.fault != "certificate" or has_tls)
+        path.write_text(right)
 
 
 @dataclass(frozen=True)
@@ -297,12 +299,25 @@ class Terminate:
         world.terminate(self.number)
 
 
-_OfClients = (
-    Connect | Send | SendEndlessly | SendUrgent | SendGarbage | StopReading | Read | Finish | Leave | Await | AwaitEnd
+Step = (
+    Connect
+    | Send
+    | SendEndlessly
+    | SendUrgent
+    | SendGarbage
+    | StopReading
+    | Read
+    | Finish
+    | Leave
+    | Await
+    | AwaitEnd
+    | Reload
+    | ReloadBroken
+    | SwapCertificate
+    | Rotate
+    | HangUp
+    | Freeze
+    | Continue
+    | Calm
+    | Terminate
 )
-Step = _OfClients | Reload | ReloadBroken | SwapCertificate | Rotate | HangUp | Freeze | Continue | Calm | Terminate
-
-
-def clients_in(steps: Iterable[Step]) -> int:
-    """Return the number of clients that connect."""
-    return sum(isinstance(step, Connect) for step in steps)

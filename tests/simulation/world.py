@@ -110,11 +110,17 @@ class World:
         shutil.copy(identity.certificates.ca, folder / "ca.pem")
         self.write_settings()
         self.daemon = Daemon("--config", str(folder / "echod.toml"), module=module, listen=None)
-        self._addresses = {name: self.daemon.wait_for("listening", listener=name)["address"] for name in self.listeners}
-        self.serve(lambda: False, or_idle=True)
-        self.resources = self._count_resources()
 
     def __enter__(self) -> Self:
+        """Wait until the daemon is idle."""
+        try:
+            listening = (self.daemon.wait_for("listening", listener=name) for name in self.listeners)
+            self._addresses = {event["listener"]: event["address"] for event in listening}
+            self.serve(lambda: False, or_idle=True)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self.resources = self._count_resources()
         return self
 
     def __exit__(
