@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from runner import COMMAND
+from harness import COMMAND
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

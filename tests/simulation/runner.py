@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness import COMMAND
 from invariants import check
 from shrink import shrink
 from world import PATIENCE, ViolationError, World
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
     from scenario import Scenario
     from world import Identity
-
-COMMAND = ("-m", "echod")
-"""The daemon, as options of the interpreter."""
 
 # The most runs that look for a shorter script, and the patience of each in seconds.
 _TRIES = 30

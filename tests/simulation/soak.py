@@ -20,8 +20,8 @@ from pathlib import Path
 
 from certificates import Certificates
 from generator import LOOPS, script
+from harness import COMMAND
 from invariants import check, check_connections
-from runner import COMMAND
 from scenario import FAULTS, LINE_FAULTS, Listener, Scenario
 from steps import Calm
 from world import Identity, ViolationError, World
