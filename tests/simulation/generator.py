@@ -139,8 +139,9 @@ def _client(
     """Return the steps of one client in their order."""
     (behaviour,) = rng.choices(("well", "leaves", "bad"), (70, 20, 10))
     connect = _connect(rng, number, listener, limits, bad=behaviour == "bad")
+    is_plain = (listener.mode, listener.fault) == ("stream", "")
     small = connect.read_size < 1000
-    steps: list[Step] = [connect, *_traffic(rng, number, small=small)]
+    steps: list[Step] = [connect, *_traffic(rng, number, 500 if small else 5_000_000 if is_plain else 200_000)]
     if behaviour == "bad" and listener.tls:
         steps.append(SendGarbage(number))
     if behaviour == "leaves":
@@ -148,7 +149,7 @@ def _client(
             steps.append(Finish(number, rng.choice(_ENDINGS)))
         # A stalled session does not notice a close.
         steps.append(Leave(number, by_reset=rng.random() < 0.6 or listener.fault == "stalling"))
-    elif endless and (listener.mode, listener.fault, small) == ("stream", "", False) and rng.random() < 0.4:
+    elif endless and is_plain and not small and rng.random() < 0.4:
         steps.append(SendEndlessly(number, rng.choice((100, 3000, 60_000))))
     elif rng.random() < 0.6:
         steps.append(Finish(number, rng.choice(_ENDINGS)))
@@ -166,7 +167,7 @@ def _connect(rng: random.Random, number: int, listener: Listener, limits: Mappin
         header = rng.choice(_BAD_HEADERS if bad else _HEADERS)
     elif bad:
         hello = rng.choice(_HELLOS)
-        certificate = hello != "tls"
+        certificate = hello != "tls" or rng.random() < 0.5
     return Connect(
         number,
         listener.name,
@@ -179,18 +180,18 @@ def _connect(rng: random.Random, number: int, listener: Listener, limits: Mappin
     )
 
 
-def _traffic(rng: random.Random, number: int, *, small: bool) -> Iterator[Step]:
-    """Yield the steps of a client between its start and its end. A client with small reads gets little echo."""
+def _traffic(rng: random.Random, number: int, unread: int) -> Iterator[Step]:
+    """Yield the steps of a client between its start and its end. It leaves at most `unread` bytes of echo unread."""
     for _ in range(rng.randint(0, 4)):
         size = rng.choice((1, rng.randint(2, 200), rng.randint(200, 2000)))
-        if rng.random() < 0.15 and not small:
+        if rng.random() < 0.15 and unread > 500:
             size = rng.choice((10_000, 70_000, 300_000))
         yield Send(number, size, rng.choice((1 + size // 3, size, 65536)))
         if rng.random() < 0.1:
             yield SendUrgent(number)
         if rng.random() < 0.15:
             yield StopReading(number)
-            yield Send(number, 500 if small else rng.choice((500, 200_000)), 50_000)
+            yield Send(number, rng.choice((500, unread)), 50_000)  # 5 MB are more than the kernel's buffers
             if rng.random() < 0.7:
                 yield Await((number,))
                 yield Read(number)
