@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Mode = Literal["stream", "line", "info"]
 Stop = Literal["unhurried", "quiet", "cut", "short", "forced"]
 
+# The daemon's address. Other programs, which may try ports of 127.0.0.1, do not connect to it.
+HOST = "127.200.0.1"
+
 # The settings of each kind of stop. In all except `short`, timeouts that end a drain are too long to be reached.
 STOPS: Mapping[Stop, Mapping[str, float]] = {
     # Every client finishes by itself.
@@ -64,7 +67,7 @@ class Listener:
     def settings(self, folder: Path) -> dict[str, Any]:
         """Return the table of this listener, with files in a folder."""
         table: dict[str, Any] = {
-            "address": f"unix:{folder / self.name}" if self.unix else "127.0.0.1:0",
+            "address": f"unix:{folder / self.name}" if self.unix else f"{HOST}:0",
             "mode": self.mode,
             "fault": self.fault,
             "proxy_protocol": "require" if self.proxy else "off",

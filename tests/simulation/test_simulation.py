@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Each supported version of Python runs its share.
 SEEDS = range(sys.version_info.minor % 3, 200, 3)
 
+_LONG = (Connect(0, "plain"), Send(0, 1500, 1500), Finish(0))
+
 
 @pytest.fixture(scope="session")
 def identity(certificates: Certificates) -> Identity:
@@ -54,18 +56,30 @@ def test_same_seed_same_script() -> None:
     assert len({str(generate(seed).steps) for seed in range(50)}) == 50
 
 
-def test_failure_is_shrunk(identity: Identity) -> None:
-    """A broken daemon is found, and the report has no more than the steps that show its fault."""
-    one = (Connect(0, "plain"), Send(0, 1500, 1500), Finish(0))
-    others = tuple(step for number in (1, 2) for step in (Connect(number, "plain"), Send(number, 9, 9), Finish(number)))
-    scenario = Scenario(seed=0, loop="uvloop", listeners=(Listener(name="plain"),), steps=(*others, *one, Calm()))
-    broken = module("last byte of a long read is dropped")
+def test_broken_daemon_is_found(identity: Identity) -> None:
+    broken = module("received misses a byte of a long read")
     with pytest.raises(ViolationError) as caught:
-        run(scenario, identity, broken)
-    assert caught.value.invariant == "counts"
-    report = explain(scenario, caught.value, identity, broken)
+        run(Scenario(seed=0, loop="uvloop", listeners=(Listener(name="plain"),), steps=_LONG), identity, broken)
+    assert caught.value.invariant == "bounds"
+
+
+def test_failure_is_shrunk(identity: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of a failure has no more than the steps that it needs, and the command that runs them."""
+
+    def refuse_long_echo(world: World) -> None:
+        check(world)
+        if any(client.got == 1500 for client in world.clients.values()):
+            msg = "size: too long"
+            raise ViolationError(msg)
+
+    monkeypatch.setattr("runner.check", refuse_long_echo)
+    others = tuple(step for number in (1, 2) for step in (Connect(number, "plain"), Send(number, 9, 9), Finish(number)))
+    scenario = Scenario(seed=0, loop="uvloop", listeners=(Listener(name="plain"),), steps=(*others, *_LONG))
+    with pytest.raises(ViolationError) as caught:
+        run(scenario, identity)
+    report = explain(scenario, caught.value, identity)
     assert "make simulate SEED=0 KEEP=6,7\n" in report
-    assert str(dataclasses.replace(scenario, steps=one[:2])) in report
+    assert str(dataclasses.replace(scenario, steps=_LONG[:2])) in report
 
 
 @pytest.mark.parametrize("needed", [{3}, {0, 9}, {2, 3, 4}, set(range(10))])

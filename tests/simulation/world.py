@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from harness import Daemon
-from scenario import toml
+from scenario import HOST, toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -150,7 +150,7 @@ class World:
             else:
                 # Not the port but the address tells clients apart: the kernel gives a port to several.
                 sock.bind((f"127.{1 + number // 250 // 250}.{number // 250 % 250}.{1 + number % 250}", 0))
-                sock.connect(("127.0.0.1", int(self._addresses[listener.name].rpartition(":")[2])))
+                sock.connect((HOST, int(self._addresses[listener.name].rpartition(":")[2])))
         except (ConnectionError, FileNotFoundError):
             sock.close()
             if not self.stopping:
