@@ -99,8 +99,9 @@ class Client:
     def send(self, size: int, chunk: int) -> None:
         """Send more payload, in writes of at most `chunk` bytes."""
         if self.finishing is None:
+            # Megabytes in writes of a byte would take minutes.
+            self._chunk = max(chunk, self._chunk) if self.sent < self.queued else chunk
             self.queued += size
-            self._chunk = chunk
 
     def send_urgent(self) -> None:
         """Send the next byte as urgent data."""
