@@ -173,11 +173,12 @@ class World:
         running = not (self.frozen or self.stopping)
         return running and "idle_timeout" in self.scenario.limits and client.finishing is None and not client.endless
 
-    def serve(self, done: Callable[[], bool], *, or_idle: bool = False) -> None:
+    def serve(self, done: Callable[[], bool], awaited: str = "the end of a client", *, or_idle: bool = False) -> None:
         """Serve the clients until a condition holds.
 
         Args:
             done: the condition.
+            awaited: its name in the report of a failure.
             or_idle: whether to return also when nothing moves any more: not this process, nor the daemon.
 
         Raises:
@@ -190,7 +191,7 @@ class World:
         while not done():
             if time.monotonic() > deadline:
                 waiting = [f"{client.number} at {client.listener.name}" for client in self._unfinished()]
-                msg = f"stuck: nothing ends the wait for clients {waiting}"
+                msg = f"stuck: {awaited} did not come; open clients: {waiting}"
                 raise ViolationError(msg)
             self._watch()
             ready = self._selector.select(_TURN)
@@ -241,7 +242,7 @@ class World:
         if self.frozen:
             self._hang_up_is_due = True
         else:
-            self.serve(lambda: self._results() > before or self._has_exited())
+            self.serve(lambda: self._results() > before or self._has_exited(), "the result of a reload")
 
     def _results(self) -> int:
         return sum(event["event"] in _RESULTS for event in self.events())
@@ -295,7 +296,7 @@ class World:
         self.daemon.send_signal(signal.SIGCONT)
         if self._hang_up_is_due:
             self._hang_up_is_due = False
-            self.serve(lambda: self._results() > before or self._has_exited())
+            self.serve(lambda: self._results() > before or self._has_exited(), "the result of a reload")
         if self.stopping:
             self._await_draining()
 
@@ -313,7 +314,7 @@ class World:
             self._end(client)
         self.serve(lambda: not any(self._unfinished()))
         if self.scenario.connections == "all":
-            self.serve(lambda: len(self.lines()) >= len(self.clients))
+            self.serve(lambda: len(self.lines()) >= len(self.clients), "the line of each client")
         deadline = time.monotonic() + self._patience / 4
         while (now := self._count_resources()) != self.resources:
             if time.monotonic() > deadline:
@@ -348,7 +349,9 @@ class World:
             self._await_draining()
 
     def _await_draining(self) -> None:
-        self.serve(lambda: self._has_exited() or any(event["event"] == "draining" for event in self.events()))
+        self.serve(
+            lambda: self._has_exited() or any(event["event"] == "draining" for event in self.events()), "the drain"
+        )
 
     def conclude(self) -> None:
         """End the clients and the daemon, each if it is not at its end."""
@@ -366,11 +369,11 @@ class World:
             elif stop != "short":
                 client.reading = True
         if stop == "short":
-            self.serve(self._has_exited)
+            self.serve(self._has_exited, "the end of the daemon")
             for client in self._unfinished():
                 client.reading = True
         self.serve(lambda: not any(self._unfinished()))
-        self.serve(self._has_exited)
+        self.serve(self._has_exited, "the end of the daemon")
         self.exit_code = self.daemon.wait()
 
     def _has_exited(self) -> bool:
