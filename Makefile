@@ -22,7 +22,7 @@ MUTANT ?=
 # The duration of `make soak` in seconds.
 DURATION ?= 1800
 
-.PHONY: help run install test simulate soak restarts syscalls suites docs picture evolution bench bench-quick clean
+.PHONY: help run install test simulate soak soak-workers restarts syscalls suites docs picture evolution bench bench-quick clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -53,6 +53,11 @@ restarts: .venv/installed ## restart the daemon 200 times on an inherited socket
 syscalls: .venv/installed ## make each system call of a table fail in the running daemon, in four minutes; needs strace
 	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
 	SYSCALLS=all .venv/bin/python -m pytest tests/integration/test_system_calls.py
+
+# Each of the two loops takes three minutes.
+soak-workers: .venv/installed ## kill workers, reload and restart 60 times under load
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	SOAK_ROUNDS=60 .venv/bin/python -m pytest tests/integration/test_workers_soak.py -s
 
 docs: .venv/installed ## generate the settings reference and the chart's tables of values
 	.venv/bin/python docs/reference.py > docs/reference/configuration.md

@@ -117,7 +117,8 @@ def bare(field: FieldInfo) -> tuple[object, Bounds | None]:
     annotation: Any = field.annotation
     metadata: list[object] = field.metadata
     if get_origin(annotation) in {Union, UnionType}:
-        (annotation,) = (choice for choice in get_args(annotation) if choice is not NoneType)
+        choices = [choice for choice in get_args(annotation) if choice is not NoneType]
+        annotation = choices[0] if len(choices) == 1 else annotation
     if get_origin(annotation) is Annotated:
         annotation, *metadata = get_args(annotation)
     validators = (getattr(item, "func", None) for item in metadata)
@@ -130,6 +131,8 @@ def kind(annotation: object, bounds: Bounds | None) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list"
+    if annotation == int | Literal["auto"]:
+        return "number from 1 on, or `auto`"
     if bounds is None:
         return "text"
     if bounds.highest == LONGEST:

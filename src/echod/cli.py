@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+from functools import partial
 
 from echod.daemon.signals import Signals
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import TypeVar
 
+    from echod.daemon.logs import Log
     from echod.settings.resources import Resources
     from echod.settings.types import Key
 
@@ -207,20 +209,45 @@ def _completion(command_line: Sequence[str]) -> int:
 
 
 def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], Resources]) -> int:
-    from echod.daemon import daemon, logs  # noqa: PLC0415
+    """Run the daemon in this process, or as the parent of workers."""
+    from echod.daemon import daemon  # noqa: PLC0415
+
+    if (workers := _workers(resources)) == 1:
+        return _run(daemon.serve, resources, signals, load)
+    from echod.loops import loop_factory  # noqa: PLC0415
+    from echod.workers import parent, worker  # noqa: PLC0415
+    from echod.workers.spawner import Spawner  # noqa: PLC0415
+
+    loop_factory(resources.config.settings.loop)  # imports the loop, which the workers then share
+    try:
+        spawner = Spawner.start(worker.run)  # before the log has a thread
+    except OSError as error:
+        return _fail(EXIT_FAILURE, [f"the workers: {error.strerror}"])
+    with spawner:
+        return _run(partial(parent.serve, spawner=spawner, workers=workers), resources, signals, load)
+
+
+def _run(
+    serve: Callable[[Resources, Log, Signals, Callable[[Resources], Resources]], int],
+    resources: Resources,
+    signals: Signals,
+    load: Callable[[Resources], Resources],
+) -> int:
+    """Open the log, serve, and close the log."""
+    from echod.daemon import logs  # noqa: PLC0415
     from echod.net.listeners import ListenError  # noqa: PLC0415
     from echod.settings.problems import SettingsError  # noqa: PLC0415
     from echod.threads import ThreadError  # noqa: PLC0415
 
     try:
-        log = logs.Log(resources.config.settings.log)
+        log = logs.Log(resources.config.settings.log, is_shared=resources.config.settings.workers != 1)
     except OSError as error:
         return _fail(EXIT_CONFIG, [logs.problem(resources.config, error)])
     except ThreadError as error:
         return _fail(EXIT_FAILURE, [f"the log: {error}"])
     try:
         log.capture()
-        return daemon.serve(resources, log, signals, load)
+        return serve(resources, log, signals, load)
     except ListenError as error:
         return _fail(EXIT_UNAVAILABLE, error.problems)
     except SettingsError as error:  # they do not fit the inherited sockets
@@ -231,6 +258,15 @@ def _serve(resources: Resources, signals: Signals, load: Callable[[Resources], R
     finally:
         log.close()
         signals.ignore()
+
+
+def _workers(resources: Resources) -> int:
+    """Return the number of workers."""
+    if (workers := resources.config.settings.workers) != "auto":
+        return workers
+    from echod.workers import cpus  # noqa: PLC0415
+
+    return cpus.usable()
 
 
 def _print(text: str) -> int:

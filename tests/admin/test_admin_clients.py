@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from crowd import Crowd, Stuck
+from echod.admin import notable
 from echod.admin import status as report
 from echod.connection.outcome import MEANINGS
 from echod.net.kernel import TcpInfo
@@ -76,9 +77,9 @@ def test_round_trip_of_a_client_that_leaves(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("echod.net.kernel.tcp_info", refuse)
     session: Any = type("Session", (), {"tcp_info": None, "sock": None})
-    assert report._tcp_info(session) is None
+    assert notable._tcp_info(session) is None
     session.tcp_info = TcpInfo(1.5, 2, 3)
-    assert report._tcp_info(session) == (1.5, 2, 3)
+    assert notable._tcp_info(session) == (1.5, 2, 3)
 
 
 def test_closed_connections(start: Start, tmp_path: Path) -> None:

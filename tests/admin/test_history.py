@@ -14,6 +14,7 @@ import pytest
 
 import echod
 from echod.admin.history import History
+from echod.admin.notable import Notable
 from echod.admin.snapshot import Count, DaemonView
 from echod.admin.status import Reporter
 from echod.server.ledger import Counters
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.once
 
 class Traffic:
     """Stands for a `Snapshot`: two listeners with one client each, which together receive 30 bytes per second."""
+
+    workers = ()
 
     def __init__(self) -> None:
         self.taken: list[float] = []
@@ -140,7 +143,7 @@ def test_slow_report(monkeypatch: pytest.MonkeyPatch) -> None:
         async with echod.Server.listen() as server:
             traffic: Any = Traffic()
             history = History(traffic)
-            resources = Resources(Config(Settings(), {}, {}), {})
+            resources = Resources(Config(Settings(), {}, {}), {}, {})
             view = DaemonView(
                 servers={"one": server, "other": server},
                 addresses={"one": [], "other": []},
@@ -154,7 +157,7 @@ def test_slow_report(monkeypatch: pytest.MonkeyPatch) -> None:
             report: Any = await Reporter(view, traffic, history).report()
             assert [listener["received_per_second"] for listener in report["listeners"]] == [10, 20]
 
-    monkeypatch.setattr(Reporter, "_notable", notable)
+    monkeypatch.setattr(Notable, "take", notable)
     run_virtually(main())
 
 

@@ -15,7 +15,7 @@ import uvloop
 
 from echod.admin.http import Admin
 from echod.admin.limits import DEFAULT_LIMITS, AdminLimits
-from echod.admin.snapshot import DaemonView
+from echod.admin.snapshot import DaemonView, Snapshot
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenerSpec, open_listeners
 from echod.server.ledger import Ledger
@@ -138,7 +138,7 @@ class AdminThread:
                 reloads={"success": 0, "failure": 0},
                 log_lines_dropped=int,
             )
-            self._admin.start(view._replace(**self._view), lambda: self._logger)
+            self._admin.start(view._replace(**self._view), Snapshot({"echo": server}), lambda: self._logger)
             self._started.set_result(None)
             await self._stop.wait()
             await self._admin.close()

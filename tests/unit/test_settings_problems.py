@@ -65,7 +65,7 @@ level = "loud"
         f"--faults.b.when: faults.b.when: unknown key; {fault_options}",
         "FILE:16: listeners.r.address: is missing",
         'FILE:17: listeners.r.fault: should be text, not 3: write "3"',
-        "FILE:3: colour: unknown key; use one of: loop, listen, limits, shutdown, log, admin, faults, listeners",
+        "FILE:3: colour: unknown key; use one of: loop, workers, listen, limits, shutdown, log, admin, faults, listeners",
         "FILE:2: listen[3]: 'h:1' is already listened on: choose another address",
         "FILE:14: listeners.q.address: 'h:1' is already listened on: choose another address",
         "FILE:15: listeners.q.fault: no fault is named 'bo'; did you mean 'b'?",
@@ -185,7 +185,7 @@ def test_tables_in_place_of_values(write: Write, text: str, expected: list[str])
         ),
         (
             '"a\\nb" = 1',
-            'FILE: "a\\nb": unknown key; use one of: loop, listen, limits, shutdown, log, admin, faults, listeners',
+            'FILE: "a\\nb": unknown key; use one of: loop, workers, listen, limits, shutdown, log, admin, faults, listeners',
         ),
         ("a = [", "FILE: is not TOML: Invalid value, at the end of the file"),
         ("[limits]\nbacklog = = 3", "FILE: is not TOML: Invalid value"),

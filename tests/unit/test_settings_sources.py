@@ -39,6 +39,7 @@ def test_precedence(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 SAMPLES = {
     "loop": "asyncio",
+    "workers": "4",
     "listen": "127.0.0.1:1",
     "limits.max_connections": "5",
     "limits.backlog": "6",
@@ -92,6 +93,8 @@ def test_every_key_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         ("log.format", "Logfmt", "logfmt"),
         ("log.connections", "ALL", "all"),
         ("loop", "AsyncIO", "asyncio"),
+        ("workers", "AUTO", "auto"),
+        ("workers", "1024", 1024),
     ],
 )
 def test_forms_of_values(write: Write, monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object) -> None:
@@ -206,6 +209,9 @@ def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("LISTEN", "h:1, H:1", "listen[1]: 'H:1' is already listened on: choose another address"),
         ("LOOP", "", 'loop: should be "auto", "uvloop" or "asyncio", not ""'),
+        ("WORKERS", "many", 'workers: should be "auto" or a number, not "many"'),
+        ("WORKERS", "0", 'workers: should be at least 1, not "0"'),
+        ("WORKERS", "99999999999", 'workers: should be at most 1024, not "99999999999"'),
         (
             "LIMITS__IDLE_TIMEOUT",
             "",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from echod.admin.snapshot import Count, Snapshot
+    from echod.admin.snapshot import Count, Source
 
 # Seconds between two samples: at least, and at most. A sample costs nothing if a report has read all clients anyway.
 _SHORTEST_STEP = 1.8
@@ -38,7 +38,7 @@ class _Sample(NamedTuple):
 class History:
     """The samples of the last ten minutes. Each report adds one; without reports, `run` does."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Source) -> None:
         self._snapshot = snapshot
         self._loop = asyncio.get_running_loop()
         self._samples = deque([_Sample(self._loop.time(), 0, {})], _SAMPLES_KEPT)

@@ -20,12 +20,12 @@ from prometheus_client.core import CounterMetricFamily
 
 from echod import threads
 from echod.admin.connections import Connections
+from echod.admin.histograms import Histograms
 from echod.admin.history import History
 from echod.admin.hosts import HostCheck
 from echod.admin.limits import DEFAULT_LIMITS
-from echod.admin.metrics import Families, Histograms, render
+from echod.admin.metrics import Families, render
 from echod.admin.sharing import Shared
-from echod.admin.snapshot import Snapshot
 from echod.admin.status import Reporter
 from echod.net import addresses
 from echod.server.listener_task import ListenerTask
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from echod.admin.limits import AdminLimits
-    from echod.admin.snapshot import DaemonView
+    from echod.admin.snapshot import DaemonView, Source
     from echod.net.addresses import Address
     from echod.net.listeners import Listener
     from echod.server.ledger import Entry
@@ -92,18 +92,19 @@ class Admin:
         self._histograms[name] = Histograms.empty()
         return self._histograms[name].observe
 
-    def start(self, view: DaemonView, log: Callable[[], FilteringBoundLogger]) -> None:
+    def start(self, view: DaemonView, source: Source, log: Callable[[], FilteringBoundLogger]) -> None:
         """Start answering.
 
         Args:
             view: the state to report.
+            source: the source of counts.
             log: returns the current logger.
 
         """
         self._loop = asyncio.get_running_loop()
         self._view = view
         self._log = log
-        self._snapshot = Snapshot(view)
+        self._snapshot = source
         self._history = History(self._snapshot)
         self._reporter = Reporter(view, self._snapshot, self._history)
         self._metrics = Shared(self._render_metrics, self._limits)
@@ -203,7 +204,8 @@ class Admin:
             # This lists the descriptors of the process, which would block the loop if there are many.
             process = await threads.call(self._loop, lambda: list(PROCESS_COLLECTOR.collect()), "admin")
         loop_name = type(self._loop).__module__.partition(".")[0]
-        families = Families(self._view, await self._snapshot.take(), self._histograms, loop_name)
+        counts = await self._snapshot.take()
+        families = Families(self._view, counts, self._histograms, loop_name, self._snapshot.workers)
         parts: list[bytes] = []
         own = CounterMetricFamily(
             "echod_admin_accept_pauses",

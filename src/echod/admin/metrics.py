@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-from bisect import bisect_left
-from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
@@ -21,59 +19,8 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from echod.admin.snapshot import Count, DaemonView
-    from echod.server.ledger import Entry
-
-# Upper bounds in seconds. The ledger rounds durations to a millisecond.
-_DURATIONS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0, 43200.0)
-_ROUND_TRIPS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-
-
-class Distribution:
-    """Count values by upper bound.
-
-    Args:
-        bounds: ascending and inclusive. A last bound at infinity is added.
-
-    """
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    @property
-    def sum(self) -> float:
-        """The sum of all values."""
-        return self._sum
-
-    @property
-    def buckets(self) -> list[tuple[str, float]]:
-        """The number of values up to each bound, as Prometheus wants it: cumulative, with the bound as text."""
-        return list(zip((*map(repr, self._bounds), "+Inf"), accumulate(self._counts), strict=True))
-
-
-class Histograms(NamedTuple):
-    """Durations and round trips of the closed connections of one listener, in seconds."""
-
-    durations: Distribution
-    round_trips: Distribution
-
-    @classmethod
-    def empty(cls) -> Histograms:
-        """Return the histograms of a listener without closed connections."""
-        return cls(Distribution(_DURATIONS), Distribution(_ROUND_TRIPS))
-
-    def observe(self, entry: Entry) -> None:
-        """Add a closed connection."""
-        self.durations.add(entry.seconds)
-        if entry.rtt_ms is not None:
-            self.round_trips.add(entry.rtt_ms / 1000)
+    from echod.admin.histograms import Histograms
+    from echod.admin.snapshot import Count, DaemonView, WorkerState
 
 
 class Families:
@@ -82,14 +29,21 @@ class Families:
     Args:
         view: the state of the daemon.
         counts: of a snapshot, by listener name.
-        histograms: by listener name.
+        histograms: by listener name, if the counts have none.
         loop: the name of the event loop.
+        workers: the workers, if there are several.
 
     """
 
     def __init__(
-        self, view: DaemonView, counts: Mapping[str, Count], histograms: Mapping[str, Histograms], loop: str
+        self,
+        view: DaemonView,
+        counts: Mapping[str, Count],
+        histograms: Mapping[str, Histograms],
+        loop: str,
+        workers: Sequence[WorkerState],
     ) -> None:
+        self._workers = workers
         self._view = view
         self._counts = counts
         self._histograms = histograms
@@ -99,6 +53,11 @@ class Families:
         yield from self._listeners()
         yield from self._connections()
         yield from self._process()
+        if self._workers:
+            clients = GaugeMetricFamily("echod_worker_clients", "Connected clients, by worker.", labels=("worker",))
+            for worker in self._workers:
+                clients.add_metric((str(worker.worker),), worker.clients)
+            yield clients
 
     def _listeners(self) -> Iterator[Metric]:
         counts, servers = self._counts, self._view.servers
@@ -202,7 +161,7 @@ class Families:
             labels=("listener",),
         )
         for name in self._counts:
-            histograms = self._histograms[name]
+            histograms = self._counts[name].histograms or self._histograms[name]
             durations.add_metric((name,), histograms.durations.buckets, histograms.durations.sum)
             round_trips.add_metric((name,), histograms.round_trips.buckets, histograms.round_trips.sum)
         yield durations

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import os
 import signal
 import sys
-from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import echod
-from echod.connection.echo import EchoSession
 from echod.connection.tls import TlsBuffers
-from echod.daemon import logs, systemd
-from echod.daemon.console import again
-from echod.daemon.plan import ADMIN, Plan
+from echod.daemon import logs, loop_errors
+from echod.daemon.drain_status import DrainStatus
+from echod.daemon.figures import totals
+from echod.daemon.plan import ADMIN, ADMIN_CLOSE, Plan
 from echod.daemon.reload import Reloader, take_fallible_steps
+from echod.daemon.startup import socket_addresses, start_up
 from echod.daemon.systemd import Notifier
-from echod.loops import loop_factory
-from echod.net import addresses, kernel
-from echod.net.inherited import inherit
-from echod.net.listeners import open_listeners
+from echod.loops import run
 from echod.server.ledger import Ledger
 from echod.server.receipt import Receipt
 from echod.server.server import Server
 from echod.settings.model import changes
 from echod.text import count
-from echod.threads import ThreadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,12 +39,6 @@ if TYPE_CHECKING:
     from echod.daemon.systemd import Manager
     from echod.net.listeners import Listener
     from echod.settings.resources import Resources
-
-# Seconds that the admin listener may take to close.
-_ADMIN_CLOSE = 5.0
-
-# Seconds between two status lines on the terminal during a drain.
-_STATUS_INTERVAL = 0.5
 
 # Added to the number of a signal that forces the stop.
 _SIGNALLED = 128
@@ -75,35 +64,19 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
         SettingsError: the settings do not fit the inherited sockets; no address is open then.
 
     """
-    for variable, meant in resources.config.unknown_variables.items():
-        log.logger.warning("unknown_variable", variable=variable, **({"did_you_mean": meant} if meant else {}))
-    manager = systemd.find_manager(log.logger.warning)
-    descriptors = kernel.raise_descriptor_limit()
-    inherited = inherit()
-    plan = Plan.derive(resources, inherited)
-    settings, specs = plan.settings, plan.specs()
-    if settings.admin.address:
-        # Before anything listens, because this import is slow.
+    startup = start_up(resources, log, signals)
+    listeners, settings = startup.listeners, startup.plan.settings
+    admin = None
+    if settings.admin.address and listeners:
         from echod.admin.http import Admin  # noqa: PLC0415  (an extra)
-    try:
-        listeners = open_listeners(specs, settings.limits.backlog, inherited, signals.is_stopping)
-    except InterruptedError:
-        listeners = []  # the stop begins once there is a loop
-    admin = Admin(listeners.pop(), specs[-1].address) if settings.admin.address and listeners else None
-    used = {spec.address.name for spec in specs if isinstance(spec.address, addresses.InheritedAddress)}
-    for name in inherited.keys() - used:
-        log.logger.warning("inherited_socket_unused", name=name)
-    exit_code: int | None = None
-    try:
-        with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-            daemon = Daemon(plan, inherited, log, load, descriptors, admin)
-            exit_code = runner.run(daemon.run(listeners, signals, manager))
-    except (OSError, RuntimeError):
-        # uvloop opens a pair of sockets to close itself. If the system refuses them, the stop is complete nonetheless.
-        if exit_code is None:
-            raise
-    assert exit_code is not None
-    return exit_code
+
+        admin = Admin(listeners.pop(), startup.plan.specs()[-1].address)
+    return run(
+        settings.loop,
+        lambda: Daemon(startup.plan, startup.inherited, log, load, startup.descriptors, admin).run(
+            listeners, signals, startup.manager
+        ),
+    )
 
 
 class Daemon:
@@ -173,9 +146,11 @@ class Daemon:
             loop=type(loop).__module__.partition(".")[0],
             python=sys.version.partition(" ")[0],  # the import of platform takes a millisecond
         )
-        addresses_in_use = {listener.name: _addresses(listener) for listener in listeners}
+        addresses_in_use = {listener.name: socket_addresses(listener) for listener in listeners}
         if self._admin is not None:
-            self._admin.start(self._view(addresses_in_use), lambda: self._logger)
+            from echod.admin.snapshot import Snapshot  # noqa: PLC0415  (used by the admin listener only)
+
+            self._admin.start(self._view(addresses_in_use), Snapshot(self._servers), lambda: self._logger)
         watchers: list[asyncio.Task[None]] = []
         for listener in listeners:
             self._servers[listener.name].start()
@@ -184,7 +159,7 @@ class Daemon:
                 self._logger.info("listening", listener=listener.name, address=address)
         if self._admin is not None:
             watchers.append(loop.create_task(self._watch(ADMIN, self._admin)))
-            for address in _addresses(self._admin.listener):
+            for address in socket_addresses(self._admin.listener):
                 self._logger.info("listening", listener=ADMIN, address=address)
         self._notifier.ready()
         # The objects of the start stay. Without the freeze, each full collection would stop the loop for 20 ms.
@@ -204,7 +179,8 @@ class Daemon:
         clients = sum(server.begin_stop() for server in servers)
         shutdown = self._plan.settings.shutdown
         seconds = shutdown.delay + shutdown.drain_timeout + shutdown.linger_timeout
-        self._show_drain(asyncio.get_running_loop(), seconds)
+        status = DrainStatus(self._log, self._count_clients, self._stop_signal)
+        status.show(seconds)
         self._logger.info(
             "draining",
             signal=self._stop_signal,
@@ -212,15 +188,14 @@ class Daemon:
             max_seconds=0.0 if self._exit_code > _SIGNALLED else seconds,
         )
         outcomes = await asyncio.gather(*(server.shutdown() for server in servers), return_exceptions=True)
-        self._status_timer.cancel()
-        self._log.show_status("")
+        status.clear()
         receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
         failures = dict(zip(self._servers, outcomes, strict=True))
         if self._admin is not None:
             try:
-                async with asyncio.timeout(_ADMIN_CLOSE):
+                async with asyncio.timeout(ADMIN_CLOSE):
                     await self._admin.close()
             except Exception as error:  # noqa: BLE001  (it is logged)
                 failures[ADMIN] = error
@@ -228,17 +203,7 @@ class Daemon:
             if isinstance(outcome, BaseException):
                 self._logger.error("stop_failed", listener=name, exc_info=outcome)
                 self._exit_code = self._exit_code or 1
-        self._logger.info("stopped", **self._totals())
-
-    def _show_drain(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        """Show the clients that are left, and the longest time until they are closed, if there is a terminal."""
-        clients = count(sum(server.clients for server in self._servers.values()), "client")
-        self._log.show_status(
-            f"{clients} left, at most {math.ceil(seconds)} s; {again(self._stop_signal)} stops at once"
-        )
-        self._status_timer: asyncio.TimerHandle = loop.call_later(
-            _STATUS_INTERVAL, self._show_drain, loop, max(0.0, seconds - _STATUS_INTERVAL)
-        )
+        self._logger.info("stopped", **totals([server.ledger.counters for server in servers]))
 
     @property
     def _logger(self) -> FilteringBoundLogger:
@@ -267,31 +232,13 @@ class Daemon:
         self._stop.set()
 
     def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        protocol, error = context.get("protocol"), context.get("exception")
-        # A protocol in front of the session, such as the TLS layer, has it as an attribute.
-        session = getattr(protocol, "session", protocol)
-        if isinstance(session, EchoSession) and isinstance(error, Exception) and not session.ended.done():
-            session.fail(error)  # raised by the client's task, and logged there
-        else:
-            self._logger.error("loop_error", message=context["message"], exc_info=error)
+        loop_errors.report(context, self._logger)
 
     # Reloading
 
     def _on_hangup(self) -> None:
-        self._reopen_log()
+        logs.reopen(self._log)
         self._reloader.request()
-
-    def _reopen_log(self) -> None:
-        """Reopen the log file. This is separate from the reload, so that invalid settings cannot prevent it."""
-        try:
-            self._log.reopen()
-        except OSError as error:
-            reason = logs.explain(self._log.settings.file, error)
-        except ThreadError as error:
-            reason = str(error)
-        else:
-            return
-        self._logger.error("log_reopen_failed", file=self._log.settings.file, error=reason)
 
     def _apply(self, resources: Resources) -> None:
         """Put other settings in force as a whole.
@@ -345,9 +292,12 @@ class Daemon:
 
     # Figures
 
+    def _count_clients(self) -> int:
+        return sum(server.clients for server in self._servers.values())
+
     def _numbers(self) -> str:
         servers = self._servers.values()
-        clients = count(sum(server.clients for server in servers), "client")
+        clients = count(self._count_clients(), "client")
         connections = count(sum(server.ledger.counters.accepted for server in servers), "connection")
         received = count(sum(server.received for server in servers), "byte")
         return f"{clients} now, {connections} so far, {received} received"
@@ -364,28 +314,6 @@ class Daemon:
             reloads=self._reloader.results,
             log_lines_dropped=lambda: self._log.lost,
         )
-
-    def _totals(self) -> dict[str, object]:
-        """Return the totals since the start, for the last line of the log."""
-        counters = [server.ledger.counters for server in self._servers.values()]
-        faults = sum((one.faults for one in counters), Counter[str]())
-        return {
-            "connections": sum(one.accepted for one in counters),
-            "empty": sum(one.empty for one in counters),
-            "accept_pauses": sum(one.accept_pauses for one in counters),
-            "accept_failures": sum(one.accept_failures for one in counters),
-            "received": sum(one.received for one in counters),
-            "sent": sum(one.sent for one in counters),
-            "acked": sum(one.acked for one in counters),
-            "discarded_bytes": sum(one.discarded for one in counters),
-            **({"faults": dict(faults)} if faults else {}),
-        }
-
-
-def _addresses(listener: Listener) -> list[str]:
-    """Return the addresses of a listener's sockets."""
-    names = (listening.sock.getsockname() for listening in listener.sockets)
-    return [addresses.text(name) for name in names]
 
 
 def _lowest_free_descriptor() -> int:

@@ -34,13 +34,22 @@ class LogWriter:
         descriptor: the destination, blocking or not.
         notice: renders the line that says how many lines were dropped.
         at_end: called from the thread after the last write.
+        is_shared: whether other processes write lines to the same destination.
 
     Raises:
         ThreadError: the thread cannot be started.
 
     """
 
-    def __init__(self, descriptor: int, notice: Callable[[int], bytes], at_end: Callable[[], object] = int) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        notice: Callable[[int], bytes],
+        at_end: Callable[[], object] = int,
+        *,
+        is_shared: bool = False,
+    ) -> None:
+        self._is_shared = is_shared
         self._descriptor = descriptor
         self._notice = notice
         self._at_end = at_end
@@ -125,10 +134,14 @@ class LogWriter:
         """Write lines, and return the number of lines that were not completely written."""
         if self._torn:
             lines = [b"\n", *lines]  # ends the line that an error has cut short
-        data = rest = memoryview(b"".join(lines))
+        text = b"".join(lines)
+        data = rest = memoryview(text)
+        # Larger writes of several processes to a pipe may be mixed (pipe(7)).
+        atomic = select.PIPE_BUF if self._is_shared and not self.is_regular_file else len(text)
         try:
             while rest:
-                rest = rest[self._write_some(rest) :]
+                end = _end_of_lines(text, len(data) - len(rest), atomic)
+                rest = rest[self._write_some(rest[:end]) :]
         except OSError:
             written = len(data) - len(rest)
             whole = 0
@@ -149,3 +162,11 @@ class LogWriter:
             poll.register(self._descriptor, select.POLLOUT)
             poll.poll()
             return 0
+
+
+def _end_of_lines(text: bytes, start: int, size: int) -> int:
+    """Return the length of the complete lines from `start` on that fit into `size`, or else that of the first line."""
+    if len(text) - start <= size:
+        return len(text) - start
+    last = text.rfind(b"\n", start, start + size)
+    return (text.index(b"\n", start) if last < 0 else last) + 1 - start

@@ -45,21 +45,26 @@ class _Target:
     Args:
         descriptor: owned by this object from now on.
         console: renders the lines of format "console".
+        worker: the number of this process if it is a worker.
+        is_shared: whether other processes of the daemon write to it.
 
     Raises:
         ThreadError: the thread cannot be started, and the descriptor has been closed.
 
     """
 
-    def __init__(self, descriptor: int, console: Console) -> None:
+    def __init__(self, descriptor: int, console: Console, worker: int | None, *, is_shared: bool) -> None:
         self._descriptor = descriptor
+        self._worker = worker
+        # Another process may show a status line.
+        self._clear = _CLEAR if is_shared and _is_screen(descriptor) else ""
         self._console = console
         self._status = ""
         self._form: Render = console
         self._is_journal = _is_journal(descriptor)
         try:
             # Only the thread closes it: during a blocked write, a client's socket could get its number.
-            self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor))
+            self.writer = LogWriter(descriptor, self._notice, partial(os.close, descriptor), is_shared=is_shared)
         except threads.ThreadError:
             os.close(descriptor)
             raise
@@ -96,10 +101,11 @@ class _Target:
         self.writer.write((self._status or _CLEAR).encode())
 
     def _notice(self, lines: int) -> bytes:
-        return self._framed(self.render(None, "warning", {"event": "log_lines_dropped", "lines": lines}))
+        event = {"event": "log_lines_dropped", "lines": lines, **_origin(self._worker)}
+        return self._framed(self.render(None, "warning", event))
 
     def _framed(self, line: str) -> bytes:
-        text = f"{_CLEAR}{line}\n{self._status}" if self._status else f"{line}\n"
+        text = f"{_CLEAR}{line}\n{self._status}" if self._status else f"{self._clear}{line}\n"
         return text.encode(errors="backslashreplace")
 
 
@@ -133,6 +139,8 @@ class Log:
 
     Args:
         settings: level, format and file.
+        worker: the number of this process if it is a worker, which each line contains.
+        is_shared: whether other processes of the daemon write to the same file.
 
     Raises:
         OSError: the file cannot be opened for appending.
@@ -140,16 +148,21 @@ class Log:
 
     """
 
-    def __init__(self, settings: LogSettings) -> None:
+    def __init__(self, settings: LogSettings, worker: int | None = None, *, is_shared: bool = False) -> None:
         self.logger: FilteringBoundLogger
         self._retired: list[LogWriter] = []
         self._lost_before = 0
         self._reopen_failed = False
         self._console = Console()
-        self._target = _Target(_open(settings.file), self._console)
+        self._worker = worker
+        self._is_shared = is_shared
+        self._target = self._new_target(_open(settings.file))
         self._screen: _Target | None = None
         self._configure(settings)
         self._bridge = _Bridge(self)
+
+    def _new_target(self, descriptor: int) -> _Target:
+        return _Target(descriptor, self._console, self._worker, is_shared=self._is_shared)
 
     def reopen(self) -> None:
         """Open the file again after a rotation. Standard error is not reopened.
@@ -187,7 +200,7 @@ class Log:
             before.redirect(descriptor)
         else:
             # Its thread may wait for a reader for ever, so new lines need another thread. The old one writes its queue.
-            self._target = _Target(descriptor, self._console)
+            self._target = self._new_target(descriptor)
             self._lost_before += before.lost
             before.end()
             self._retired = [*(writer for writer in self._retired if not writer.ended), before]
@@ -202,7 +215,7 @@ class Log:
             _Lines(self),
             processors=[structlog.processors.format_exc_info, self._target.render],
             wrapper_class=structlog.make_filtering_bound_logger(settings.level),
-        ).bind()
+        ).bind(**_origin(self._worker))
 
     def write(self, line: str) -> None:
         """Queue one rendered line."""
@@ -213,6 +226,7 @@ class Log:
 
         It does the same as `logger`, for a quarter of the time. Get another one after `change`.
         """
+        fields = _origin(self._worker) | fields
         if logging.getLevelNamesMapping()[self.settings.level.upper()] > logging.INFO:
             return lambda _: None
 
@@ -232,7 +246,7 @@ class Log:
             self._target.show_status(text)
         elif self._target.writer.is_regular_file and _is_screen(_STDERR):
             with contextlib.suppress(OSError, threads.ThreadError):  # without resources, the drain goes on unseen
-                self._screen = self._screen or _Target(os.dup(_STDERR), self._console)
+                self._screen = self._screen or self._new_target(os.dup(_STDERR))
                 self._screen.show_status(text)
 
     @property
@@ -260,6 +274,19 @@ class Log:
         screen = [] if self._screen is None else [self._screen.writer]
         for writer in (self._target.writer, *screen, *self._retired):  # together, and the receipt goes to the first
             writer.close(max(0.0, deadline - time.monotonic()))
+
+
+def reopen(log: Log) -> None:
+    """Reopen the log file. This is separate from a reload, so that invalid settings cannot prevent it."""
+    try:
+        log.reopen()
+    except OSError as error:
+        reason = explain(log.settings.file, error)
+    except threads.ThreadError as error:
+        reason = str(error)
+    else:
+        return
+    log.logger.error("log_reopen_failed", file=log.settings.file, error=reason)
 
 
 def problem(config: Config, error: OSError) -> Problem:
@@ -332,6 +359,11 @@ class _Bridge(logging.Handler):
         # structlog has names for the standard levels only.
         level = min(record.levelno // 10, 5) * 10
         self._log.logger.log(level, record.getMessage().strip(), logger=record.name, exc_info=record.exc_info)
+
+
+def _origin(worker: int | None) -> dict[str, object]:
+    """Return the field that says which worker wrote a line."""
+    return {} if worker is None else {"worker": worker}
 
 
 def _is_screen(descriptor: int) -> bool:

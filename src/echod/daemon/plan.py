@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ADMIN = "admin"
 """The name of the admin listener."""
 
+ADMIN_CLOSE = 5.0
+"""Seconds that the admin listener may take to close."""
+
 
 class Plan(NamedTuple):
     """The listeners and their settings. The start and each reload derive them in the same way."""
@@ -87,7 +90,7 @@ def _listeners(config: Config, inherited: Collection[str]) -> Mapping[str, Liste
 
 def _fixed_changes(initial: Settings, settings: Settings) -> Iterator[Key]:
     for key in changes(initial, settings):
-        if key[0] in {"loop", "listen", "admin"}:
+        if key[0] in {"loop", "workers", "listen", "admin"}:
             yield key
         elif key[0] == "listeners" and not (key[1] in initial.listeners and key[1] in settings.listeners):
             yield key[:2]

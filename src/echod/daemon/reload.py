@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from echod import threads
 from echod.daemon import logs
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from echod.daemon.logs import Log
     from echod.daemon.plan import Plan
     from echod.daemon.systemd import Notifier
-    from echod.server.server import Server
     from echod.settings.resources import Resources
 
 
@@ -115,7 +114,19 @@ class Reloader:
             self.request()
 
 
-def take_fallible_steps(before: Plan, plan: Plan, servers: Mapping[str, Server], log: Log) -> None:
+class HasBacklog(Protocol):
+    """A server, or the sockets of one listener."""
+
+    def set_backlog(self, backlog: int) -> None:
+        """Set the backlog of the listening sockets, except inherited ones.
+
+        Raises:
+            OSError: the kernel refused.
+
+        """
+
+
+def take_fallible_steps(before: Plan, plan: Plan, servers: Mapping[str, HasBacklog], log: Log) -> None:
     """Take the steps of a reload that can fail: set the backlogs, and change the log. If one fails, undo the others.
 
     Args:
@@ -146,6 +157,6 @@ def take_fallible_steps(before: Plan, plan: Plan, servers: Mapping[str, Server],
         undo.pop_all()
 
 
-def _restore_backlog(server: Server, backlog: int) -> None:
+def _restore_backlog(server: HasBacklog, backlog: int) -> None:
     with contextlib.suppress(OSError):  # the failure that is being undone is reported
         server.set_backlog(backlog)

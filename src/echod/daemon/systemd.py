@@ -80,12 +80,18 @@ class Notifier:
         manager: the service manager to notify.
         numbers: returns the figures for the status, in a few words.
         logger: returns the current logger, for a warning if the manager cannot be reached.
+        is_healthy: while it returns False, the watchdog gets no message.
 
     """
 
     def __init__(
-        self, manager: Manager | None, numbers: Callable[[], str], logger: Callable[[], FilteringBoundLogger]
+        self,
+        manager: Manager | None,
+        numbers: Callable[[], str],
+        logger: Callable[[], FilteringBoundLogger],
+        is_healthy: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._is_healthy = is_healthy
         self._manager = manager
         self._numbers = numbers
         self._logger = logger
@@ -148,7 +154,8 @@ class Notifier:
             fields["EXTEND_TIMEOUT_USEC"] = _EXTENSION_USEC
         interval = _DRAINING_INTERVAL if self._draining else _SERVING_INTERVAL
         if manager.watchdog is not None:
-            fields["WATCHDOG"] = 1
+            if self._is_healthy():
+                fields["WATCHDOG"] = 1
             interval = min(interval, manager.watchdog / 3)
         if self._send(message(fields), manager.address):
             self._owed = {}

@@ -11,13 +11,15 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echod.net import resolver
 from echod.net.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+ReusePort = Literal["never", "before_bind", "after_bind"]
 
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
@@ -129,6 +131,8 @@ def open_listeners(
     backlog: int,
     inherited: Mapping[str, Sequence[socket.socket]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    *,
+    share_ports: bool = False,
 ) -> list[Listener]:
     """Bind and listen on every address.
 
@@ -140,6 +144,7 @@ def open_listeners(
         backlog: of each socket; the kernel caps it at net.core.somaxconn. Inherited sockets keep their own.
         inherited: the inherited sockets by name.
         stopped: called while a name is resolved. True ends the wait.
+        share_ports: whether `open_sibling` may follow.
 
     Raises:
         InterruptedError: `stopped` returned True. All sockets are closed again.
@@ -153,7 +158,7 @@ def open_listeners(
             try:
                 match address:
                     case TcpAddress():
-                        sockets = _open(address, backlog, stopped)
+                        sockets = _open(address, backlog, stopped, "after_bind" if share_ports else "never")
                     case UnixAddress():
                         sockets = [_open_unix(address, backlog, socket_mode)]
                     case _:
@@ -197,14 +202,31 @@ def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.so
         yield ListeningSocket(sock, inherited=True)
 
 
-def _open(address: TcpAddress, backlog: int, stopped: Callable[[], bool]) -> list[ListeningSocket]:
+def open_sibling(listening: ListeningSocket, backlog: int) -> ListeningSocket:
+    """Return another socket with a queue of its own at the same TCP address. The kernel distributes new connections.
+
+    Args:
+        listening: opened with `share_ports`.
+        backlog: of the new socket.
+
+    Raises:
+        OSError: the socket cannot be opened.
+
+    """
+    name = listening.sock.getsockname()
+    return ListeningSocket(_bind(listening.sock.family, name, backlog, "before_bind"))
+
+
+def _open(
+    address: TcpAddress, backlog: int, stopped: Callable[[], bool], reuse_port: ReusePort
+) -> list[ListeningSocket]:
     resolved = resolver.resolve(address.host, address.port, flags=socket.AI_PASSIVE, stopped=stopped)
     # Some resolvers return an address twice. IPv4 goes first, so that the order is the same on every host.
     infos = sorted(dict.fromkeys(resolved), key=lambda info: info[0] == socket.AF_INET6)
     tries = 1 if address.port else _PORT_TRIES
     while True:
         try:
-            return [ListeningSocket(sock) for sock in _open_once(infos, address.port, backlog)]
+            return [ListeningSocket(sock) for sock in _open_once(infos, address.port, backlog, reuse_port)]
         except OSError as error:
             # The port that the kernel chose for the first family may be taken in the second.
             tries -= 1
@@ -212,13 +234,13 @@ def _open(address: TcpAddress, backlog: int, stopped: Callable[[], bool]) -> lis
                 raise
 
 
-def _open_once(infos: resolver.Found, port: int, backlog: int) -> list[socket.socket]:
+def _open_once(infos: resolver.Found, port: int, backlog: int, reuse_port: ReusePort) -> list[socket.socket]:
     """Open one socket for each IP address of the host, all on one port."""
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
         for family, _, _, _, sockaddr in infos:
             try:
-                sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog)
+                sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog, reuse_port)
             except OSError as error:
                 # On a host without IPv6, names such as localhost still have IPv6 addresses.
                 if not sockets or family != socket.AF_INET6 or error.errno not in _NO_IPV6:
@@ -231,7 +253,12 @@ def _open_once(infos: resolver.Found, port: int, backlog: int) -> list[socket.so
         return sockets
 
 
-def _bind(family: int, sockaddr: tuple[str | int, ...] | str, backlog: int) -> socket.socket:
+def _bind(
+    family: int,
+    sockaddr: tuple[str | int, ...] | str,
+    backlog: int,
+    reuse_port: ReusePort = "never",
+) -> socket.socket:
     with contextlib.ExitStack() as opened:
         sock = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
@@ -242,7 +269,12 @@ def _bind(family: int, sockaddr: tuple[str | int, ...] | str, backlog: int) -> s
         if family == socket.AF_INET6:
             # Each family has its own socket, so that a port is either free or taken in both.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if reuse_port == "before_bind":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(sockaddr)
+        if reuse_port == "after_bind":
+            # bind(2) without the option fails if another process has the port, even one with the option.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.listen(backlog)
         opened.pop_all()
         return sock

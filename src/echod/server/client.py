@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from echod.net.addresses import UnixAddress
     from echod.server.quota import Quota
     from echod.server.settings import ServerSettings
+    from echod.server.shared_quota import SharedQuota
     from echod.settings.model import LimitsSettings
 
 
@@ -79,7 +80,7 @@ class Client:
         """The client that the PROXY header names, if any."""
         return self.header.source if self.header is not None else None
 
-    async def run(self, settings: ServerSettings, quota: Quota) -> None:
+    async def run(self, settings: ServerSettings, quota: Quota | SharedQuota) -> None:
         """Serve the client until its connection is closed. If cancelled, reset the client.
 
         Raises:
@@ -130,7 +131,7 @@ class Client:
                 session.abandon()
             await session.ended
 
-    def _acquire(self, quota: Quota) -> bool:
+    def _acquire(self, quota: Quota | SharedQuota) -> bool:
         """Have the client counted, unless it has no IP address; return False if its address has reached the limit."""
         host = self._host()
         if host is not None and not quota.acquire(host):
@@ -144,7 +145,7 @@ class Client:
             return source.host if isinstance(source, TcpAddress) else None
         return addresses.host(self._sockaddr)
 
-    def _identify(self, quota: Quota, header: proxy_protocol.Header) -> bool:
+    def _identify(self, quota: Quota | SharedQuota, header: proxy_protocol.Header) -> bool:
         """Take the PROXY header; return False and close the session if its address has reached the limit."""
         self.header = header
         if self._acquire(quota):
@@ -152,7 +153,7 @@ class Client:
         self.session.reject("client_limit")
         return False
 
-    def _front(self, settings: ServerSettings, quota: Quota) -> EchoSession | TlsLayer | HeaderReader:
+    def _front(self, settings: ServerSettings, quota: Quota | SharedQuota) -> EchoSession | TlsLayer | HeaderReader:
         """Return the protocol that the client's first bytes go to."""
         following = self.session if settings.tls is None else TlsLayer(self.session, settings.tls)
         if settings.listener.proxy_protocol == "require":

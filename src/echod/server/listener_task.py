@@ -35,6 +35,9 @@ _GONE = frozenset(
 _FIRST_PAUSE = 0.005
 _LAST_PAUSE = 1.0
 
+# Seconds that a worker with many clients leaves a waiting connection to the others.
+_HEAD_START = 0.002
+
 
 def watch(sock: socket.socket) -> None:
     """Register an accepted socket with asyncio's selector before it has a transport.
@@ -70,7 +73,9 @@ class ListenerTask:
         admit: takes each accepted connection and its peer's address; must not raise.
         paused: called with the cause of a pause, once per cause until the pause ends.
         resumed: called with the length of a pause in seconds once no connection waits any more.
-        has_room: returns whether another connection may be accepted.
+        has_room: returns whether another connection may be accepted. True reserves the room.
+        give_back: called if the reserved room was not used.
+        is_ahead: returns whether other processes should accept from these sockets first.
         batch: maximum number of connections accepted at once, so that connected clients are served in between.
         interval: seconds between two batches. 0: accept again as soon as a connection waits.
 
@@ -84,6 +89,8 @@ class ListenerTask:
         resumed: Callable[[float], None],
         *,
         has_room: Callable[[], bool] = lambda: True,
+        give_back: Callable[[], None] = lambda: None,
+        is_ahead: Callable[[], bool] = lambda: False,
         batch: int = 64,
         interval: float = 0,
     ) -> None:
@@ -92,6 +99,9 @@ class ListenerTask:
         self._report_pause = paused
         self._report_end = resumed
         self._has_room = has_room
+        self._give_back = give_back
+        self._is_ahead = is_ahead
+        self._has_yielded = False
         self._batch = batch
         self._interval = interval
         self._resumed = asyncio.Event()
@@ -223,19 +233,23 @@ class ListenerTask:
         gone: OSError | None = None
         admitted = False
         for accepted in range(self._batch):
+            if self._is_ahead() and not self._has_yielded:
+                # Once per connection: the others may be busy.
+                self._has_yielded = True
+                self._stop_for(_HEAD_START)
+                return
+            self._has_yielded = False
             if not self._has_room():
-                # Pause only if this wake-up accepted nothing; otherwise the backlog may already be empty.
-                if accepted:
-                    self._end_pause()
-                else:
-                    self.pause("max_connections", None)
+                self._pause_for_room(accepted)
                 return
             try:
                 connection, sockaddr = self._take(listening)
             except BlockingIOError:
+                self._give_back()
                 self._end_pause()
                 return
             except OSError as error:
+                self._give_back()
                 if self._is_gone(error):
                     gone = error
                     continue
@@ -252,6 +266,13 @@ class ListenerTask:
             self._pause_after(gone)
         elif self._interval:
             self._stop_for(self._interval)
+
+    def _pause_for_room(self, accepted: int) -> None:
+        """Pause only if this wake-up accepted nothing; otherwise the backlog may already be empty."""
+        if accepted:
+            self._end_pause()
+        else:
+            self.pause("max_connections", None)
 
     def _take(self, listening: ListeningSocket) -> tuple[socket.socket, Any]:
         """Return an accepted connection that the loop watches. Keep one that it cannot watch yet for the next call.

@@ -22,7 +22,7 @@ class Quota:
 
     def acquire(self, host: str) -> bool:
         """Count a client; return False if its IP address has reached the limit."""
-        key = _network(host)
+        key = network(host)
         count = self._clients.get(key, 0)
         if self._limit and count >= self._limit:
             return False
@@ -31,7 +31,7 @@ class Quota:
 
     def release(self, host: str) -> None:
         """Stop counting a client that `acquire` has counted."""
-        key = _network(host)
+        key = network(host)
         count = self._clients[key] - 1
         if count:
             self._clients[key] = count
@@ -39,7 +39,8 @@ class Quota:
             del self._clients[key]
 
 
-def _network(host: str) -> object:
+def network(host: str) -> object:
+    """Return the network that an IP address counts for."""
     if ":" not in host:
         return host
     address = ipaddress.IPv6Address(host)

@@ -58,6 +58,12 @@ class Receipt:
         )
 
     @classmethod
+    def of_failed(cls, clients: int) -> Self:
+        """Return the receipt of clients that were lost with their process."""
+        nothing = dict.fromkeys(cls.__slots__, 0)
+        return cls(**nothing | {"clients": clients, "failed": clients})
+
+    @classmethod
     def total(cls, receipts: Iterable[Receipt]) -> Self:
         """Add up the receipts of servers that drained at the same time."""
         rows = [asdict(receipt) for receipt in receipts]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from echod.net.listeners import ListeningSocket
     from echod.server.ledger import Counters, Ledger
     from echod.server.settings import ServerSettings
+    from echod.server.shared_limit import SharedLimit
+    from echod.server.shared_quota import SharedQuota
 
 
 class Server:
@@ -38,15 +40,38 @@ class Server:
         sockets: usually one, or one per address family. The server owns them from now on.
         settings: the sections that apply to this server.
         ledger: records the closed connections.
+        shared_limit: replaces `max_connections` if the listener has servers in several processes.
+        shared_quota: counts the clients of each address in all of these processes.
 
     """
 
-    def __init__(self, sockets: Sequence[ListeningSocket], settings: ServerSettings, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        sockets: Sequence[ListeningSocket],
+        settings: ServerSettings,
+        ledger: Ledger,
+        shared_limit: SharedLimit | None = None,
+        shared_quota: SharedQuota | None = None,
+    ) -> None:
         self.settings = settings
         self.ledger = ledger
         self._clients: dict[asyncio.Task[None], Client] = {}
-        self._quota = Quota(settings.limits.max_connections_per_client)
-        self._listener = ListenerTask(sockets, self._admit, self._log_pause, self._log_resumed, has_room=self._has_room)
+        self._quota = shared_quota or Quota(settings.limits.max_connections_per_client)
+        self._shared_limit = shared_limit
+        if shared_limit is None:
+            self._listener = ListenerTask(
+                sockets, self._admit, self._log_pause, self._log_resumed, has_room=self._has_room
+            )
+        else:
+            self._listener = ListenerTask(
+                sockets,
+                self._admit,
+                self._log_pause,
+                self._log_resumed,
+                has_room=lambda: shared_limit.acquire(self._listener.resume),
+                give_back=shared_limit.release,
+                is_ahead=shared_limit.is_ahead,
+            )
         self._sweep = Sweep(self._clients.values(), settings.limits)
         self._drain = Drain(self._clients.values(), self._listener.accept_rest)
         self._tasks: list[asyncio.Task[None]] = []
@@ -236,6 +261,8 @@ class Server:
             if self._clients:
                 await asyncio.wait(self._clients, timeout=LAST_STEPS)
             await _cancel(*self._clients, sweep)
+            if self._shared_limit is not None:
+                self._shared_limit.close()
         return Receipt.between(before, self.ledger.counters, present, self._loop.time() - began)
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
@@ -270,9 +297,13 @@ class Server:
             unwatch(sock)
             sock.close()
             self.ledger.turn_away(sockaddr, error)
+            if self._shared_limit is not None:
+                self._shared_limit.release()
             return
         self.ledger.accept()
         self._clients[task] = client
+        if self._shared_limit is not None:
+            self._shared_limit.count(len(self._clients))
         task.add_done_callback(self._on_client_end, context=self._context)
 
     def _new_session(self, client: Client, sock: socket.socket) -> EchoSession:
@@ -287,6 +318,9 @@ class Server:
         This is the done callback of every client task, so each exception is handled exactly once.
         """
         client = self._clients.pop(task)
+        if self._shared_limit is not None:
+            self._shared_limit.count(len(self._clients))
+            self._shared_limit.release()
         try:
             if not task.cancelled():  # by the end of the loop, before the client was joined to its session
                 self.ledger.close(client, self._loop.time(), task.exception())

@@ -33,6 +33,7 @@ from echod.settings.types import (
     Size,
     Text,
     Trigger,
+    Workers,
     is_utf8,
     split,
 )
@@ -294,6 +295,11 @@ class Settings(_Section):
 
     loop: Annotated[Literal["auto", "uvloop", "asyncio"], AnyCase] = Field(
         "auto", description="Event loop. auto: uvloop if it is installed, otherwise asyncio."
+    )
+    workers: Workers = Field(
+        1,
+        description="Number of processes that serve clients. auto: one for each CPU that the process may use. From 2 on, "
+        "another process supervises them, and the listeners' limits apply to all of them together.",
     )
     listen: Addresses = Field(
         ("127.0.0.1:8000",),

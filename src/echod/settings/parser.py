@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from echod.settings.types import Key
 
 _LISTEN = ("listen",)
+_WORKERS = ("workers",)
 
 _USAGE = """\
 echod [serve | check | config] [ADDRESS ...] [OPTION ...]
@@ -184,6 +185,8 @@ def _metavar(key: Key, annotation: Any) -> str:
         return f"{{{','.join(get_args(annotation))}}}"
     if key == _LISTEN:
         return "ADDRESS"
+    if key == _WORKERS:
+        return "N"
     return {float: "TIME", int: "N", ByteSize: "SIZE"}.get(annotation) or key[-1].upper()
 
 

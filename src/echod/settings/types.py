@@ -4,7 +4,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -60,6 +60,12 @@ class Bounds(NamedTuple):
         raise _error(message)
 
 
+_WORKERS = Bounds(1, 1024)
+
+# Digits of a number of workers that are read: more than its upper bound has.
+_LONGEST_COUNT = 10
+
+
 def _error(message: str) -> PydanticCustomError:
     """Return an error. `echod.settings.problems` adds the value to its message."""
     kind = "unsuitable"
@@ -113,6 +119,17 @@ def _seconds(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     message = 'should be seconds, or a duration such as "250ms", "10s", "5m" or "1h"'
+    raise _error(message)
+
+
+def _workers(value: object) -> object:
+    if isinstance(value, str) and value.lower() == "auto":
+        return "auto"
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value[:_LONGEST_COUNT])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _WORKERS(value)
+    message = 'should be "auto" or a number'
     raise _error(message)
 
 
@@ -185,6 +202,7 @@ PositiveSeconds = Annotated[float, BeforeValidator(Bounds(0, LONGEST, _hours, _s
 Size = Annotated[ByteSize, BeforeValidator(Bounds(1, 2**30, size_text, _size))]
 Count = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(1, _HIGHEST_COUNT))]
 Number = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(0, _HIGHEST_COUNT))]
+Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
 Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(0, 1, above=True))]
 Trigger = Annotated[str, Field(min_length=1)]
 Address = Annotated[str, BeforeValidator(_port), AfterValidator(_address)]
