@@ -78,7 +78,8 @@ class Channel:
 
     def send(self, message: object) -> None:
         """Queue a message. It is lost if the other end has closed the channel."""
-        self._writer.write(encode(message))
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
 
     async def receive(self) -> object | None:
         """Return the next message, or None if the other process has ended."""

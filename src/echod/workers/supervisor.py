@@ -218,7 +218,7 @@ class Supervisor:
         for listener in self._listeners:
             listener.close()
         for process in self._processes.values():
-            process.send(self._drain_order())
+            process.send(messages.Abort() if self._is_aborting else messages.Drain())
         await asyncio.wait(self._keepers.values())
         self._watcher.cancel()
         asyncio.get_running_loop().remove_reader(self._spawner.sock)
@@ -238,9 +238,6 @@ class Supervisor:
                 ):
                     self._changed.clear()
                     await self._changed.wait()
-
-    def _drain_order(self) -> object:
-        return messages.Abort() if self._is_aborting else messages.Drain()
 
     # Workers
 
@@ -273,15 +270,18 @@ class Supervisor:
         with theirs, contextlib.suppress(OSError):  # the spawner has ended, and so its reports
             self._spawner.fork(number, theirs)
         report = await self._reports[number].get()
-        if report is None or report.kind == "refused" or self._is_draining:
+        if report is None:
             ours.close()
-            if report is None:
-                return None
-            if report.kind == "refused":
-                return {"error": errno.errorcode.get(report.value, str(report.value))}
+            return None
+        if report.kind == "refused":
+            ours.close()
+            return {"error": errno.errorcode.get(report.value, str(report.value))}
+        opened = await Channel.open(ours)
+        if self._is_draining:  # its sockets are closed already
+            await opened.close()
             await self._reports[number].get()
             return None
-        process = await self._begin(number, report.value, ours)
+        process = self._begin(number, report.value, ours, opened)
         listening = asyncio.create_task(process.listen())
         if await process.ready is not None:
             self._log.logger.info("worker_ready", worker=number, pid=report.value)
@@ -290,7 +290,7 @@ class Supervisor:
         report = await self._reports[number].get()
         return self._note_end(number, process, None if report is None else report.value)
 
-    async def _begin(self, number: int, pid: int, sock: socket.socket) -> WorkerProcess:
+    def _begin(self, number: int, pid: int, sock: socket.socket, opened: Channel) -> WorkerProcess:
         """Give a new process its sockets and settings."""
         sockets = [descriptor for listener in self._listeners for descriptor in listener.descriptors(number)]
         with contextlib.suppress(OSError):  # it has ended already
@@ -300,12 +300,10 @@ class Supervisor:
             each.part(number, None if each.name in self._plan.listeners else self._loaded[each.name])
             for each in self._listeners
         )
-        process = WorkerProcess(pid, await Channel.open(sock))
+        process = WorkerProcess(pid, opened)
         process.send(messages.Start(number, self._workers, Loaded.of(self._plan), self._inherited, parts))
         if self._stopping.is_set():
             process.send(messages.BeginStop())
-        if self._is_draining:
-            process.send(self._drain_order())
         self._processes[number] = process
         self._heartbeats.watch(number)
         self._changed.set()
@@ -343,10 +341,7 @@ class Supervisor:
         return {"pid": process.pid, **describe(status)}
 
     def _take_report(self) -> None:
-        try:
-            report = self._spawner.report()
-        except BlockingIOError:  # the loop may run the callback without a report
-            return
+        report = self._spawner.report()
         if report is not None:
             self._reports[report.number].put_nowait(report)
             return

@@ -173,10 +173,12 @@ class Worker:
             # Such as a log file that cannot be opened any more. The parent starts a worker with the new settings.
             self._log.logger.exception("crashed")
             self._exit_code = 1
-        if not self._stop.is_set():
+        else:
+            if self._stop.is_set():
+                return
             self._log.logger.error("parent_lost")
             self._exit_code = 1
-            self._stop.set()
+        self._stop.set()
 
     def _act(self, message: object) -> None:
         match message:
@@ -193,7 +195,7 @@ class Worker:
                 self._counting = asyncio.create_task(self._count())
             case messages.Drain():
                 self._stop.set()
-            case messages.Abort():
+            case _:  # messages.Abort
                 for server in self._servers.values():
                     server.abort()
                 self._stop.set()
