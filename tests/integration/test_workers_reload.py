@@ -65,10 +65,11 @@ def test_all_or_none(start: Start, tmp_path: Path) -> None:
 def test_removed_listener(start: Start, tmp_path: Path, certificates: Certificates) -> None:
     """A listener that a reload removes is served until a restart, also by a worker that is started later."""
     file = tmp_path / "echo.toml"
-    options = certificates.options()
-    tls = f'tls = {{ certificate = "{options[3]}", private_key = "{options[5]}" }}\n'
+    certificate, key = certificates.issue("soon", "localhost", "127.0.0.1", days=5)
+    tls = f'tls = {{ certificate = "{certificate}", private_key = "{key}" }}\n'
     file.write_text(f'listen = ["127.0.0.1:0"]\n[listeners.old]\naddress = "127.0.0.1:0"\n{tls}')
     daemon = start("--workers", str(WORKERS), "--config", str(file), *UNHURRIED, listen=None)
+    daemon.wait_for("certificate_ends_soon", listener="old")
     address = daemon.wait_for("listening", listener="old")["address"].rpartition(":")
     file.write_text('listen = ["127.0.0.1:0"]\n')
     reload(daemon, "reloaded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import select
@@ -12,15 +13,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.net.addresses import TcpAddress
-from echod.net.listeners import ListenError, ListenerSpec, open_listeners
+from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
 from echod.settings.problems import SettingsError
 from echod.settings.resources import acquire
-from echod.workers import channel, cpus, sockets, spawner
+from echod.workers import channel, cpus, messages, sockets, spawner, worker
+from echod.workers.channel import Channel
 from echod.workers.heartbeats import SILENT, Heartbeats
+from echod.workers.process import WorkerProcess
 from echod.workers.restarts import Restarts
 from echod.workers.slots import Slots
 from echod.workers.sockets import ListenerSockets
+from harness import PATIENCE
 from loading import loaded
+from serving import run_in_loop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -214,3 +219,72 @@ def test_many_descriptors() -> None:
             channel.receive_descriptors(other)
         with pytest.raises(EOFError):
             channel.receive_first(other)
+
+
+def test_inherited_backlog() -> None:
+    """The backlog of an inherited socket is its owner's."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        listening = ListeningSocket(sock, inherited=True)
+        shared = ListenerSockets("a", [[listening]] * 2)
+        shared.set_backlog(7)
+        assert shared.part(1, None).is_inherited
+
+
+def test_answers(loop_name: str) -> None:
+    """Figures that come late count for the next request. A message without a question is ignored, and so is one after the end."""
+
+    async def scene() -> None:
+        one, other = socket.socketpair()
+        process, worker = WorkerProcess(1, await Channel.open(one)), await Channel.open(other)
+        listening = asyncio.create_task(process.listen())
+        assert not await process.count(0.001)
+        assert isinstance(await worker.receive(), messages.TakeFigures)
+        worker.send(messages.StopBegun(1))
+        worker.send(messages.Figures((), (), 5))
+        assert await process.count(PATIENCE)
+        assert process.figures == messages.Figures((), (), 5)
+        given_up = process.ask(messages.BeginStop(), messages.StopBegun)
+        given_up.cancel()
+        assert isinstance(await worker.receive(), messages.BeginStop)
+        worker.send(messages.StopBegun(1))
+        lost = process.answer(messages.Prepared)
+        lost.cancel()
+        await worker.close()
+        await listening
+        assert process.ready.result() is None
+        process.send(messages.Drain())
+
+    run_in_loop(loop_name, scene)
+
+
+def test_spawner_that_has_ended() -> None:
+    """A spawner that has ended with an order unread is reported as such."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        parent = spawner.Spawner(1, ours)
+        parent.kill(0)
+        theirs.close()
+        assert parent.report() is None
+        parent.kill(0)
+
+
+def test_worker_without_a_parent() -> None:
+    """A worker ends if its parent has ended before the first message."""
+    one, other = socket.socketpair()
+    with other:
+        one.close()
+        assert worker.run(other) == 0
+
+
+def test_worker_that_cannot_start(tmp_path: Path) -> None:
+    """A worker that cannot load its settings logs that, and ends with 1."""
+    file = tmp_path / "log"
+    tls = ("--listeners.a.address", ":0", "--listeners.a.tls.certificate", "a", "--listeners.a.tls.private-key", "b")
+    config = loaded("--log.file", str(file), "--log.format", "json", *tls)
+    start = messages.Start(0, 2, messages.Loaded(config, {}), (), ())
+    one, other = socket.socketpair()
+    with one, other, (tmp_path / "slots").open("wb") as slots:
+        channel.send_descriptors(one, [slots.fileno()])
+        one.sendall(messages.encode(start))
+        assert worker.run(other) == 1
+    assert '"crashed"' in file.read_text()

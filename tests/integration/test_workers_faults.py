@@ -1,0 +1,194 @@
+"""Test what happens if a part of a daemon with several workers fails. Each daemon runs with a defect."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness import PATIENCE, UNHURRIED, receive
+from watching import status
+from workers import pids
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness import Daemon, Start
+
+pytestmark = pytest.mark.once
+
+
+def start_with(start: Start, defect: str, *arguments: str, **options: Any) -> Daemon:
+    """Start a daemon with two workers after running some code."""
+    code = f"{defect}\nfrom echod.cli import main\nimport sys\nsys.exit(main())"
+    return start("--workers", "2", *UNHURRIED, *arguments, module=("-c", code), **options)
+
+
+def test_refused_process(start: Start) -> None:
+    """A worker that the system refuses is started again."""
+    defect = """
+import errno, os
+calls, fork = [], os.fork
+def refuse():
+    calls.append(1)
+    if len(calls) == 2:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    return fork()
+os.fork = refuse
+"""
+    daemon = start_with(start, defect)
+    assert daemon.wait_for("worker_failed")["error"] == "EAGAIN"
+    daemon.echo(b"served")
+    assert daemon.stop() == 0
+
+
+def test_abort_during_the_start(start: Start) -> None:
+    """A worker that is forked after an abort gets no sockets, and ends."""
+    defect = """
+import os, time
+calls, fork = [], os.fork
+def delay():
+    calls.append(1)
+    if len(calls) > 1:
+        time.sleep(1)
+    return fork()
+os.fork = delay
+"""
+    daemon = start("--workers", "2", module=("-c", f"{defect}\nfrom echod.cli import main\nmain()"), read_log=False)
+    assert b'"started"' in daemon.log_pipe.readline()
+    daemon.send_signal(signal.SIGQUIT)
+    assert b'"draining"' in daemon.log_pipe.readline()
+    assert b'"clients":0' in daemon.log_pipe.readline().replace(b" ", b"")
+    daemon.process.wait(PATIENCE)
+
+
+def test_stop_before_a_restart(start: Start) -> None:
+    """A stop starts a worker that waits for its restart, because connections may wait in its queue."""
+    daemon = start_with(start, "from echod.workers import restarts\nrestarts._FIRST_DELAY = 600")
+    os.kill(pids(daemon)[0], signal.SIGKILL)
+    daemon.wait_for("worker_failed")
+    clients = [daemon.connect() for _ in range(30)]
+    for client in clients:
+        client.sendall(b"x")
+    daemon.send_signal()
+    for client in clients:
+        assert receive(client, 1) == b"x"
+        client.close()
+    assert daemon.wait() == 0
+    assert daemon.wait_for("stopped")["connections"] == 30
+
+
+def test_worker_that_cannot_reload(start: Start, tmp_path: Path) -> None:
+    """A worker that cannot put new settings in force is replaced by one that starts with them."""
+    file = tmp_path / "echo.toml"
+    table = '[listeners.a]\naddress = "127.0.0.1:0"\nmode = "{}"\n'
+    file.write_text(table.format("stream"))
+    defect = "from echod.workers.worker import Worker\ndef fail(self): raise OSError\nWorker._commit = fail"
+    code = f"{defect}\nfrom echod.cli import main\nmain()"
+    daemon = start("--workers", "2", "--config", str(file), module=("-c", code), listen=None)
+    file.write_text(table.format("info"))
+    daemon.send_signal(signal.SIGHUP)
+    for number in range(2):
+        assert daemon.wait_for("crashed", worker=number)["level"] == "error"
+        assert daemon.wait_for("worker_failed", worker=number)["code"] == 1
+        daemon.wait_for("worker_ready", worker=number, count=2)
+    with daemon.connect() as client:
+        assert receive(client, 1) == b"{"
+    assert daemon.stop() == 0
+
+
+def test_failed_server_and_drain(start: Start, tmp_path: Path) -> None:
+    """A worker with a failed task ends after a drain and is replaced. A drain that fails is reported."""
+    defect = f"""
+import asyncio, os
+from echod.server.drain import Drain
+from echod.server.timeouts import Sweep
+from echod.workers.worker import Worker
+run, beat = Sweep.run, Worker._beat
+async def fail_once(self):
+    try:
+        os.mkdir({str(tmp_path / "once")!r})
+    except FileExistsError:
+        await run(self)
+    raise RuntimeError("sweep")
+async def fail(self, shutdown):
+    raise RuntimeError("drain")
+def complain(self, loop):
+    loop.call_exception_handler({{"message": "strange"}})
+    beat(self, loop)
+Sweep.run, Drain.run, Worker._beat = fail_once, fail, complain
+"""
+    daemon = start_with(start, defect)
+    crashed = daemon.wait_for("crashed")
+    assert "RuntimeError: sweep" in crashed["exception"]
+    assert daemon.wait_for("worker_failed")["code"] == 1
+    daemon.wait_for("worker_ready", count=3)
+    assert daemon.wait_for("loop_error")["message"] == "strange"
+    assert daemon.stop() == 1
+    assert "RuntimeError: drain" in daemon.wait_for("stop_failed", worker=0)["exception"]
+
+
+def test_failed_admin_listener(start: Start) -> None:
+    """A defect of the admin listener ends the daemon after a drain, also if it cannot be closed."""
+    defect = """
+from echod.admin.history import History
+from echod.admin.http import Admin
+async def fail(self):
+    raise RuntimeError("broken")
+History.run = Admin.close = fail
+"""
+    daemon = start_with(start, defect, "--admin.address", "127.0.0.1:0", read_log=False)
+    events = [json.loads(line) for line in daemon.log_pipe]
+    assert daemon.process.wait(PATIENCE) == 1
+    failed = [event["event"] for event in events if event["level"] == "error" and event["listener"] == "admin"]
+    assert failed == ["crashed", "stop_failed"]
+    assert events[-1]["event"] == "stopped"
+
+
+def test_status_before_the_first_figures(start: Start) -> None:
+    """Without an answer of any worker, the counts are 0."""
+    defect = """
+from echod.workers import supervisor
+from echod.workers.worker import Worker
+async def ignore(self): pass
+Worker._count = ignore
+supervisor._FIGURES = 0.01
+"""
+    daemon = start_with(start, defect, "--admin.address", "127.0.0.1:0", "--limits.max-connections", "100000000")
+    assert daemon.wait_for("descriptor_limit")["max_connections"] == 100_000_000
+    daemon.echo(b"served")
+    (listener,) = status(daemon)["listeners"]
+    assert (listener["accepted"], listener["received"]) == (0, 0)
+    assert [worker["answers"] for worker in status(daemon)["workers"]] == [False, False]
+    assert daemon.stop() == 0
+
+
+def test_spawner_and_a_broken_worker() -> None:
+    """A worker with a defect ends with 1 and its traceback. A spawner that does not end is killed."""
+    code = """
+import select, signal, socket
+from echod.workers import spawner
+def fail(_): raise RuntimeError("broken")
+def answer(parent):
+    poll = select.poll(); poll.register(parent.sock, select.POLLIN); poll.poll()
+    return parent.report()
+with spawner.Spawner.start(fail) as parent:
+    one, other = socket.socketpair()
+    parent.fork(3, other)
+    print(answer(parent).kind, answer(parent).value)
+spawner._PATIENCE = 0.01
+def hang(*_): signal.pause()
+spawner._obey = hang
+with spawner.Spawner.start(fail) as parent:
+    pass
+print("killed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "forked 256\nkilled\n"
+    assert "RuntimeError: broken" in done.stderr
+    assert done.returncode == 0
