@@ -224,3 +224,40 @@ def test_no_descriptors_at_the_end(loop_name: str) -> None:
         await owner.close()
 
     run_in_loop(loop_name, scene)
+
+
+def test_yielding(loop_name: str) -> None:
+    """A process with many clients leaves each connection to others once, then accepts it."""
+    asked = [0]
+
+    def is_ahead() -> bool:
+        asked[0] += 1
+        return True
+
+    async def scene() -> None:
+        listening = Flaky()
+        owner = Owner(listening, is_ahead=is_ahead)
+        clients = [listening.connect() for _ in range(3)]
+        await until(lambda: len(owner.admitted) == 3)
+        assert asked[0] >= 6
+        for client in clients:
+            client.close()
+        await owner.close()
+
+    run_in_loop(loop_name, scene)
+
+
+def test_room_is_given_back(loop_name: str) -> None:
+    """Room that was reserved is given back if there is no connection, or if accept(2) fails."""
+    given = list[int]()
+
+    async def scene() -> None:
+        listening = Flaky()
+        listening.errors = [errno.EMFILE]
+        owner = Owner(listening, give_back=lambda: given.append(1))
+        with listening.connect():
+            await until(lambda: owner.admitted)
+            await until(lambda: len(given) == 2)
+        await owner.close()
+
+    run_in_loop(loop_name, scene)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from echod.daemon.log_writer import LogWriter
 from echod.net.addresses import TcpAddress
 from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
 from echod.settings.problems import SettingsError
@@ -288,3 +289,27 @@ def test_worker_that_cannot_start(tmp_path: Path) -> None:
         one.sendall(messages.encode(start))
         assert worker.run(other) == 1
     assert '"crashed"' in file.read_text()
+
+
+# The log
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_sizes_of_writes(is_shared: bool) -> None:
+    """A write that other processes could cut ends with a line, and is longer than PIPE_BUF only for a single line."""
+    reader, pipe = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps the borders of writes
+    lines = [b"x" * 299 + b"\n"] * 100 + [b"y" * 5000 + b"\n"] + [b"z\n"]
+    with reader, pipe:
+        writer = LogWriter(pipe.fileno(), lambda _: b"", is_shared=is_shared)
+        for line in lines:
+            writer.write(line)
+        writer.close(PATIENCE)
+        pipe.shutdown(socket.SHUT_WR)
+        writes = list(iter(lambda: reader.recv(100_000), b""))
+    assert b"".join(writes) == b"".join(lines)
+    if is_shared:
+        assert all(len(write) <= select.PIPE_BUF or write == lines[100] for write in writes)
+        assert all(write.endswith(b"\n") for write in writes)
+        assert len(writes) < 20
+    else:
+        assert max(map(len, writes)) > 5001
