@@ -21,7 +21,7 @@ from echod.daemon.plan import ADMIN, ADMIN_CLOSE, Plan
 from echod.daemon.reload import LOOKS, Reloader, take_fallible_steps
 from echod.daemon.startup import socket_addresses, start_up
 from echod.daemon.systemd import Notifier
-from echod.loops import loop_factory
+from echod.loops import run
 from echod.settings.model import changes
 from echod.settings.problems import SettingsError
 from echod.text import count
@@ -87,8 +87,7 @@ def serve(
         )
         for listener in startup.listeners
     ]
-    with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-        return runner.run(Parent(startup, sockets, log, load, spawner, workers, admin).run(signals))
+    return run(settings.loop, lambda: Parent(startup, sockets, log, load, spawner, workers, admin).run(signals))
 
 
 class Parent:

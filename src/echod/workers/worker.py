@@ -14,7 +14,7 @@ from echod.admin.snapshot import Snapshot
 from echod.connection.tls import TlsBuffers
 from echod.daemon import logs, loop_errors
 from echod.daemon.plan import Plan
-from echod.loops import loop_factory
+from echod.loops import run as run_in_loop
 from echod.net import kernel
 from echod.net.listeners import ListeningSocket
 from echod.server.ledger import Ledger
@@ -57,8 +57,7 @@ def run(sock: socket.socket) -> int:
     try:
         log.capture()
         worker = Worker(start, descriptors, log)
-        with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-            return runner.run(worker.run(sock))
+        return run_in_loop(settings.loop, lambda: worker.run(sock))
     except Exception:
         log.logger.exception("crashed")
         return 1
