@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import PATIENCE, UNHURRIED, receive
+from harness import PATIENCE, UNHURRIED, receive, until
 from watching import status
-from workers import pids
+from workers import is_alive, pids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,3 +192,101 @@ print("killed")
     assert done.stdout == "forked 256\nkilled\n"
     assert "RuntimeError: broken" in done.stderr
     assert done.returncode == 0
+
+
+def test_workers_that_end_early(start: Start, tmp_path: Path) -> None:
+    """A worker that ends before it accepts, or before it has checked settings, is replaced by one with the new settings."""
+    file = tmp_path / "echo.toml"
+    table = '[listeners.a]\naddress = "127.0.0.1:0"\nmode = "{}"\n'
+    file.write_text(table.format("stream"))
+    defect = f"""
+import os, time
+from echod.workers.worker import Worker
+prepare, run = Worker._prepare, Worker.run
+def is_first(what):
+    try:
+        os.mkdir(f"{tmp_path}/{{what}}")
+    except FileExistsError:
+        return False
+    return True
+def prepare_once(self, loaded):
+    if self._number:
+        time.sleep(2)  # the other worker is replaced meanwhile
+    elif is_first("prepare"):
+        os._exit(3)
+    return prepare(self, loaded)
+async def run_once(self, sock):
+    if is_first("run"):
+        os._exit(4)
+    return await run(self, sock)
+Worker._prepare, Worker.run = prepare_once, run_once
+"""
+    code = f"{defect}\nfrom echod.cli import main\nmain()"
+    daemon = start("--workers", "2", "--config", str(file), module=("-c", code), listen=None)
+    assert daemon.wait_for("worker_failed")["code"] == 4
+    file.write_text(table.format("info"))
+    daemon.send_signal(signal.SIGHUP)
+    assert daemon.wait_for("worker_failed", code=3)["worker"] == 0
+    daemon.wait_for("reloaded")
+    daemon.wait_for("worker_ready", count=3)
+    daemon.send_signal(signal.SIGHUP)
+    daemon.wait_for("reloaded", count=2)
+    for _ in range(10):
+        with daemon.connect() as client:
+            assert receive(client, 1) == b"{"
+    assert daemon.stop() == 0
+
+
+def test_worker_that_refuses_settings(start: Start) -> None:
+    """If a worker cannot use other settings, the reload fails as a whole."""
+    defect = """
+from echod.settings.problems import Problem, SettingsError
+from echod.workers import worker
+acquire, calls = worker.acquire, []
+def refuse(*args, **options):
+    calls.append(1)
+    if len(calls) > 1:
+        raise SettingsError([Problem("echo.toml:1", "loop", "refused")])
+    return acquire(*args, **options)
+worker.acquire = refuse
+"""
+    daemon = start_with(start, defect)
+    daemon.send_signal(signal.SIGHUP)
+    assert daemon.wait_for("reload_failed")["problems"] == ["echo.toml:1: loop: refused"]
+    daemon.echo(b"served")
+    assert daemon.stop() == 0
+
+
+def test_spawner_lost_during_the_start(start: Start) -> None:
+    """A spawner that ends at its first order ends the daemon."""
+    defect = """
+import os
+calls, fork = [], os.fork
+def end():
+    calls.append(1)
+    return fork() if len(calls) == 1 else os._exit(1)
+os.fork = end
+"""
+    daemon = start_with(start, defect, read_log=False)
+    events = [json.loads(line)["event"] for line in daemon.log_pipe]
+    assert daemon.process.wait(PATIENCE) == 1
+    assert events == ["started", "spawner_lost", "draining", "drained", "stopped"]
+
+
+def test_parent_lost_in_a_drain(start: Start) -> None:
+    """Workers whose parent is killed in a drain finish the drain."""
+    daemon = start_with(start, "")
+    processes = list(pids(daemon).values())
+    with daemon.connect() as client:
+        client.sendall(b"before")
+        assert receive(client, 6) == b"before"
+        daemon.send_signal()
+        daemon.wait_for("draining")
+        until(lambda: not daemon.listens())
+        daemon.send_signal(signal.SIGKILL)
+        client.sendall(b"after")
+        assert receive(client, 5) == b"after"
+    until(lambda: not any(map(is_alive, processes)))
+    daemon.wait()
+    assert daemon.wait_for("client_closed")["received"] == 11
+    assert daemon.all("parent_lost") == []

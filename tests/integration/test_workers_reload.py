@@ -77,6 +77,7 @@ def test_removed_listener(start: Start, tmp_path: Path, certificates: Certificat
     for number in range(WORKERS):
         os.kill(pids(daemon)[number], signal.SIGKILL)
         daemon.wait_for("worker_ready", worker=number, count=2)
+    reload(daemon, "reloaded")
     for _ in range(10):
         sock = socket.create_connection((address[0], int(address[2])), PATIENCE)
         with certificates.over(sock) as client:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import echod
 from echod.connection.tls import TlsBuffers
@@ -144,7 +144,7 @@ class Parent:
         )
         self._notifier = Notifier(self._startup.manager, self._numbers, lambda: self._logger, self._supervisor.answers)
         self._reloader = Reloader(self._load_and_prepare, self._apply, self._stop.is_set, self._notifier, self._log)
-        loop.set_exception_handler(self._on_loop_exception)
+        loop.set_exception_handler(lambda _, context: loop_errors.report(context, self._logger))
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
         self._logger.info(
@@ -260,9 +260,6 @@ class Parent:
         self._logger.error(event)
         self._exit_code = self._exit_code or 1
         self._stop.set()
-
-    def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        loop_errors.report(context, self._logger)
 
     # Reloading
 

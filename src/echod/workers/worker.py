@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from echod.admin.histograms import Histograms
 from echod.admin.notable import Notable
@@ -109,7 +109,7 @@ class Worker:
     async def run(self, sock: socket.socket) -> int:
         """Serve until the stop, and return the exit code."""
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._on_loop_exception)
+        loop.set_exception_handler(lambda _, context: loop_errors.report(context, self._log.logger))
         self._channel = await Channel.open(sock)
         log = self._plan.settings.log
         for index, part in enumerate(self._start.listeners):
@@ -221,9 +221,6 @@ class Worker:
         self._log.logger.error("crashed", listener=name, exc_info=error)
         self._exit_code = 1
         self._stop.set()
-
-    def _on_loop_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        loop_errors.report(context, self._log.logger)
 
     # Settings
 
