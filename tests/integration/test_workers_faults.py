@@ -290,3 +290,28 @@ def test_parent_lost_in_a_drain(start: Start) -> None:
     daemon.wait()
     assert daemon.wait_for("client_closed")["received"] == 11
     assert daemon.all("parent_lost") == []
+
+
+def test_connection_that_cannot_become_a_client(start: Start) -> None:
+    """A connection that fails at once takes no room away from others."""
+    defect = """
+from echod.server.server import Server
+new, calls = Server._new_session, []
+def fail_once(self, client, sock):
+    calls.append(1)
+    if len(calls) == 1:
+        raise RuntimeError("broken")
+    return new(self, client, sock)
+Server._new_session = fail_once
+"""
+    daemon = start_with(start, defect, "--limits.max-connections", "1")
+    echoed = 0
+    while not echoed:
+        with daemon.connect() as client:
+            client.sendall(b"x")
+            try:
+                echoed = len(receive(client, 1))
+            except ConnectionResetError:
+                continue
+    daemon.wait_for("accept_failed")
+    assert daemon.stop() == 0
