@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-
 from typing import TYPE_CHECKING
 
 from echod.net.addresses import AddressError, InheritedAddress, parse

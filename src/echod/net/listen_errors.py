@@ -66,7 +66,9 @@ def _occupied(address: Address, own: Iterable[tuple[str, socket.socket]]) -> str
 
 def _advice(error: OSError, address: Address) -> str:
     match address, error.errno:
-        case TcpAddress(port=port) | UdpAddress(port=port), errno.EACCES if port < (lowest := _lowest_unprivileged_port()):
+        case TcpAddress(port=port) | UdpAddress(port=port), errno.EACCES if port < (
+            lowest := _lowest_unprivileged_port()
+        ):
             udp = "/udp" if isinstance(address, UdpAddress) else ""
             return _CAPABILITY.format(lowest, f"{port}:8000{udp}")
         case TcpAddress(port=port) | UdpAddress(port=port), errno.EADDRNOTAVAIL:

@@ -151,6 +151,9 @@ def _admin_address(text: str) -> str:
     if isinstance(address, addresses.InheritedAddress):
         msg = f"{text!r}: the admin listener cannot use inherited sockets: write {ADMIN_FORMS}"
         raise addresses.AddressError(msg)
+    if isinstance(address, addresses.UdpAddress):
+        msg = f"{text!r}: the admin listener serves HTTP over TCP, not UDP: write {ADMIN_FORMS}"
+        raise addresses.AddressError(msg)
     return text
 
 
@@ -170,6 +173,34 @@ def _network(text: str) -> str:
     return text
 
 
+def port_range(text: str) -> range:
+    """Read a port, or the first and last port of a range: "7" or "0-1023".
+
+    Raises:
+        AddressError: the text is neither.
+
+    """
+    first, dash, last = text.partition("-")
+    if not dash:
+        last = first
+    ends = [part.strip() for part in (first, last)]
+    if not all(
+        end.isascii() and end.isdecimal() and len(end) <= 5 and int(end) <= addresses.HIGHEST_PORT for end in ends
+    ):
+        msg = f"{text!r} is not a port or a range of ports: write for example 2049 or 0-1023"
+        raise addresses.AddressError(msg)
+    lowest, highest = map(int, ends)
+    if lowest > highest:
+        msg = f"{text!r} is an empty range: write {highest}-{lowest}"
+        raise addresses.AddressError(msg)
+    return range(lowest, highest + 1)
+
+
+def _ports(text: str) -> str:
+    port_range(text)
+    return text
+
+
 def _mode(text: str) -> str:
     if not re.fullmatch("0?[0-7]{3}", text):
         message = 'should be permissions in octal such as "0660"'
@@ -186,11 +217,14 @@ Size = Annotated[ByteSize, BeforeValidator(Bounds(1, 2**30, size_text, _size))]
 Count = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(1, _HIGHEST_COUNT))]
 Number = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(0, _HIGHEST_COUNT))]
 Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(0, 1, above=True))]
+BurstLength = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(1, 1_000_000))]
 Trigger = Annotated[str, Field(min_length=1)]
 Address = Annotated[str, BeforeValidator(_port), AfterValidator(_address)]
 AdminAddress = Annotated[str, BeforeValidator(_port), AfterValidator(_admin_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Networks = Annotated[tuple[Network, ...], BeforeValidator(split)]
+Ports = Annotated[str, BeforeValidator(_port), AfterValidator(_ports)]
+PortRanges = Annotated[tuple[Ports, ...], BeforeValidator(split)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(split)]
 Permissions = Annotated[str, AfterValidator(_mode)]
 Text = Annotated[str, AfterValidator(_text)]
