@@ -11,7 +11,8 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
 
 import echod
 from echod.connection.echo import EchoSession
@@ -21,9 +22,13 @@ from echod.daemon.console import again
 from echod.daemon.plan import ADMIN, Plan
 from echod.daemon.reload import Reloader, take_fallible_steps
 from echod.daemon.systemd import Notifier
+from echod.datagram.guards import OwnAddresses
+from echod.datagram.ledger import FlowLedger
+from echod.datagram.receipt import FlowReceipt
+from echod.datagram.server import UdpServer, is_local
 from echod.loops import loop_factory
 from echod.net import addresses, kernel
-from echod.net.inherited import inherit
+from echod.net.inherited import inherit, inherited_addresses
 from echod.net.listeners import open_listeners
 from echod.server.ledger import Ledger
 from echod.server.receipt import Receipt
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from echod.daemon.logs import Log
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
+    from echod.net.addresses import InheritedAddress
     from echod.net.listeners import Listener
     from echod.settings.resources import Resources
 
@@ -80,7 +86,8 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
     manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    plan = Plan.derive(resources, inherited)
+    inherited_names = inherited_addresses(inherited)
+    plan = Plan.derive(resources, inherited_names)
     settings, specs = plan.settings, plan.specs()
     if settings.admin.address:
         # Before anything listens, because this import is slow.
@@ -90,13 +97,14 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
     except InterruptedError:
         listeners = []  # the stop begins once there is a loop
     admin = Admin(listeners.pop(), specs[-1].address) if settings.admin.address and listeners else None
-    used = {spec.address.name for spec in specs if isinstance(spec.address, addresses.InheritedAddress)}
-    for name in inherited.keys() - used:
-        log.logger.warning("inherited_socket_unused", name=name)
+    used = {spec.address for spec in specs}
+    for address in inherited_names:
+        if address not in used:
+            log.logger.warning("inherited_socket_unused", name=address.name, address=str(address))
     exit_code: int | None = None
     try:
         with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-            daemon = Daemon(plan, inherited, log, load, descriptors, admin)
+            daemon = Daemon(plan, inherited_names, log, load, descriptors, admin)
             exit_code = runner.run(daemon.run(listeners, signals, manager))
     except (OSError, RuntimeError):
         # uvloop opens a pair of sockets to close itself. If the system refuses them, the stop is complete nonetheless.
@@ -106,12 +114,22 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
     return exit_code
 
 
+class _Runnable(Protocol):
+    """The verbs that a server of streams and one of datagrams share."""
+
+    def start(self) -> None: ...
+    def begin_stop(self) -> int: ...
+    async def shutdown(self) -> Receipt | FlowReceipt: ...
+    def abort(self) -> None: ...
+    async def wait_failed(self) -> BaseException: ...
+
+
 class Daemon:
     """Run the servers in the loop.
 
     Args:
         plan: derived from the settings.
-        inherited: the names of the inherited sockets.
+        inherited: the addresses of the inherited sockets.
         log: of the process.
         load: reads the settings again, given those in force.
         descriptors: the limit of descriptors.
@@ -122,7 +140,7 @@ class Daemon:
     def __init__(
         self,
         plan: Plan,
-        inherited: Collection[str],
+        inherited: Collection[InheritedAddress],
         log: Log,
         load: Callable[[Resources], Resources],
         descriptors: int,
@@ -138,6 +156,7 @@ class Daemon:
         self._admin = admin
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
+        self._udp_servers: dict[str, UdpServer] = {}
         self._stop = asyncio.Event()
         self._stop_signal: str | None = None
         self._exit_code = 0
@@ -152,20 +171,7 @@ class Daemon:
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
-        max_connections = self._max_connections(len(listeners))
-        settings = self._plan.settings.log
-        for listener in listeners:
-            observers = () if self._admin is None else (self._admin.observer(listener.name),)
-            logger = self._logger.bind(listener=listener.name)
-            ledger = Ledger(
-                logger,
-                settings.connections,
-                observers,
-                states=settings.level == "debug",
-                write=self._log.line("client_closed", listener=listener.name),
-            )
-            server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
-            self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
+        self._create_servers(listeners)
         self._logger.info(
             "started",
             version=echod.__version__,
@@ -178,8 +184,9 @@ class Daemon:
             self._admin.start(self._view(addresses_in_use), lambda: self._logger)
         watchers: list[asyncio.Task[None]] = []
         for listener in listeners:
-            self._servers[listener.name].start()
-            watchers.append(loop.create_task(self._watch(listener.name, self._servers[listener.name])))
+            server = self._runnables()[listener.name]
+            server.start()
+            watchers.append(loop.create_task(self._watch(listener.name, server)))
             for address in addresses_in_use[listener.name]:
                 self._logger.info("listening", listener=listener.name, address=address)
         if self._admin is not None:
@@ -197,11 +204,41 @@ class Daemon:
         signals.detach(loop)
         return self._exit_code
 
+    def _create_servers(self, listeners: Sequence[Listener]) -> None:
+        settings = self._plan.settings.log
+        of_datagrams = [one for one in listeners if self._plan.listeners[one.name].is_datagram]
+        max_connections = self._max_connections(len(listeners) - len(of_datagrams))
+        bound = [listening.sock.getsockname()[:2] for listener in of_datagrams for listening in listener.sockets]
+        own = OwnAddresses(bound, is_local)
+        for listener in listeners:
+            name = listener.name
+            logger = self._logger.bind(listener=name)
+            if listener in of_datagrams:
+                flow_ledger = FlowLedger(logger, settings.connections)
+                sections = self._plan.datagram_settings(name)
+                self._udp_servers[name] = UdpServer(listener.sockets, sections, flow_ledger, own)
+            else:
+                observers = () if self._admin is None else (self._admin.observer(name),)
+                ledger = Ledger(
+                    logger,
+                    settings.connections,
+                    observers,
+                    states=settings.level == "debug",
+                    write=self._log.line("client_closed", listener=name),
+                )
+                server_settings = self._plan.server_settings(name, max_connections, self._buffers)
+                self._servers[name] = Server(listener.sockets, server_settings, ledger)
+
+    def _runnables(self) -> dict[str, _Runnable]:
+        """Return all servers by the names of their listeners."""
+        return {**self._servers, **self._udp_servers}
+
     async def _shut_down(self) -> None:
         """Stop all listeners side by side, and log the receipt and the totals."""
         self._notifier.stopping()
-        servers = self._servers.values()
-        clients = sum(server.begin_stop() for server in servers)
+        clients = sum(server.begin_stop() for server in self._servers.values())
+        flows = sum(server.begin_stop() for server in self._udp_servers.values())
+        servers = self._runnables()
         shutdown = self._plan.settings.shutdown
         seconds = shutdown.delay + shutdown.drain_timeout + shutdown.linger_timeout
         self._show_drain(asyncio.get_running_loop(), seconds)
@@ -209,15 +246,18 @@ class Daemon:
             "draining",
             signal=self._stop_signal,
             clients=clients,
+            **({"flows": flows} if self._udp_servers else {}),
             max_seconds=0.0 if self._exit_code > _SIGNALLED else seconds,
         )
-        outcomes = await asyncio.gather(*(server.shutdown() for server in servers), return_exceptions=True)
+        outcomes = await asyncio.gather(*(server.shutdown() for server in servers.values()), return_exceptions=True)
         self._status_timer.cancel()
         self._log.show_status("")
         receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
+        if self._udp_servers:
+            receipt |= asdict(FlowReceipt.total(outcome for outcome in outcomes if isinstance(outcome, FlowReceipt)))
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
-        failures = dict(zip(self._servers, outcomes, strict=True))
+        failures = dict(zip(servers, outcomes, strict=True))
         if self._admin is not None:
             try:
                 async with asyncio.timeout(_ADMIN_CLOSE):
@@ -256,10 +296,10 @@ class Daemon:
     def _force_stop(self, number: int) -> None:
         """Reset every client. The first signal that forces the stop decides the exit code."""
         self._exit_code = self._exit_code or _SIGNALLED + number
-        for server in self._servers.values():
+        for server in self._runnables().values():
             server.abort()
 
-    async def _watch(self, name: str, watched: Server | Admin) -> None:
+    async def _watch(self, name: str, watched: _Runnable | Admin) -> None:
         """Stop the daemon if a task of a server or of the admin listener fails. Log that during a stop too."""
         error = await watched.wait_failed()
         self._logger.error("crashed", listener=name, exc_info=error)
@@ -317,6 +357,10 @@ class Daemon:
             # A listener that was removed from the settings keeps its own until a restart.
             if name in plan.listeners:
                 server.reconfigure(plan.server_settings(name, max_connections, self._buffers))
+        for name, udp_server in self._udp_servers.items():
+            udp_server.ledger.reconfigure(self._logger.bind(listener=name), settings.connections)
+            if name in plan.listeners:
+                udp_server.reconfigure(plan.datagram_settings(name))
         changed = [".".join(key) for key in changes(before.settings, plan.settings)]
         self._logger.info("reloaded", changed=changed)
         self._warn()
@@ -329,6 +373,8 @@ class Daemon:
     def _warn(self) -> None:
         for listener, warning in self._plan.resources.warnings(datetime.now(UTC)):
             self._logger.warning(warning.event, listener=listener, **warning.fields)
+        for name in self._plan.open_reflectors():
+            self._logger.warning("udp_open_reflector", listener=name, address=self._plan.listeners[name].address)
 
     def _max_connections(self, listeners: int) -> int:
         """Return the maximum number of clients per listener, which the limit of descriptors may lower."""
@@ -350,13 +396,17 @@ class Daemon:
         clients = count(sum(server.clients for server in servers), "client")
         connections = count(sum(server.ledger.counters.accepted for server in servers), "connection")
         received = count(sum(server.received for server in servers), "byte")
-        return f"{clients} now, {connections} so far, {received} received"
+        if not self._udp_servers:
+            return f"{clients} now, {connections} so far, {received} received"
+        flows = count(sum(server.flows for server in self._udp_servers.values()), "flow")
+        return f"{clients} and {flows} now, {connections} so far, {received} received"
 
     def _view(self, addresses_in_use: Mapping[str, Sequence[str]]) -> DaemonView:
         from echod.admin.snapshot import DaemonView  # noqa: PLC0415  (used by the admin listener only)
 
         return DaemonView(
             servers=self._servers,
+            udp_servers=self._udp_servers,
             addresses=addresses_in_use,
             resources=lambda: self._plan.resources,
             draining=self._stop.is_set,
@@ -368,7 +418,8 @@ class Daemon:
     def _totals(self) -> dict[str, object]:
         """Return the totals since the start, for the last line of the log."""
         counters = [server.ledger.counters for server in self._servers.values()]
-        faults = sum((one.faults for one in counters), Counter[str]())
+        of_flows = (server.ledger.counters.faults for server in self._udp_servers.values())
+        faults = sum(chain((one.faults for one in counters), of_flows), Counter[str]())
         return {
             "connections": sum(one.accepted for one in counters),
             "empty": sum(one.empty for one in counters),
@@ -379,13 +430,25 @@ class Daemon:
             "acked": sum(one.acked for one in counters),
             "discarded_bytes": sum(one.discarded for one in counters),
             **({"faults": dict(faults)} if faults else {}),
+            **(self._datagram_totals() if self._udp_servers else {}),
+        }
+
+    def _datagram_totals(self) -> dict[str, object]:
+        counters = [server.ledger.counters for server in self._udp_servers.values()]
+        return {
+            "flows": sum(one.flows for one in counters),
+            "datagrams_received": sum(one.received_datagrams for one in counters),
+            "datagrams_sent": sum(one.sent_datagrams for one in counters),
+            "datagrams_refused": sum(one.refused.total() for one in counters),
+            "datagrams_dropped": sum(one.dropped.total() for one in counters),
+            "kernel_drops": sum(server.kernel_drops() for server in self._udp_servers.values()),
         }
 
 
 def _addresses(listener: Listener) -> list[str]:
     """Return the addresses of a listener's sockets."""
-    names = (listening.sock.getsockname() for listening in listener.sockets)
-    return [addresses.text(name) for name in names]
+    sockets = (listening.sock for listening in listener.sockets)
+    return [str(addresses.of_socket(sock) or sock.getsockname()) for sock in sockets]
 
 
 def _lowest_free_descriptor() -> int:
