@@ -206,14 +206,14 @@ class Daemon:
 
     def _create_servers(self, listeners: Sequence[Listener]) -> None:
         settings = self._plan.settings.log
-        of_datagrams = [one for one in listeners if self._plan.listeners[one.name].is_datagram]
-        max_connections = self._max_connections(len(listeners) - len(of_datagrams))
-        bound = [listening.sock.getsockname()[:2] for listener in of_datagrams for listening in listener.sockets]
-        own = OwnAddresses(bound, is_local)
+        is_udp = {name: listener.is_datagram for name, listener in self._plan.listeners.items()}
+        udp_sockets = [one.sock for listener in listeners if is_udp[listener.name] for one in listener.sockets]
+        own = OwnAddresses([sock.getsockname()[:2] for sock in udp_sockets], is_local)
+        max_connections = self._max_connections(sum(not is_udp[listener.name] for listener in listeners))
         for listener in listeners:
             name = listener.name
             logger = self._logger.bind(listener=name)
-            if listener in of_datagrams:
+            if is_udp[name]:
                 flow_ledger = FlowLedger(logger, settings.connections)
                 sections = self._plan.datagram_settings(name)
                 self._udp_servers[name] = UdpServer(listener.sockets, sections, flow_ledger, own)
@@ -254,7 +254,8 @@ class Daemon:
         self._log.show_status("")
         receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
         if self._udp_servers:
-            receipt |= asdict(FlowReceipt.total(outcome for outcome in outcomes if isinstance(outcome, FlowReceipt)))
+            of_flows = asdict(FlowReceipt.total(outcome for outcome in outcomes if isinstance(outcome, FlowReceipt)))
+            receipt |= of_flows | {"seconds": max(receipt["seconds"], of_flows["seconds"])}
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
         failures = dict(zip(servers, outcomes, strict=True))

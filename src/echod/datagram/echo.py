@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echod.datagram.flows import Flow
+    from echod.datagram.guards import Cause
     from echod.datagram.registry import FlowRegistry
+    from echod.datagram.shaping import FlowFault
 
 BATCH = 64
 """Datagrams that are read at one wake-up. Then other sockets of the loop get their turn."""
 
 # A UDP datagram has at most 65,507 bytes over IPv4, and 65,527 over IPv6.
 _LARGEST = 65_536
+
+# The kernel returns the real size of a longer datagram: recv(2). An enum member would be slower.
+_TRUNC = int(socket.MSG_TRUNC)
 
 # In Python from 3.14 on; its value on Linux and on macOS.
 _IP_PKTINFO = 8 if sys.platform == "linux" else 26
@@ -56,6 +61,7 @@ class DatagramEcho:
         registry: admits the datagrams.
         clock: returns the time in nanoseconds.
         on_held: called after an answer was delayed.
+        capacity: bytes of the buffer.
 
     """
 
@@ -71,6 +77,8 @@ class DatagramEcho:
         self._registry = registry
         self._clock = clock
         self._on_held = on_held
+        self._sendto, self._sendmsg = sock.sendto, sock.sendmsg
+        self._capacity = capacity
         self._buffer = bytearray(capacity)
         self._view = memoryview(self._buffer)
         host, self._port = sock.getsockname()[:2]
@@ -118,13 +126,12 @@ class DatagramEcho:
 
         """
         receive, buffer, local = self.sock.recvfrom_into, self._buffer, self._local
-        find, now = self._registry.flows.find, self._clock()
+        find, handle, now = self._registry.flows.find, self._handle, self._clock()
         for _ in range(BATCH):
-            # With MSG_TRUNC, the kernel returns the real size: recv(2).
-            size, peer = receive(buffer, 0, socket.MSG_TRUNC)
+            size, peer = receive(buffer, 0, _TRUNC)
             flow = find((peer, local)) or self._admit(peer, local, local, (), now)
             if flow is not None:
-                self._handle(flow, size, now)
+                handle(flow, size, now)
 
     def _read_wildcard(self) -> None:
         """Read from a socket that is bound to all addresses, with the destination of each datagram.
@@ -134,16 +141,16 @@ class DatagramEcho:
 
         """
         receive, buffers = self.sock.recvmsg_into, [self._buffer]
-        find, now = self._registry.flows.find, self._clock()
+        find, handle, now = self._registry.flows.find, self._handle, self._clock()
         for _ in range(BATCH):
-            size, control, _, peer = receive(buffers, _CONTROL_SIZE, socket.MSG_TRUNC)
+            size, control, _, peer = receive(buffers, _CONTROL_SIZE, _TRUNC)
             local = control[0][2] if len(control) == 1 else _packet_info(control)
             flow = find((peer, local))
             if flow is None:
                 destination, answer = _destination(local)
                 flow = self._admit(peer, local, destination, answer, now)
             if flow is not None:
-                self._handle(flow, size, now)
+                handle(flow, size, now)
 
     def _admit(
         self, peer: Any, local: object, destination: str, answer: Sequence[tuple[int, int, bytes]], now: int
@@ -153,29 +160,39 @@ class DatagramEcho:
         return self._registry.admit((peer, local), peer, ends, self._port, answer, now)
 
     def _handle(self, flow: Flow, size: int, now: int) -> None:
-        registry = self._registry
-        if size > len(self._buffer):
-            flow.refuse(now)
-            registry.ledger.refuse("truncated", flow.names[0], now)
-        elif not (flow.bucket.take(now) and registry.take_total(now)):
-            flow.refuse(now)
-            registry.ledger.refuse("rate", flow.names[0], now)
-        else:
+        """Answer the datagram in the buffer. This runs for each datagram, so it makes few calls."""
+        take_total = self._registry.take_total
+        if size > self._capacity:
+            self._refuse(flow, "truncated", now)
+        elif not flow.bucket.take(now) or (take_total is not None and not take_total(now)):
+            self._refuse(flow, "rate", now)
+        elif flow.fault is not None:
             flow.receive(size, now)
-            if flow.fault is None:
-                self._send(flow, self._view[:size], now)
+            self._distort(flow, flow.fault, bytes(self._view[:size]), now)
+        else:
+            try:
+                if flow.control:
+                    self._sendmsg((self._view[:size],), flow.control, 0, flow.peer)
+                else:
+                    self._sendto(self._view[:size], flow.peer)
+            except OSError as error:
+                flow.receive(size, now)
+                self._drop(flow, error, now)
             else:
-                self._distort(flow, bytes(self._view[:size]), now)
+                flow.echo(size, now)
 
-    def _distort(self, flow: Flow, datagram: bytes, now: int) -> None:
+    def _refuse(self, flow: Flow, cause: Cause, now: int) -> None:
+        flow.refuse(now)
+        self._registry.ledger.refuse(cause, flow.names[0], now)
+
+    def _distort(self, flow: Flow, fault: FlowFault, datagram: bytes, now: int) -> None:
         """Apply the fault of a flow to a datagram."""
-        assert flow.fault is not None
-        echo = flow.fault.decide(datagram, now)
+        echo = fault.decide(datagram, now)
         if echo is None:
             self._registry.ledger.drop(flow, "fault", now)
         elif not echo.shaped:
             self.send(flow, echo.data, echo.copies, now)
-        elif self._registry.held.push(flow.fault.due(len(echo.data), now), flow, echo, self.send):
+        elif self._registry.held.push(fault.due(len(echo.data), now), flow, echo, self.send):
             flow.hold()
             self._on_held()
         else:
@@ -183,28 +200,28 @@ class DatagramEcho:
 
     def send(self, flow: Flow, data: bytes, copies: int, now: int) -> None:
         """Send an answer, and its copy if there are to be two."""
-        if self._send(flow, data, now) and copies > 1:
+        try:
+            self._pass_on(flow, data)
+        except OSError as error:
+            self._drop(flow, error, now)
+            return
+        flow.answer(len(data))
+        if copies > 1:
             with contextlib.suppress(OSError):  # the answer itself was sent
                 self._pass_on(flow, data)
                 flow.copy()
 
-    def _send(self, flow: Flow, data: bytes | memoryview, now: int) -> bool:
-        try:
-            self._pass_on(flow, data)
-        except OSError as error:
-            if error.errno in _FULL:
-                self._registry.ledger.drop(flow, "would_block", now)
-            else:
-                self._registry.ledger.drop(flow, "error", now, error)
-            return False
-        flow.answer(len(data))
-        return True
-
-    def _pass_on(self, flow: Flow, data: bytes | memoryview) -> None:
+    def _pass_on(self, flow: Flow, data: bytes) -> None:
         if flow.control:
-            self.sock.sendmsg((data,), flow.control, 0, flow.peer)
+            self._sendmsg((data,), flow.control, 0, flow.peer)
         else:
-            self.sock.sendto(data, flow.peer)
+            self._sendto(data, flow.peer)
+
+    def _drop(self, flow: Flow, error: OSError, now: int) -> None:
+        if error.errno in _FULL:
+            self._registry.ledger.drop(flow, "would_block", now)
+        else:
+            self._registry.ledger.drop(flow, "error", now, error)
 
 
 def _packet_info(control: Sequence[tuple[int, int, bytes]]) -> bytes:

@@ -104,8 +104,16 @@ class Flow:
         self.received_datagrams += 1
         self.received += size
 
+    def echo(self, size: int, now: int) -> None:
+        """Count a datagram that was answered at once."""
+        self.last = now
+        self.received_datagrams += 1
+        self.received += size
+        self.sent_datagrams += 1
+        self.sent += size
+
     def answer(self, size: int) -> None:
-        """Count an answer."""
+        """Count the answer to a datagram that was counted before."""
         self.sent_datagrams += 1
         self.sent += size
 

@@ -43,10 +43,13 @@ class FlowRegistry:
         self.held = HoldQueue()
         self._sources = Sources(_source_rate(limits), limits.max_flows)
         self._total = Bucket(_total_rate(limits))
-        self.take_total: Callable[[int], bool] = self._total.take
         self._apply(settings)
 
     def _apply(self, settings: DatagramSettings) -> None:
+        self.take_total: Callable[[int], bool] | None = (
+            self._total.take if settings.limits.datagram_total_rate else None
+        )
+        """Takes a token of the listener's rate, as `Bucket.take` does. None: no limit."""
         listener = settings.listener
         self._guards = Guards(listener.refused_ports, listener.allowed_networks, self._own)
         self._profile = None if settings.fault is None else FaultProfile(listener.fault, settings.fault)

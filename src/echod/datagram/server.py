@@ -141,7 +141,7 @@ class UdpServer:
 
     async def _shut_down(self) -> FlowReceipt:
         assert self._stop_began is not None
-        _, present, before = self._stop_began
+        began, present, before = self._stop_began
         shutdown = self.settings.shutdown
         try:
             await self._wait(shutdown.delay)
@@ -153,7 +153,7 @@ class UdpServer:
                 await self._answer_rest()
         finally:
             self._close()
-        return FlowReceipt.between(before, self.ledger.counters, present)
+        return FlowReceipt.between(before, self.ledger.counters, present, self._loop.time() - began)
 
     async def _wait(self, seconds: float) -> None:
         """Wait, unless the stop is aborted."""
