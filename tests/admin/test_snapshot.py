@@ -54,7 +54,7 @@ def test_each_client_is_counted_once(loop_name: str) -> None:
                 writer.write(b"12345")
             for reader, _ in streams:
                 assert await reader.readexactly(5) == b"12345"
-            snapshot = Snapshot(DaemonView({"x": server}, {}, pytest.fail, bool, list, {}, int))
+            snapshot = Snapshot(DaemonView({"x": server}, {}, {}, pytest.fail, bool, list, {}, int))
             steps = snapshot.take().__await__()
             next(steps)  # the first step is counted; now the last client of the last step closes, and another connects
             streams[-1][1].transport.abort()

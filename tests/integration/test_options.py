@@ -27,9 +27,12 @@ WRITTEN: list[tuple[Any, Any]] = [
     (types.Count, int),
     (types.Number, int),
     (types.Probability, float),
+    (types.BurstLength, float),
     (types.Trigger, str),
     (types.Permissions, str),
     (types.Networks, options.Networks),
+    (types.PortRanges, options.Networks),
+    (bool, bool),
     (types.FileName, options.FileName),
     (types.Text, options.FileName),
 ]

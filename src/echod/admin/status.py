@@ -150,8 +150,8 @@ class Reporter:
 
     def _stop(self, now: float) -> dict[str, float] | None:
         """Describe the stop, if one has begun: the seconds in which clients are still accepted, and those to its end."""
-        servers = (*self._view.servers.values(), *self._view.udp_servers.values())
-        deadlines = [server.stop_deadlines for server in servers]
+        deadlines = [server.stop_deadlines for server in self._view.servers.values()]
+        deadlines += [server.stop_deadlines for server in self._view.udp_servers.values()]
         begun = [each for each in deadlines if each is not None]
         if not begun:
             return None
