@@ -128,9 +128,9 @@ def test_hold_queue() -> None:
         assert queue.push(due, flow, Echo(data, shaped=True), send)
     assert queue.next_due() == SECOND
     assert list(queue.pop_due(SECOND - SECOND // 1000)) == []
-    due = list(queue.pop_due(SECOND - SECOND // 1000 + 1))
-    assert [held.data for held in due] == [b"one", b"two"]
-    due[0].send(flow, due[0].data, due[0].copies, 5)
+    released = list(queue.pop_due(SECOND - SECOND // 1000 + 1))
+    assert [held.data for held in released] == [b"one", b"two"]
+    released[0].send(flow, released[0].data, released[0].copies, 5)
     assert sent == [(b"one", 1, 5)]
     assert [held.data for held in queue.pop_all()] == [b"late"]
     assert queue.next_due() is None
@@ -141,9 +141,9 @@ def test_hold_queue_is_bounded() -> None:
     queue, flow = HoldQueue(), new_flow("a")
     empty = Echo(b"", shaped=True)
     held = 0
-    while queue.push(1, flow, empty, print):  # type: ignore[arg-type]
+    while queue.push(1, flow, empty, print):
         held += 1
     assert held == 16 * 1024 * 1024 // 256
     next(queue.pop_all())
-    assert queue.push(1, flow, empty, print)  # type: ignore[arg-type]
-    assert not queue.push(1, flow, empty, print)  # type: ignore[arg-type]
+    assert queue.push(1, flow, empty, print)
+    assert not queue.push(1, flow, empty, print)

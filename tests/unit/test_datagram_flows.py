@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import structlog
@@ -18,9 +18,6 @@ from echod.datagram.receipt import FlowReceipt
 from echod.datagram.registry import FlowRegistry
 from echod.datagram.settings import DatagramSettings
 from echod.settings.model import FaultSettings, LimitsSettings, ListenerSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.once
 
@@ -54,7 +51,8 @@ def test_unused_flow_is_evicted() -> None:
     for flow in flows:
         assert table.surplus() is None
         table.add(flow)
-    flows[0].receive(1, 1)
+        flow.receive(1, 0)
+    flows[0].refuse(0)
     assert table.surplus() is flows[1]
     table.remove(flows[1])
     assert table.surplus() is None
@@ -69,7 +67,8 @@ def test_all_flows_are_used() -> None:
     for key in range(20):
         flow = new_flow(key)
         table.add(flow)
-        flow.receive(1, 1)
+        for _ in range(2):
+            flow.receive(1, 1)
     assert table.surplus() in table.all()
 
 
@@ -129,6 +128,7 @@ def test_flood_of_sources() -> None:
     registry = new_registry({"max_flows": 100}, connections="none")
     client = admit(registry, "192.0.2.1")
     assert client is not None
+    client.echo(1, 1)
     for number in range(10_000):
         if number % 50 == 0:
             client.echo(1, number + 2)
@@ -222,20 +222,19 @@ def test_ended_flow_drops_what_is_held() -> None:
 def test_logged_flows(connections: Any, logged: list[str]) -> None:
     """`log.connections` selects the flows that are logged."""
     registry = new_registry(connections=connections)
-    used: dict[str, Callable[[Flow], None]] = {
-        "plain": lambda flow: flow.echo(1, 1),
-        "refused": lambda flow: (flow.echo(1, 1), flow.refuse(1))[0],
-        "dropped": lambda flow: (flow.receive(1, 1), flow.drop())[0],
-        "cut": lambda flow: flow.echo(1, 1),
-        "empty": lambda _: None,
-    }
+    names = ("plain", "refused", "dropped", "cut", "empty")
     with capture_logs() as log:
-        for port, (name, use) in enumerate(used.items(), 5000):
+        for port, name in enumerate(names, 5000):
             flow = admit(registry, "192.0.2.1", port)
             assert flow is not None
-            use(flow)
+            if name != "empty":
+                flow.receive(1, 1)
+            if name == "refused":
+                flow.refuse(1)
+            if name == "dropped":
+                flow.drop()
             registry.end(flow, "cut" if name == "cut" else "idle", 2)
-    assert [list(used)[int(line["peer"].rpartition(":")[2]) - 5000] for line in log] == logged
+    assert [names[int(line["peer"].rpartition(":")[2]) - 5000] for line in log] == logged
 
 
 def test_limited_events() -> None:

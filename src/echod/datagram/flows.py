@@ -36,7 +36,7 @@ class Flow:
     """
 
     __slots__ = (
-        "_looked_at",
+        "_seen",
         "bucket",
         "control",
         "copies",
@@ -77,7 +77,8 @@ class Flow:
         self.bucket = bucket
         self.control = control
         self.fault = fault
-        self.opened = self.last = self._looked_at = now
+        self.opened = self.last = now
+        self._seen = 1
         self.received_datagrams = 0
         self.received = 0
         """Bytes, as in `sent`."""
@@ -139,10 +140,9 @@ class Flow:
         return held
 
     def spare(self) -> bool:
-        """Tell whether the flow was used since the last call of this method, or since its first datagram."""
-        used = self.last != self._looked_at
-        self._looked_at = self.last
-        return used
+        """Tell whether a datagram arrived since the last call of this method, or since the first datagram."""
+        seen, self._seen = self._seen, self.received_datagrams + self.refused
+        return self._seen > seen
 
     def is_silent(self, now: int, timeout: int) -> bool:
         """Tell whether nothing arrived for `timeout` nanoseconds and nothing is held."""
