@@ -89,7 +89,6 @@ class CommonOptions(TypedDict, total=False):
     proxy_protocol: Literal["off", "require"]
     proxy_trusted: Networks
     allow: Networks
-    refuse_ports: Sequence[str]
     fault: FaultOptions
 
 

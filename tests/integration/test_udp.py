@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from datagrams import AT_ONCE, UNLIMITED, ask, client, flow, name, udp_address
-from harness import run
+from harness import free_port, run
 from inheriting import hand_over, refusal
 from watching import WATCHED, get, status
 
@@ -227,17 +227,17 @@ def test_warning(command: Command, start: Start, write: Write) -> None:
 def test_inherited(loop_name: str, owned: ExitStack) -> None:
     """Stream and UDP sockets share a port and a name. Without an address in the settings, all of them are served."""
     stream, datagram = owned.enter_context(socket.socket()), owned.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-    stream.bind(("127.0.0.1", 0))
+    address = "127.0.0.1", free_port()
+    for sock in (stream, datagram):
+        sock.bind(address)
     stream.listen()
-    address = stream.getsockname()
-    datagram.bind(address)  # the port is free in UDP, or the test fails: nothing else of the tests binds UDP ports
     with hand_over([stream, datagram], "echo:echo", *AT_ONCE, loop_name=loop_name) as daemon:
         daemon.wait_for("listening", listener="udp:echo", address=f"udp:127.0.0.1:{address[1]}")
         daemon.echo(b"stream")
-        sock = owned.enter_context(client(address))
-        assert ask(sock, b"datagram") == b"datagram"
+        peer = owned.enter_context(client(address))
+        assert ask(peer, b"datagram") == b"datagram"
         assert daemon.stop() == 0
-        assert flow(daemon, sock)["reason"] == "handed_over"
+        assert flow(daemon, peer)["reason"] == "handed_over"
         daemon.wait_for("udp_open_reflector", listener="udp:echo", address="udp:systemd:echo")
     with hand_over([stream, datagram], "echo:echo", "--listen", "systemd:echo", loop_name=loop_name) as daemon:
         assert daemon.wait_for("inherited_socket_unused")["address"] == "udp:systemd:echo"
@@ -319,3 +319,17 @@ def test_errors(command: Command, owned: ExitStack, tmp_path: Path) -> None:
     ):
         assert problem in found
     assert "refuse_ports[3]" not in found
+
+
+def test_figures_for_the_service_manager(start: Start, owned: ExitStack, tmp_path: Path) -> None:
+    """The status for systemd has the number of flows, and the receipt that of the datagrams."""
+    manager = owned.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    manager.settimeout(30)
+    manager.bind(str(tmp_path / "notify"))
+    daemon = start(*AT_ONCE, listen=LOOPBACK, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    sock = owned.enter_context(client(udp_address(daemon)))
+    assert ask(sock, b"x") == b"x"
+    assert manager.recv(4096).startswith(b"READY=1\nSTATUS=Serving: 0 clients and 0 flows now")
+    daemon.send_signal()
+    assert b"STATUS=Draining: 0 clients and 1 flow now" in manager.recv(4096)
+    assert daemon.wait() == 0

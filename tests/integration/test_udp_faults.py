@@ -26,10 +26,10 @@ def owned() -> Iterator[ExitStack]:
         yield stack
 
 
-def start_faulty(start: Start, *stop: str, **fault: str) -> Daemon:
+def start_faulty(start: Start, *stop: str, host: str = "127.0.0.1", **fault: str) -> Daemon:
     """Start a daemon with a UDP listener that has the fault."""
     options = [part for key, value in fault.items() for part in (f"--faults.x.{key}", value)]
-    listener = ("--listeners.a.address", "udp:127.0.0.1:0", "--listeners.a.fault", "x")
+    listener = ("--listeners.a.address", f"udp:{host}:0", "--listeners.a.fault", "x")
     return start(*listener, *options, *UNLIMITED, *stop, listen=None)
 
 
@@ -89,6 +89,14 @@ def test_delay(start: Start, owned: ExitStack) -> None:
     assert first.recv(10) == b"held"
     assert daemon.stop() == 0
     assert flow(daemon, first)["sent_datagrams"] == 51
+
+
+def test_delay_of_a_listener_on_all_addresses(start: Start, owned: ExitStack) -> None:
+    """A delayed answer leaves from the address that was asked, too."""
+    daemon = start_faulty(start, *AT_ONCE, host="0.0.0.0", delay="0.01")
+    sock = owned.enter_context(client(("127.0.0.7", udp_address(daemon)[1])))
+    assert ask(sock, b"x") == b"x"
+    assert daemon.stop() == 0
 
 
 def test_reorder(start: Start, owned: ExitStack) -> None:

@@ -45,7 +45,9 @@ level = "loud"
     fault_options = f"use one of: {', '.join(f'--faults.b.{name}' for name in FaultSettings.model_fields)}".replace(
         "_", "-"
     )
-    choices = '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate" or "truncate"'
+    choices = (
+        '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate" or "drop"'
+    )
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config, places=True) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
         "FILE:2: listen[0]: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"

@@ -73,7 +73,6 @@ class UdpServer:
         self._timer_due = 0
         self._aborted = asyncio.Event()
         self._stop_began: tuple[float, int, Counters] | None = None
-        self._shutdown: asyncio.Task[FlowReceipt] | None = None
 
     @property
     def flows(self) -> int:
@@ -131,15 +130,6 @@ class UdpServer:
         `delay`, and the next process reads its queue.
         """
         self.begin_stop()
-        if self._shutdown is None:
-            self._shutdown = self._loop.create_task(self._shut_down())
-        return await asyncio.shield(self._shutdown)
-
-    def abort(self) -> None:
-        """Do not wait in a shutdown that is running or follows. Received datagrams are answered all the same."""
-        self._aborted.set()
-
-    async def _shut_down(self) -> FlowReceipt:
         assert self._stop_began is not None
         began, present, before = self._stop_began
         shutdown = self.settings.shutdown
@@ -154,6 +144,10 @@ class UdpServer:
         finally:
             self._close()
         return FlowReceipt.between(before, self.ledger.counters, present, self._loop.time() - began)
+
+    def abort(self) -> None:
+        """Do not wait in a shutdown that is running or follows. Received datagrams are answered all the same."""
+        self._aborted.set()
 
     async def _wait(self, seconds: float) -> None:
         """Wait, unless the stop is aborted."""

@@ -146,11 +146,6 @@ def of_socket(sock: socket.socket) -> TcpAddress | UdpAddress | UnixAddress | No
     return address
 
 
-def is_datagram(address: Address) -> bool:
-    """Tell whether an address is one of UDP."""
-    return isinstance(address, UdpAddress) or (isinstance(address, InheritedAddress) and address.datagram)
-
-
 def _zone(scope: int) -> str:
     try:
         return socket.if_indextoname(scope)
