@@ -39,17 +39,24 @@ class Bench:
     Args:
         registry: of the flows.
         capacity: of the buffer.
+        host: to bind.
+        asked: the address that the client asks, if it is not `host`.
 
     """
 
-    def __init__(self, registry: FlowRegistry, capacity: int = 100) -> None:
+    def __init__(
+        self, registry: FlowRegistry, capacity: int = 100, host: str = "127.0.0.1", asked: str | None = None
+    ) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.registry = registry
-        self.sock = socket.socket(type=socket.SOCK_DGRAM)
-        self.sock.bind(("127.0.0.1", 0))
+        self.sock = socket.socket(family, socket.SOCK_DGRAM)
+        if family == socket.AF_INET6:
+            self.sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        self.sock.bind((host, 0))
         self.sock.setblocking(False)
-        self.client = socket.socket(type=socket.SOCK_DGRAM)
+        self.client = socket.socket(family, socket.SOCK_DGRAM)
         self.client.settimeout(PATIENCE)
-        self.client.connect(self.sock.getsockname())
+        self.client.connect((asked or host, self.sock.getsockname()[1]))
         self.echo = DatagramEcho(self.sock, registry, time.monotonic_ns, lambda: None, capacity)
 
     def __enter__(self) -> Self:
@@ -172,6 +179,23 @@ def test_batch() -> None:
         assert flow.sent_datagrams == 64
         assert not bench.echo.read()
         assert flow.sent_datagrams == 100
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("host", "asked"), [("127.0.0.1", None), ("0.0.0.0", "127.0.0.7"), ("::1", None), ("::", "::1")]
+)
+def test_seal(host: str, asked: str | None) -> None:
+    """A sealed socket takes nothing more from the network. Everything in its queue is still read and answered."""
+    with Bench(new_registry(), host=host, asked=asked) as bench:
+        for number in range(5):
+            bench.client.send(b"%d" % number)
+        bench.echo.seal()
+        bench.client.send(b"late")
+        with pytest.raises(ConnectionRefusedError):
+            bench.client.send(b"the error of the datagram before")
+        assert not bench.echo.read()
+        assert [bench.client.recv(10) for _ in range(5)] == [b"0", b"1", b"2", b"3", b"4"]
 
 
 @pytest.mark.once
