@@ -140,6 +140,20 @@ def test_flood_of_sources() -> None:
     assert registry.ledger.counters.reasons == {"evicted": 9_901}
 
 
+def test_lower_limit() -> None:
+    """After a reload with a lower `max_flows`, each new flow ends two, until the limit is reached."""
+    registry = new_registry({"max_flows": 10})
+    for number in range(10):
+        assert admit(registry, f"192.0.2.{number}") is not None
+    listener = ListenerSettings(address="udp:127.0.0.1:7")
+    registry.reconfigure(DatagramSettings(listener, LimitsSettings(max_flows=8)), 2)
+    sizes = []
+    for number in range(4):
+        assert admit(registry, f"192.0.2.{100 + number}") is not None
+        sizes.append(len(registry.flows))
+    assert sizes == [9, 8, 8, 8]
+
+
 def test_rate_of_a_new_flow() -> None:
     """A source above its rate cannot begin another flow."""
     registry = new_registry({"datagram_rate": 1, "datagram_burst": 1})

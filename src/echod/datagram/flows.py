@@ -171,7 +171,7 @@ class FlowTable:
         return list(self._flows.values())
 
     def resize(self, capacity: int) -> None:
-        """Change the capacity. Flows beyond it end one by one, as new ones come."""
+        """Change the capacity. Flows beyond it stay until `surplus` returns them."""
         self._capacity = capacity
 
     def surplus(self) -> Flow | None:

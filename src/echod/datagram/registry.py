@@ -97,8 +97,9 @@ class FlowRegistry:
             self._sources.leave(source, now)
             self.ledger.refuse("rate", name, now)
             return None
-        if (surplus := self.flows.surplus()) is not None:
-            self.end(surplus, "evicted", now)
+        for _ in range(2):  # one more than comes, so that a lower limit is reached
+            if (surplus := self.flows.surplus()) is not None:
+                self.end(surplus, "evicted", now)
         fault = None if self._profile is None else FlowFault(self._profile, now)
         flow = Flow(key, peer, ends, (name, join_host_port(local, local_port)), source, bucket, now, control, fault)
         self.flows.add(flow)
