@@ -50,7 +50,7 @@ _SOCKET_MODE = "0660"
 # Ports of services that answer any datagram, such as echo, chargen, daytime, DNS and NFS: CVE-1999-0103, CVE-2024-2169.
 _REFUSED_PORTS = ("0-1023", "2049")
 
-# Actions of a fault that need a connection, and "drop", which needs messages that may be lost.
+# Actions of a fault that need a connection.
 _STREAM_ACTIONS = frozenset({"raise", "close", "reset", "half_close", "stall"})
 
 
@@ -99,7 +99,7 @@ class LimitsSettings(_Section):
     datagram_rate: Number = Field(
         1000,
         description="UDP: maximum rate in datagrams per second from one IPv4 address or one IPv6 /64 network, per listener. "
-        "Datagrams above it are refused. It makes sure that a loop between two echo services ends. 0: no limit.",
+        "Datagrams above it are refused, which ends every faster loop between two echo services. 0: no limit.",
     )
     datagram_burst: Count = Field(
         200, description="UDP: burst allowance of datagram_rate: the datagrams that may arrive at once after a silence."
