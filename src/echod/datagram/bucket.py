@@ -35,26 +35,28 @@ class Bucket:
 
     """
 
-    __slots__ = ("_full_at", "_rate", "users")
+    __slots__ = ("_full_at", "_interval", "_tolerance", "users")
 
     def __init__(self, rate: Rate) -> None:
-        self._rate = rate
+        self._interval, self._tolerance = rate
         self._full_at = 0
         self.users = 0
         """Number of flows that take tokens from it."""
 
     def take(self, now: int) -> bool:
         """Take a token; return False if there is none. `now` is in nanoseconds and never goes back."""
-        interval, tolerance = self._rate
-        left = self._full_at - now
-        if left > tolerance:
+        full_at = self._full_at
+        if full_at <= now:
+            self._full_at = now + self._interval
+            return True
+        if full_at - now > self._tolerance:
             return False
-        self._full_at = (self._full_at if left > 0 else now) + interval
+        self._full_at = full_at + self._interval
         return True
 
     def has_token(self, now: int) -> bool:
         """Tell whether `take` would succeed."""
-        return self._full_at - now <= self._rate.tolerance
+        return self._full_at - now <= self._tolerance
 
     def is_full(self, now: int) -> bool:
         """Tell whether the bucket equals a new one."""
@@ -62,7 +64,7 @@ class Bucket:
 
     def reconfigure(self, rate: Rate) -> None:
         """Apply another rate from now on."""
-        self._rate = rate
+        self._interval, self._tolerance = rate
 
     def join(self) -> Self:
         """Count one more user, and return the bucket."""
