@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echod.datagram.bucket import SECOND, Bucket, Rate, Sources
@@ -11,6 +11,7 @@ from echod.datagram.bucket import SECOND, Bucket, Rate, Sources
 pytestmark = pytest.mark.once
 
 
+@settings(deadline=None)  # a busy machine pauses a test
 @given(
     st.integers(1, 5000),
     st.integers(1, 100),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -72,6 +72,7 @@ def test_all_flows_are_used() -> None:
     assert table.surplus() in table.all()
 
 
+@settings(deadline=None)  # a busy machine pauses a test
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=80))
 def test_bound(capacity: int, datagrams: list[tuple[int, bool]]) -> None:
     """The table never has more flows than its capacity, whatever arrives, and knows each flow by its key."""
@@ -89,6 +90,7 @@ def test_bound(capacity: int, datagrams: list[tuple[int, bool]]) -> None:
         assert len(table) <= capacity
 
 
+@settings(deadline=None)  # a busy machine pauses a test
 @given(st.lists(st.sampled_from(["echo", "receive", "answer", "drop", "hold", "release"]), max_size=60))
 def test_figures(steps: list[str]) -> None:
     """Each received datagram is sent, dropped or held."""
