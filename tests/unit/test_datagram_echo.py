@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -272,6 +273,31 @@ def test_refusals_are_logged_by_the_sweep(loop_name: str, owned: ExitStack, monk
             await until(lambda: refused["rate"] == 3)
             await until(lambda: sum(line.get("datagrams", 0) for line in log) == 3)
         await udp.shutdown()
+
+    run_in_loop(loop_name, scene)
+
+
+def test_nothing_arrives_during_the_last_reading(
+    loop_name: str, owned: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a stop reads the queue to its end, the socket takes nothing more. A late client is refused."""
+
+    async def scene() -> None:
+        udp = new_server(quiet_period=0, drain_timeout=0)
+        sock = owned.enter_context(connected(udp))
+        udp.start()
+        read = DatagramEcho.read
+
+        def read_after_a_late_datagram(echo: DatagramEcho) -> bool:
+            with contextlib.suppress(ConnectionRefusedError):
+                sock.send(b"late")
+            return read(echo)
+
+        monkeypatch.setattr(DatagramEcho, "read", read_after_a_late_datagram)
+        receipt = await udp.shutdown()
+        assert receipt.datagrams_received == 0
+        with pytest.raises(ConnectionRefusedError):
+            sock.recv(1)
 
     run_in_loop(loop_name, scene)
 
