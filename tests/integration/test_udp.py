@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datagrams import AT_ONCE, UNLIMITED, ask, client, flow, name, udp_address
 from harness import free_port, run
 from inheriting import hand_over, refusal
+from udp_clients import AT_ONCE, UNLIMITED, ask, client, flow, name, udp_address
 from watching import WATCHED, get, status
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datagrams import AT_ONCE, UNLIMITED, ask, client, flow, udp_address
 from echod.connection.faults.profile import FaultProfile
 from echod.datagram.shaping import FlowFault
 from echod.settings.model import FaultSettings
 from harness import UNHURRIED
+from udp_clients import AT_ONCE, UNLIMITED, ask, client, flow, udp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datagrams import AT_ONCE, UNLIMITED, ask, client, flow, name, udp_address
 from harness import PATIENCE
+from udp_clients import AT_ONCE, UNLIMITED, ask, client, flow, name, udp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

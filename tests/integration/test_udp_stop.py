@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
-from datagrams import AT_ONCE, UNLIMITED, ask, client, flow, udp_address
 from harness import PATIENCE, UNHURRIED
 from inheriting import hand_over
+from udp_clients import AT_ONCE, UNLIMITED, ask, client, flow, udp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
