@@ -508,5 +508,5 @@ def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
             _, log = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
-    assert b'"listener": "web"' in log
+    assert b'"listener":"web"' in log
     assert process.returncode == 0
