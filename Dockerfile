@@ -67,7 +67,7 @@ ENV PATH=/opt/echod/bin:/usr/local/bin:/usr/bin:/bin \
 # The user nobody, as a number, because Kubernetes checks that it is not root.
 USER 65534:65534
 WORKDIR /
-EXPOSE 8000
+EXPOSE 8000/tcp 8000/udp
 STOPSIGNAL SIGTERM
 
 # The address comes from ECHOD_LISTEN. If a file or an argument sets another, override this with --health-cmd.

@@ -58,7 +58,8 @@ file, text needs quotes.
 An address is `HOST:PORT`, `[V6]:PORT` with an IPv6 address in brackets, or `:PORT` for all IPv4 and IPv6 addresses. If a host
 name such as localhost has several addresses, echod listens on each of them. `unix:PATH` is a unix socket, and
 `unix:@NAME` a unix socket in the abstract namespace. `systemd:NAME` means the inherited sockets of that name
-([sockets](../how-to/sockets.md)).
+([sockets](../how-to/sockets.md)). With `udp:` in front, `udp:HOST:PORT`, `udp:[V6]:PORT`, `udp::PORT` and `udp:systemd:NAME`
+are [UDP listeners](../how-to/udp.md). TCP and UDP may share a port number.
 
 SIGHUP makes echod read all sources again ([reload](../how-to/reload.md)).
 
@@ -133,6 +134,8 @@ def kind(annotation: object, bounds: Bounds | None) -> str:
         return "list"
     if annotation == int | Literal["auto"]:
         return "number from 1 on, or `auto`"
+    if annotation is bool:
+        return "true or false"
     if bounds is None:
         return "text"
     if bounds.highest == LONGEST:

@@ -167,6 +167,15 @@ def _warn(resources: Resources) -> None:
         _say(printable(f"warning: {variable} is not a setting{advice}"))
     for listener, warning in resources.warnings(datetime.now(UTC)):
         _say(printable(f"warning: listeners.{listener}.tls.{warning.key}: {warning.text}"))
+    for name, table in config.settings.all_listeners().items():
+        if table.is_open_reflector:
+            place = f"listeners.{name}" if name in config.settings.listeners else "listen"
+            _say(
+                printable(
+                    f"warning: {place}: udp_open_reflector: {table.address} answers everyone, and the source address "
+                    "of a datagram may be forged: set allow in a table [listeners.NAME], or listen on loopback"
+                )
+            )
 
 
 def _fill_standard_descriptors() -> None:

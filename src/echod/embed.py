@@ -171,6 +171,10 @@ def acquire(address: str, options: Mapping[str, Any], known: frozenset[str]) -> 
     """
     names = sorted(known)
     problems = [Problem("", name, f"unknown option; {hint(name, names)}") for name in options if name not in known]
+    if address.startswith("udp:"):
+        problems.append(
+            Problem("", "address", f"{address!r}: a server in a program has no UDP: run the daemon for that")
+        )
     values = {name: value for name, value in options.items() if name in known}
     settings: dict[str, Any] = {name: values.pop(name) for name in ("limits", "shutdown", "loop") if name in values}
     if "fault" in values:

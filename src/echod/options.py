@@ -28,6 +28,11 @@ class LimitsOptions(TypedDict, total=False):
     handshake_timeout: Seconds
     write_buffer: Size
     max_line: Size
+    datagram_rate: int
+    datagram_burst: int
+    datagram_total_rate: int
+    max_flows: int
+    flow_timeout: Seconds
 
 
 class ShutdownOptions(TypedDict, total=False):
@@ -46,13 +51,17 @@ class FaultOptions(TypedDict, total=False):
     after_bytes: Size | None
     after_seconds: Seconds | None
     probability: float | None
+    burst: float | None
     seed: int | None
     action: (
-        Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"]
+        Literal[
+            "raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate", "drop"
+        ]
         | None
     )
     delay: Seconds
     jitter: Seconds
+    reorder: bool
     rate: Size | None
     slice: Size | None
 
@@ -79,6 +88,7 @@ class CommonOptions(TypedDict, total=False):
     shutdown: ShutdownOptions
     proxy_protocol: Literal["off", "require"]
     proxy_trusted: Networks
+    allow: Networks
     fault: FaultOptions
 
 

@@ -146,6 +146,7 @@ def test_slow_report(monkeypatch: pytest.MonkeyPatch) -> None:
             resources = Resources(Config(Settings(), {}, {}), {}, {})
             view = DaemonView(
                 servers={"one": server, "other": server},
+                udp_servers={},
                 addresses={"one": [], "other": []},
                 resources=lambda: resources,
                 draining=lambda: False,

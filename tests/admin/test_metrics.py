@@ -46,6 +46,7 @@ def exposition(start: Start, tmp_path: Path) -> str:
     config.write_text(
         f'listen = ["127.0.0.1:0"]\n[listeners.{json.dumps(NAME)}]\naddress = "127.0.0.1:0"\n'
         f'tls = {{certificate = "{certificate}", private_key = "{key}"}}\n'
+        '[listeners.datagrams]\naddress = "udp:127.0.0.1:0"\n'
     )
     daemon = start(*WATCHED, "--config", str(config), "--log.connections", "all", listen=None)
     for _ in range(3):

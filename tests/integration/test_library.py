@@ -463,8 +463,13 @@ TLS = {"certificate": "/nowhere/c.pem", "private_key": "/nowhere/k.pem"}
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "address": ("nowhere", {}, "address: 'nowhere' has no port: write HOST:PORT, .*"),
+    "UDP": ("udp:127.0.0.1:0", {}, "address: 'udp:127.0.0.1:0': a server in a program has no UDP: .*"),
     "option": ("127.0.0.1:0", {"mod": "line"}, "mod: unknown option; did you mean 'mode'\\?"),
-    "not for one server": ("127.0.0.1:0", {"loop": "asyncio"}, "loop: unknown option; use one of: fault, limits, .*"),
+    "not for one server": (
+        "127.0.0.1:0",
+        {"loop": "asyncio"},
+        "loop: unknown option; use one of: allow, fault, limits, .*",
+    ),
     "value": ("127.0.0.1:0", {"mode": "lines"}, 'mode: should be "stream", "line" or "info", not "lines"'),
     "key": (
         "127.0.0.1:0",

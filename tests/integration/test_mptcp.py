@@ -9,13 +9,13 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from test_sockets import hand_over
 
 from echod.connection.echo import EchoSession
 from echod.loops import loop_factory
 from echod.net import kernel
 from echod.settings.model import LimitsSettings, ShutdownSettings
 from harness import PATIENCE, receive, reset
+from inheriting import hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

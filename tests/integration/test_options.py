@@ -27,9 +27,12 @@ WRITTEN: list[tuple[Any, Any]] = [
     (types.Count, int),
     (types.Number, int),
     (types.Probability, float),
+    (types.BurstLength, float),
     (types.Trigger, str),
     (types.Permissions, str),
     (types.Networks, options.Networks),
+    (types.PortRanges, options.Networks),
+    (bool, bool),
     (types.FileName, options.FileName),
     (types.Text, options.FileName),
 ]
@@ -68,8 +71,8 @@ def test_tables(table: Any) -> None:
 
 
 def test_options() -> None:
-    """The options are the keys of a listener, and the tables. A thread always listens on TCP and may choose its loop."""
-    single = set(model.ListenerSettings.model_fields) - {"address", "fault", "tls"}
+    """The options are the keys of a stream listener, and the tables. A thread always listens on TCP and may choose its loop."""
+    single = set(model.ListenerSettings.model_fields) - {"address", "refuse_ports", "fault", "tls"}
     common = keys(model.ListenerSettings, *single) | {
         "limits": options.LimitsOptions,
         "shutdown": options.ShutdownOptions,

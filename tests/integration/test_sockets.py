@@ -11,19 +11,23 @@ import socket
 import stat
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
-from connects import Connects
 from crowd import Crowd, Stuck
 from echod.net.inherited import inherit
 from echod.net.listeners import ListenError
 from harness import PATIENCE, Daemon, clean_environment, receive, run, until
+from inheriting import hand_over, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import TracebackType
 
     from harness import Start
 
@@ -242,34 +246,6 @@ def listening(parents: list[socket.socket], family: int = socket.AF_INET) -> soc
     return sock
 
 
-# Passes descriptors on as in sd_listen_fds(3), and executes the daemon.
-HAND_OVER = """
-import os, sys
-names, descriptors, arguments = sys.argv[1], [int(text) for text in sys.argv[2].split(",")], sys.argv[3:]
-high = [os.dup2(descriptor, 200 + place) for place, descriptor in enumerate(descriptors)]
-for place, descriptor in enumerate(high):
-    os.dup2(descriptor, 3 + place)
-    os.close(descriptor)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.environ["LISTEN_FDS"] = str(len(descriptors))
-if names:
-    os.environ["LISTEN_FDNAMES"] = names
-os.execv(sys.executable, [sys.executable, "-m", "echod", *arguments])
-"""
-
-
-def module(sockets: list[Any], names: str) -> tuple[str, ...]:
-    """Return the interpreter's arguments for a daemon that inherits these sockets."""
-    return ("-c", HAND_OVER, names, ",".join(str(sock.fileno()) for sock in sockets))
-
-
-def hand_over(sockets: list[socket.socket], names: str, *arguments: str, loop_name: str) -> Daemon:
-    """Start a daemon that inherits sockets."""
-    descriptors = [sock.fileno() for sock in sockets]
-    options = ("--loop", loop_name, *arguments)
-    return Daemon(*options, module=module(sockets, names), listen=None, pass_fds=descriptors)
-
-
 def test_all_inherited_sockets(loop_name: str, parents: list[socket.socket]) -> None:
     """Without an address in the settings, every inherited socket of any family is served under its name."""
     sockets = [listening(parents), listening(parents), listening(parents, socket.AF_UNIX)]
@@ -329,20 +305,6 @@ def test_both_families_in_one_socket(loop_name: str, parents: list[socket.socket
         assert daemon.wait_for("client_closed")["peer"].startswith("127.0.0.1:")
 
 
-def refusal(sockets: list[Any], names: str, *arguments: str, code: int = 69) -> list[str]:
-    """Return the lines of a command that refuses its inherited sockets with an exit code."""
-    result = subprocess.run(
-        [sys.executable, *module(sockets, names), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=clean_environment(),
-        pass_fds=[sock.fileno() for sock in sockets],
-    )
-    assert result.returncode == code
-    return result.stderr.splitlines()
-
-
 def test_names_that_do_not_match(parents: list[socket.socket]) -> None:
     """An unknown or invalid name is reported, with the names that were inherited."""
     sockets = [listening(parents), listening(parents)]
@@ -384,11 +346,12 @@ def test_inherited_socket_named_admin(loop_name: str, parents: list[socket.socke
 
 
 def test_sockets_of_the_wrong_kind(parents: list[socket.socket], tmp_path: Path) -> None:
-    """Each descriptor that is not a listening stream socket is reported by its number and name."""
-    parents += [socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()]
+    """Each descriptor that is neither a listening stream socket nor a UDP socket is reported by its number and name."""
+    parents += [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), socket.socket()]
+    kinds = "use a stream socket or a UDP socket"
     with (tmp_path / "file").open("w") as file:
         assert refusal([*parents, file], "datagrams:deaf:file") == [
-            "echod: inherited descriptor 3, 'datagrams', is a SOCK_DGRAM socket, not SOCK_STREAM",
+            "echod: inherited descriptor 3, 'datagrams', is an AF_UNIX socket of type SOCK_DGRAM: " + kinds,
             "echod: inherited descriptor 4, 'deaf', does not listen",
             "echod: inherited descriptor 5, 'file': Socket operation on non-socket",
         ]
@@ -476,6 +439,58 @@ def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> No
 RESTARTS = int(os.environ.get("SOAK_RESTARTS", "4"))
 
 
+class Connects:
+    """Connect clients at a fixed rate, each from a thread of a pool, and check their echo."""
+
+    def __init__(self, address: tuple[str, int], rate: float) -> None:
+        self._address = address
+        self._pause = 1 / rate
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(2000)
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run)
+        self.begun = 0
+        self.served = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Start no more clients, and wait for the others."""
+        self._stop.set()
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            due += self._pause
+            self.begun += 1
+            self._pool.submit(self._echo, self.begun)
+
+    def _echo(self, number: int) -> None:
+        message = b"%d" % number * 100
+        try:
+            with socket.create_connection(self._address, PATIENCE) as client:
+                client.sendall(message)
+                client.shutdown(socket.SHUT_WR)
+                right = receive(client, len(message) + 1) == message
+        except OSError as error:
+            self.failures.append(repr(error))
+            return
+        with self._lock:
+            self.served += right
+        if not right:
+            self.failures.append("wrong echo")
+
+
 def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
     """systemd-socket-activate starts the daemon when the first client connects."""
     if not shutil.which("systemd-socket-activate"):
@@ -493,5 +508,5 @@ def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
             _, log = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
-    assert b'"listener": "web"' in log
+    assert b'"listener":"web"' in log
     assert process.returncode == 0

@@ -126,7 +126,7 @@ def test_pipe_as_the_log(loop_name: str, tmp_path: Path) -> None:
         another = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         daemon.send_signal(signal.SIGHUP)
         until(lambda: has(b'"reloaded"'))
-        assert f'"log_reopen_failed", "file": "{fifo}", "error": "{REFUSED}"'.encode() in data
+        assert f'"log_reopen_failed","file":"{fifo}","error":"{REFUSED}"'.encode() in data
         assert daemon.stop() == 0
         until(lambda: has(b'"stopped"'))
     os.close(reader)

@@ -7,9 +7,9 @@ import ssl
 from typing import TYPE_CHECKING
 
 import pytest
-from test_sockets import hand_over
 
 from harness import PATIENCE, receive
+from inheriting import hand_over
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -202,7 +202,8 @@ def test_everything_reaches_the_settings() -> None:
     assert found["faults"] == values["config"]["faults"]
     assert found["loop"] == "asyncio"
     assert found["listeners"] == {
-        "echo": {"address": ":8000"},
+        "echo": {"address": ":8000", "allow": ["10.0.0.0/8"]},
+        "echo-udp": {"address": "udp::8000", "allow": ["10.0.0.0/8"], "refuse_ports": ["0-1023"]},
         "lines": {"address": ":8001", "mode": "line"},
         "info": {"address": ":8002", "mode": "info"},
         "boom": {"address": ":8003", "fault": "boom"},
@@ -247,12 +248,15 @@ def test_readiness_is_noticed_in_time() -> None:
 def test_ports_are_consistent(values: str) -> None:
     """Check that settings, pod, service, policy and autoscaler agree on ports and labels."""
     found = manifests(values)
-    listeners = {name: int(table["address"].removeprefix(":")) for name, table in settings(found)["listeners"].items()}
+    listeners = {name: int(table["address"].rpartition(":")[2]) for name, table in settings(found)["listeners"].items()}
     ports = {port["name"]: port["containerPort"] for port in pod(found)["containers"][0]["ports"]}
     admin = int(variables(found)["ECHOD_ADMIN__ADDRESS"].removeprefix(":"))
     assert ports == {**listeners, "admin": admin}
+    protocols = {port["name"]: port["protocol"] for port in pod(found)["containers"][0]["ports"]}
+    assert protocols == {name: "UDP" if name.endswith("-udp") else "TCP" for name in ports}
     service = one(found, "Service")
     assert {port["targetPort"] for port in service["spec"]["ports"]} == set(listeners)
+    assert all(port["protocol"] == protocols[port["targetPort"]] for port in service["spec"]["ports"])
     labels = one(found, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
     for manifest in found:
         if manifest["kind"] == "Service":
@@ -262,7 +266,9 @@ def test_ports_are_consistent(values: str) -> None:
         elif manifest["kind"] == "NetworkPolicy":
             assert labels >= manifest["spec"]["podSelector"]["matchLabels"].items()
             echo, *others = manifest["spec"]["ingress"]
-            assert {port["port"] for port in echo["ports"]} == set(listeners)
+            assert {port["port"]: port["protocol"] for port in echo["ports"]} == {
+                name: protocols[name] for name in listeners
+            }
             assert all([port["port"] for port in rule["ports"]] == ["admin"] for rule in others)
             assert manifest["spec"]["egress"] == []
         elif manifest["kind"] == "HorizontalPodAutoscaler":
@@ -444,7 +450,7 @@ def test_schema_follows_the_settings() -> None:
         assert set(config[name]["properties"]) == set(model.model_fields) - left_out
     assert set(config) == set(Settings.model_fields) - {"listen", "listeners", "admin"}
     listener = set(schema["listeners"]["additionalProperties"]["properties"])
-    assert listener - {"port", "servicePort"} == set(ListenerSettings.model_fields) - {"address", "socket_mode"}
+    assert listener - {"port", "servicePort", "udp"} == set(ListenerSettings.model_fields) - {"address", "socket_mode"}
 
 
 def test_schema_knows_every_value() -> None:

@@ -31,11 +31,13 @@ BOUND = {
     "client_connected",
     "client_failed",
     "client_state",
+    "flow_closed",
     "listener_cancelled",
 }
 UNPACKED = {
     "client_closed": set(Entry._fields),
     "drained": set(Receipt.__slots__),
+    "flow_closed": {"copies", "fault"},
     "stopped": {
         "connections",
         "empty",
@@ -49,7 +51,10 @@ UNPACKED = {
 }
 
 # Warnings that are logged with a variable as their name.
-CERTIFICATES: dict[str, set[str]] = {
+VARIABLE: dict[str, set[str]] = {
+    "datagrams_dropped": {"listener", "cause", "datagrams", "peer", "error"},
+    "datagrams_refused": {"listener", "cause", "datagrams", "peer"},
+    "receive_failed": {"listener", "cause", "datagrams"},
     "certificate_ends_soon": {"listener", "file", "subject", "not_after", "days"},
     "certificate_expired": {"listener", "file", "subject", "not_after"},
     "certificate_not_yet_valid": {"listener", "file", "subject", "not_before"},
@@ -67,7 +72,7 @@ def logged() -> dict[str, Logged]:
     """Return all events in the source by name."""
     found = {
         "log_lines_dropped": Logged("warning", frozenset({"lines"})),  # the log's writer makes it itself
-        **{event: Logged("warning", frozenset(fields)) for event, fields in CERTIFICATES.items()},
+        **{event: Logged("warning", frozenset(fields)) for event, fields in VARIABLE.items()},
     }
     for module in Path(echod.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):

@@ -283,7 +283,10 @@ def restarted_under_load(container: Container) -> None:
     for client in clients:
         client.result()
     assert len(set(pids)) == 3
-    assert [event["listener"] for event in container.events("listening")[-2:]] == ["systemd:echo"] * 2
+    assert [event["listener"] for event in container.events("listening")[-4:]] == [
+        "systemd:echo",
+        "udp:systemd:echo",
+    ] * 2
     began = [event["pid"] for event in container.events("started")][-3:]
     assert [str(pid) for pid in began] == pids
     connections = sum(event["connections"] for event in container.events("stopped")[-2:])

@@ -131,6 +131,7 @@ class AdminThread:
             resources: Any = SimpleNamespace(tls={})
             view = DaemonView(
                 servers={"echo": server},
+                udp_servers={},
                 addresses={"echo": [str(echo)]},
                 resources=lambda: resources,
                 draining=bool,

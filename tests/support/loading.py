@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Write = Callable[[str], str]
 
+# The end of the list of addresses in messages.
+UDP_FORMS = "; for UDP udp:HOST:PORT, udp:[V6]:PORT, udp::PORT or udp:systemd:NAME"
+
 
 def loaded(*arguments: str, config: str | None = None) -> Config:
     """Return the settings of a command line."""

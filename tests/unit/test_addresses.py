@@ -16,6 +16,7 @@ from echod.net.addresses import (
     AddressError,
     InheritedAddress,
     TcpAddress,
+    UdpAddress,
     UnixAddress,
     from_sockaddr,
     host,
@@ -161,6 +162,43 @@ def test_unix(text: str, address: UnixAddress, sockaddr: str) -> None:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(address.sockaddr)
             assert from_sockaddr(sock.getsockname()) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("udp:127.0.0.1:8000", UdpAddress("127.0.0.1", 8000)),
+        ("udp::7", UdpAddress("", 7)),
+        ("udp:[::1]:0", UdpAddress("::1", 0)),
+        ("udp:LocalHost:7", UdpAddress("localhost", 7)),
+        ("udp:systemd:web", InheritedAddress("web", datagram=True)),
+    ],
+)
+def test_udp(text: str, address: UdpAddress | InheritedAddress) -> None:
+    """An address of UDP differs from that of TCP with the same host and port."""
+    assert parse(text) == parse_bindable(text) == address
+    assert parse(str(address)) == address
+    assert parse(text.removeprefix("udp:")) != address
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("udp:7", "'udp:7' is a port without a host: write udp:127.0.0.1:7, or udp::7 for all addresses"),
+        ("udp:h", "'udp:h' has no port"),
+        ("udp:::1:7", "an IPv6 address needs brackets: write udp:[V6]:PORT"),
+        ("udp:unix:/x", "a unix socket has no UDP: write udp:HOST:PORT, or unix:/x for a stream"),
+        ("udp:systemd:", "does not name an inherited socket"),
+        ("udp:*:80", "'*' is not a host name: write udp::80 for all addresses"),
+        ("udp:[::ffff:192.0.2.1]:80", "an IPv6 socket accepts no IPv4 clients: write udp:192.0.2.1:80"),
+        ("udp:[fe80::1]:80", "a link-local address needs its interface: write udp:[fe80::1%eth0]:80"),
+    ],
+)
+def test_invalid_udp_addresses(text: str, message: str) -> None:
+    """The advice is for UDP too."""
+    with pytest.raises(AddressError) as caught:
+        parse_bindable(text)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["systemd:echod.socket", "systemd:web", "systemd:unknown"])

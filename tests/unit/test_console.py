@@ -228,13 +228,72 @@ def test_narrow_terminals_fold_lines_themselves(width: int) -> None:
             {"event": "accept_paused", "listener": "lab", "cause": "max_connections", "clients": 0, "file": "a b"},
             " ! accept_paused cause=max_connections file='a b' [lab]",
         ),
+        (
+            "info",
+            {"event": "flow_closed", "peer": "1.2.3.4:5", "local": "1.2.3.5:7", "reason": "idle", "seconds": 61.2}
+            | {"received_datagrams": 1, "received": 64, "sent_datagrams": 1, "refused": 0, "dropped": 0},
+            "   flow_closed 1.2.3.4:5 at 1.2.3.5:7 idle, 1 datagram echoed, 64 B in 61.2 s",
+        ),
+        (
+            "info",
+            {"event": "flow_closed", "peer": "1.2.3.4:5", "local": "1.2.3.5:7", "reason": "cut", "seconds": 0.0}
+            | {
+                "received_datagrams": 2000,
+                "sent_datagrams": 1999,
+                "refused": 3,
+                "dropped": 1,
+                "copies": 4,
+                "fault": "x",
+            },
+            (
+                "   flow_closed 1.2.3.4:5 at 1.2.3.5:7 cut, 2,000 datagrams received, 1,999 sent in under 1 ms, 1 dropped, "
+                "3 refused, 4 sent twice, fault x"
+            ),
+        ),
+        (
+            "info",
+            {"event": "flow_closed", "peer": "1.2.3.4:5", "local": "1.2.3.5:7", "reason": "idle", "seconds": 1.0}
+            | {"received_datagrams": 0, "sent_datagrams": 0, "refused": 1},
+            "   flow_closed 1.2.3.4:5 at 1.2.3.5:7 idle, nothing received in 1 s, 1 refused",
+        ),
+        (
+            "warning",
+            {"event": "datagrams_refused", "cause": "port", "datagrams": 3, "peer": "1.2.3.4:7"},
+            " ! datagrams_refused 3 datagrams: port, such as 1.2.3.4:7",
+        ),
+        (
+            "warning",
+            {"event": "datagrams_dropped", "cause": "error", "datagrams": 1, "error": "No route"},
+            " ! datagrams_dropped 1 datagram: error (No route)",
+        ),
+        (
+            "info",
+            {"event": "draining", "signal": "SIGTERM", "clients": 0, "flows": 2, "max_seconds": 8.0},
+            "   draining  after SIGTERM: 0 clients and 2 flows, at most 8 s; another signal stops at once",
+        ),
+        (
+            "info",
+            {"event": "drained", "clients": 0, "completed": 0, "quiet": 0, "cut": 0, "aborted": 0, "failed": 0}
+            | {"unsent_bytes": 0, "unacked_bytes": 0, "discarded_bytes": 0, "seconds": 2.1}
+            | {"flows": 2, "datagrams_received": 5, "datagrams_sent": 4, "datagrams_unanswered": 1},
+            "   drained   0 clients in 2.1 s, flows: 2, 5 datagrams received, 4 datagrams sent, 1 datagrams unanswered",
+        ),
+        (
+            "info",
+            {"event": "stopped", "connections": 0, "received": 0, "sent": 0, "acked": 0, "kernel_drops": 6}
+            | {"datagrams_received": 9, "datagrams_sent": 8, "datagrams_refused": 7, "datagrams_dropped": 0},
+            (
+                "   stopped   0 connections, nothing received, 9 datagrams received, 8 datagrams sent, 7 datagrams refused, "
+                "6 datagrams lost in the kernel"
+            ),
+        ),
         ("critical", {"event": "client_closed", "logger": "other"}, "!! client_closed logger=other"),
         ("critical", {"event": "client_state", "logger": "other"}, "!! client_state logger=other"),
     ],
 )
 def test_other_events(level: str, event: dict[str, Any], text: str) -> None:
     """Each event has its text. Events without a text of their own have their fields, without zeros."""
-    assert texts(event, level) == [text]
+    assert texts(event, level, width=0) == [text]
 
 
 def test_date_on_a_terminal(terminal: int, moment: Callable[[int], None]) -> None:

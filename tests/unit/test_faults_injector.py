@@ -20,7 +20,7 @@ def injector(number: int = 1, **settings: Any) -> Injector:
 def echoes(injector: Injector, *messages: bytes) -> list[bytes | None]:
     """Return the echo of each message, or None for one that ends the echo."""
     decisions = [injector.decide(message) for message in messages]
-    return [None if decision is None else decision.data for decision in decisions]
+    return [None if decision is None else decision.data * decision.copies for decision in decisions]
 
 
 def test_trigger() -> None:
@@ -127,15 +127,15 @@ def test_probability_is_drawn_for_each_message() -> None:
 def test_shaping_alone() -> None:
     """Without an action, the conditions select the messages to shape."""
     fault = injector(trigger="x", delay=1)
-    assert fault.decide(b"a") == (b"a", False)
+    assert fault.decide(b"a") == (b"a", False, 1)
     assert not fault.fired
-    assert fault.decide(b"x") == (b"x", True)
+    assert fault.decide(b"x") == (b"x", True, 1)
     assert fault.fired
 
 
 def test_shaping_beside_an_action() -> None:
     """With an action, the conditions select when it comes, and all messages are shaped."""
     fault = injector(trigger="x", action="close", delay=1)
-    assert fault.decide(b"a") == (b"a", True)
+    assert fault.decide(b"a") == (b"a", True, 1)
     assert fault.fired
     assert fault.decide(b"x") is None

@@ -101,7 +101,6 @@ def bench(
     async def main() -> None:
         bench = Bench(loop, receive_buffer, mode, **fault)
         await bench.pair.connect()
-        bench.session.begin()
         try:
             await scene(bench)
         finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from echod.net import addresses, listen_errors
+from echod.net import addresses, listen_errors, listeners
 from echod.net.listen_errors import explain
 from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
 from harness import PATIENCE, free_port
@@ -130,7 +130,7 @@ def test_no_memory_for_an_accepted_connection(monkeypatch: pytest.MonkeyPatch) -
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         client = stack.enter_context(socket.create_connection(listening.getsockname(), PATIENCE))
         own = ListeningSocket(listening)
-        stack.enter_context(monkeypatch.context()).setattr(socket, "socket", refuse)
+        stack.enter_context(monkeypatch.context()).setattr(listeners, "_Connection", refuse)
         with pytest.raises(MemoryError):
             own.accept()
         assert client.recv(1) == b""

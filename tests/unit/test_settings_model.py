@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from echod.net.addresses import TcpAddress, UnixAddress
 from echod.settings.model import FaultSettings, ListenerSettings, Settings, changes
 from harness import PATIENCE, clean_environment
-from loading import loaded, problems
+from loading import UDP_FORMS, loaded, problems
 
 if TYPE_CHECKING:
     from loading import Write
@@ -84,7 +84,8 @@ socket_mode = "0600"
 fault = "c"
 """)
     assert problems(config=config) == [
-        "FILE: listen[0]: 'x' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        "FILE: listen[0]: 'x' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+        + UDP_FORMS,
         'FILE: limits.backlog: should be a whole number, not "x"',
         'FILE: log.level: should be "debug", "info", "warning" or "error", not 3',
         "FILE: admin.port: unknown key; did you mean 'address'?",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.settings.model import FaultSettings, LimitsSettings
-from loading import loaded, problems
+from loading import UDP_FORMS, loaded, problems
 
 if TYPE_CHECKING:
     from loading import Write
@@ -45,10 +45,13 @@ level = "loud"
     fault_options = f"use one of: {', '.join(f'--faults.b.{name}' for name in FaultSettings.model_fields)}".replace(
         "_", "-"
     )
-    choices = '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate" or "truncate"'
+    choices = (
+        '"raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate" or "drop"'
+    )
     assert problems("--limits.zz=4", "--log.file=", "--faults.b.when", "x", config=config, places=True) == [
         "ECHOD_LOG: is a section: set ECHOD_LOG__KEY for each key",
-        "FILE:2: listen[0]: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+        "FILE:2: listen[0]: 'a' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+        + UDP_FORMS,
         "FILE:2: listen[1]: 'h:70000': '70000' is not a port: use 0 to 65535",
         "FILE:7: limits.max_connections: should be a number, not true",
         'FILE:6: limits.backlog: should be a whole number, not "x"',

@@ -11,7 +11,7 @@ from echod.settings import toml
 from echod.settings.model import Settings, leaves
 from echod.settings.problems import SettingsError
 from echod.settings.sources import load
-from loading import loaded, problems
+from loading import UDP_FORMS, loaded, problems
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,11 @@ SAMPLES = {
     "limits.handshake_timeout": "4.5",
     "limits.write_buffer": "9KiB",
     "limits.max_line": "100",
+    "limits.datagram_rate": "11",
+    "limits.datagram_burst": "12",
+    "limits.datagram_total_rate": "13",
+    "limits.max_flows": "14",
+    "limits.flow_timeout": "15.5",
     "shutdown.delay": "1",
     "shutdown.quiet_period": "2.5",
     "shutdown.drain_timeout": "3.5",
@@ -195,17 +200,20 @@ def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "LISTEN",
             "",
-            "listen[0]: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+            "listen[0]: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+            + UDP_FORMS,
         ),
         (
             "LISTEN",
             "h:1,",
-            "listen[1]: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+            "listen[1]: '' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+            + UDP_FORMS,
         ),
         (
             "LISTEN",
             '["h:1"]',
-            "listen[0]: '[\"h:1\"]' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+            "listen[0]: '[\"h:1\"]' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+            + UDP_FORMS,
         ),
         ("LISTEN", "h:1, H:1", "listen[1]: 'H:1' is already listened on: choose another address"),
         ("LOOP", "", 'loop: should be "auto", "uvloop" or "asyncio", not ""'),
@@ -265,7 +273,8 @@ def test_documents_beyond_the_parser(write: Write, text: str) -> None:
         ("faults.b.trigger", 'faults.b.trigger: should be UTF-8 text, not "\\udcff"'),
         (
             "listen",
-            "listen[0]: '\\udcff' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME",
+            "listen[0]: '\\udcff' has no port: write HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+            + UDP_FORMS,
         ),
     ],
 )

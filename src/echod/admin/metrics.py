@@ -12,6 +12,9 @@ from prometheus_client.registry import Collector
 import echod
 from echod.admin.snapshot import STATES
 from echod.connection.outcome import Reason
+from echod.datagram.flows import Reason as FlowReason
+from echod.datagram.guards import Cause
+from echod.datagram.ledger import DropCause
 from echod.net.certificates import Role
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from echod.admin.histograms import Histograms
     from echod.admin.snapshot import Count, DaemonView, WorkerState
+    from echod.datagram.ledger import Counters as FlowCounters
 
 
 class Families:
@@ -52,6 +56,7 @@ class Families:
     def __iter__(self) -> Iterator[Metric]:
         yield from self._listeners()
         yield from self._connections()
+        yield from self._datagrams()
         yield from self._process()
         if self._workers:
             clients = GaugeMetricFamily("echod_worker_clients", "Connected clients, by worker.", labels=("worker",))
@@ -166,6 +171,51 @@ class Families:
             round_trips.add_metric((name,), histograms.round_trips.buckets, histograms.round_trips.sum)
         yield durations
         yield round_trips
+
+    def _datagrams(self) -> Iterator[Metric]:
+        servers = self._view.udp_servers
+        counters = {name: server.counters() for name, server in servers.items()}
+
+        def total(name: str, text: str, value: Callable[[FlowCounters], int]) -> Metric:
+            family = CounterMetricFamily(f"echod_{name}", text, labels=("listener",))
+            for listener, one in counters.items():
+                family.add_metric((listener,), value(one))
+            return family
+
+        yield total("flows", "Flows that have begun.", lambda one: one.flows)
+        yield total(
+            "datagrams_received", "Datagrams received that are to be echoed.", lambda one: one.received_datagrams
+        )
+        yield total("datagrams_sent", "Received datagrams that were answered.", lambda one: one.sent_datagrams)
+        yield total("datagram_received_bytes", "Payload of the received datagrams.", lambda one: one.received)
+        yield total("datagram_sent_bytes", "Payload of the answers.", lambda one: one.sent)
+        yield total(
+            "datagram_receive_errors", "Failures of the system call that receives.", lambda one: one.receive_errors
+        )
+        refused = CounterMetricFamily(
+            "echod_datagrams_refused", "Datagrams refused by a guard, by cause.", labels=("listener", "cause")
+        )
+        dropped = CounterMetricFamily(
+            "echod_datagrams_dropped", "Received datagrams without an answer, by cause.", labels=("listener", "cause")
+        )
+        ended = CounterMetricFamily("echod_flows_closed", "Flows ended, by reason.", labels=("listener", "reason"))
+        kernel = CounterMetricFamily(
+            "echod_datagrams_kernel_dropped",
+            "Datagrams that the kernel dropped before echod read them, mostly because the receive buffer was full.",
+            labels=("listener",),
+        )
+        active = GaugeMetricFamily("echod_flows_active", "Flows that have not ended.", labels=("listener",))
+        for name, one in counters.items():
+            for family, literal, counts in (
+                (refused, Cause, one.refused),
+                (dropped, DropCause, one.dropped),
+                (ended, FlowReason, one.reasons),
+            ):
+                for value in get_args(literal):
+                    family.add_metric((name, value), counts[value])
+            kernel.add_metric((name,), servers[name].kernel_drops())
+            active.add_metric((name,), servers[name].flows)
+        yield from (refused, dropped, ended, kernel, active)
 
     def _process(self) -> Iterator[Metric]:
         view = self._view

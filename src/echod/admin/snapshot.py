@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from echod.connection.echo import EchoSession
+    from echod.datagram.server import UdpServer
     from echod.server.client import Client
     from echod.server.server import Server
     from echod.server.settings import ServerSettings
@@ -80,6 +81,7 @@ class DaemonView(NamedTuple):
     """The parts of the daemon that the admin listener reads. Mappings are by listener name unless noted."""
 
     servers: Mapping[str, ServerState]
+    udp_servers: Mapping[str, UdpServer]
     addresses: Mapping[str, Sequence[str]]
     resources: Callable[[], Resources]
     """Return the settings in force and the loaded certificates."""

@@ -58,6 +58,7 @@ class Reporter:
             "state": "draining" if view.draining() else "ready",
             "stop": self._stop(now),
             "listeners": listeners,
+            "udp_listeners": [self._udp_listener(name) for name in view.udp_servers],
             "clients": {
                 "active": sum(sum(count.states.values()) for count in counts.values()),
                 "states": {state: sum(count.states[state] for count in counts.values()) for state in STATES},
@@ -101,9 +102,30 @@ class Reporter:
             "sent_per_second": round((count.sent - sent) / span),
         }
 
+    def _udp_listener(self, name: str) -> dict[str, object]:
+        server = self._view.udp_servers[name]
+        counters = server.counters()
+        return {
+            "name": name,
+            "addresses": self._view.addresses[name],
+            "fault": server.settings.listener.fault or None,
+            "max_flows": server.settings.limits.max_flows,
+            "flows": server.flows,
+            "flows_so_far": counters.flows,
+            "received_datagrams": counters.received_datagrams,
+            "received": counters.received,
+            "sent_datagrams": counters.sent_datagrams,
+            "sent": counters.sent,
+            "refused": dict(counters.refused),
+            "dropped": dict(counters.dropped),
+            "kernel_drops": server.kernel_drops(),
+            "closed": dict(counters.reasons),
+        }
+
     def _stop(self, now: float) -> dict[str, float] | None:
         """Describe the stop, if one has begun: the seconds in which clients are still accepted, and those to its end."""
         deadlines = [server.stop_deadlines for server in self._view.servers.values()]
+        deadlines += [server.stop_deadlines for server in self._view.udp_servers.values()]
         begun = [each for each in deadlines if each is not None]
         if not begun:
             return None

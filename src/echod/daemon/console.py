@@ -181,11 +181,28 @@ def _closed(event: EventDict) -> str:
     return f"{who} {event['reason']}, {_echoed(event)} in {_duration(event)}{rtt}{others}"
 
 
+def _flow(event: EventDict) -> str:
+    datagrams = count(event["received_datagrams"], "datagram")
+    if event["received_datagrams"] == event["sent_datagrams"]:
+        echoed = f"{datagrams} echoed, {event['received']:,} B" if event["received_datagrams"] else "nothing received"
+    else:
+        echoed = f"{datagrams} received, {event['sent_datagrams']:,} sent"
+    others = _others(event, dropped="{:,} dropped", refused="{:,} refused", copies="{:,} sent twice", fault="fault {}")
+    return f"{event['peer']} at {event['local']} {event['reason']}, {echoed} in {_duration(event)}{others}"
+
+
+def _refused(event: EventDict) -> str:
+    peer = f", such as {event['peer']}" if "peer" in event else ""
+    error = f" ({event['error']})" if "error" in event else ""
+    return f"{count(event['datagrams'], 'datagram')}: {event['cause']}{error}{peer}"
+
+
 def _draining(event: EventDict) -> str:
     cause = f"after {event['signal']}" if event["signal"] else "after a failure"
-    if not event["clients"]:
+    flows = event.get("flows", 0)
+    if not (event["clients"] or flows):
         return f"{cause}: no clients"
-    clients = count(event["clients"], "client")
+    clients = count(event["clients"], "client") + (f" and {count(flows, 'flow')}" if flows else "")
     if not event["max_seconds"]:
         return f"{cause}: {clients}, reset at once"
     return f"{cause}: {clients}, at most {seconds_text(event['max_seconds'])}; {again(event['signal'])} stops at once"
@@ -203,6 +220,10 @@ def _drained(event: EventDict) -> str:
         unsent_bytes="{:,} B unsent",
         unacked_bytes="{:,} B unacknowledged",
         discarded_bytes="{:,} B discarded",
+        flows="flows: {:,}",
+        datagrams_received="{:,} datagrams received",
+        datagrams_sent="{:,} datagrams sent",
+        datagrams_unanswered="{:,} datagrams unanswered",
     )
     return f"{count(event['clients'], 'client')} in {_duration(event)}{ends}{others}"
 
@@ -214,6 +235,11 @@ def _stopped(event: EventDict) -> str:
         discarded_bytes="{:,} B discarded",
         accept_pauses="accept pauses: {:,}",
         accept_failures="accept failures: {:,}",
+        datagrams_received="{:,} datagrams received",
+        datagrams_sent="{:,} datagrams sent",
+        datagrams_refused="{:,} datagrams refused",
+        datagrams_dropped="{:,} datagrams dropped",
+        kernel_drops="{:,} datagrams lost in the kernel",
     )
     faults = "".join(f", fault {name}: {count:,}" for name, count in event.get("faults", {}).items())
     return f"{count(event['connections'], 'connection')}, {_echoed(event)}{others}{faults}"
@@ -225,6 +251,9 @@ _TEXTS: Mapping[str, Callable[[EventDict], str]] = {
     "client_connected": lambda event: event["peer"],
     "client_state": lambda event: event["peer"],
     "client_closed": _closed,
+    "flow_closed": _flow,
+    "datagrams_refused": _refused,
+    "datagrams_dropped": _refused,
     "reloaded": lambda event: f"changed: {', '.join(event['changed'])}" if event["changed"] else "no settings changed",
     "reload_failed": lambda event: "; ".join(event["problems"]),
     "restart_needed": lambda event: f"for {', '.join(event['settings'])}",

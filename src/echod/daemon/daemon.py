@@ -9,7 +9,7 @@ import signal
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import echod
 from echod.connection.tls import TlsBuffers
@@ -20,6 +20,10 @@ from echod.daemon.plan import ADMIN, ADMIN_CLOSE, Plan
 from echod.daemon.reload import Reloader, take_fallible_steps
 from echod.daemon.startup import socket_addresses, start_up
 from echod.daemon.systemd import Notifier
+from echod.datagram.guards import OwnAddresses
+from echod.datagram.ledger import FlowLedger
+from echod.datagram.receipt import FlowReceipt
+from echod.datagram.server import UdpServer, is_local
 from echod.loops import run
 from echod.server.ledger import Ledger
 from echod.server.receipt import Receipt
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from echod.daemon.logs import Log
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
+    from echod.net.addresses import InheritedAddress
     from echod.net.listeners import Listener
     from echod.settings.resources import Resources
 
@@ -73,10 +78,19 @@ def serve(resources: Resources, log: Log, signals: Signals, load: Callable[[Reso
         admin = Admin(listeners.pop(), startup.plan.specs()[-1].address)
     return run(
         settings.loop,
-        lambda: Daemon(startup.plan, startup.inherited, log, load, startup.descriptors, admin).run(
+        lambda: Daemon(startup.plan, startup.inherited_names, log, load, startup.descriptors, admin).run(
             listeners, signals, startup.manager
         ),
     )
+
+
+class _Runnable(Protocol):
+    """The verbs that a server of streams and one of datagrams share."""
+
+    def start(self) -> None: ...
+    async def shutdown(self) -> Receipt | FlowReceipt: ...
+    def abort(self) -> None: ...
+    async def wait_failed(self) -> BaseException: ...
 
 
 class Daemon:
@@ -84,7 +98,7 @@ class Daemon:
 
     Args:
         plan: derived from the settings.
-        inherited: the names of the inherited sockets.
+        inherited: the addresses of the inherited sockets.
         log: of the process.
         load: reads the settings again, given those in force.
         descriptors: the limit of descriptors.
@@ -95,7 +109,7 @@ class Daemon:
     def __init__(
         self,
         plan: Plan,
-        inherited: Collection[str],
+        inherited: Collection[InheritedAddress],
         log: Log,
         load: Callable[[Resources], Resources],
         descriptors: int,
@@ -111,6 +125,7 @@ class Daemon:
         self._admin = admin
         self._buffers = TlsBuffers()
         self._servers: dict[str, Server] = {}
+        self._udp_servers: dict[str, UdpServer] = {}
         self._stop = asyncio.Event()
         self._stop_signal: str | None = None
         self._exit_code = 0
@@ -125,20 +140,7 @@ class Daemon:
         loop.set_exception_handler(self._on_loop_exception)
         signals.attach(loop, self._on_signal, self._on_hangup)
         self._warn()
-        max_connections = self._max_connections(len(listeners))
-        settings = self._plan.settings.log
-        for listener in listeners:
-            observers = () if self._admin is None else (self._admin.observer(listener.name),)
-            logger = self._logger.bind(listener=listener.name)
-            ledger = Ledger(
-                logger,
-                settings.connections,
-                observers,
-                states=settings.level == "debug",
-                write=self._log.line("client_closed", listener=listener.name),
-            )
-            server_settings = self._plan.server_settings(listener.name, max_connections, self._buffers)
-            self._servers[listener.name] = Server(listener.sockets, server_settings, ledger)
+        self._create_servers(listeners)
         self._logger.info(
             "started",
             version=echod.__version__,
@@ -153,8 +155,9 @@ class Daemon:
             self._admin.start(self._view(addresses_in_use), Snapshot(self._servers), lambda: self._logger)
         watchers: list[asyncio.Task[None]] = []
         for listener in listeners:
-            self._servers[listener.name].start()
-            watchers.append(loop.create_task(self._watch(listener.name, self._servers[listener.name])))
+            server = self._runnables()[listener.name]
+            server.start()
+            watchers.append(loop.create_task(self._watch(listener.name, server)))
             for address in addresses_in_use[listener.name]:
                 self._logger.info("listening", listener=listener.name, address=address)
         if self._admin is not None:
@@ -172,11 +175,41 @@ class Daemon:
         signals.detach(loop)
         return self._exit_code
 
+    def _create_servers(self, listeners: Sequence[Listener]) -> None:
+        settings = self._plan.settings.log
+        is_udp = {name: listener.is_datagram for name, listener in self._plan.listeners.items()}
+        udp_sockets = [one.sock for listener in listeners if is_udp[listener.name] for one in listener.sockets]
+        own = OwnAddresses([sock.getsockname()[:2] for sock in udp_sockets], is_local)
+        max_connections = self._max_connections(sum(not is_udp[listener.name] for listener in listeners))
+        for listener in listeners:
+            name = listener.name
+            logger = self._logger.bind(listener=name)
+            if is_udp[name]:
+                flow_ledger = FlowLedger(logger, settings.connections)
+                sections = self._plan.datagram_settings(name)
+                self._udp_servers[name] = UdpServer(listener.sockets, sections, flow_ledger, own)
+            else:
+                observers = () if self._admin is None else (self._admin.observer(name),)
+                ledger = Ledger(
+                    logger,
+                    settings.connections,
+                    observers,
+                    states=settings.level == "debug",
+                    write=self._log.line("client_closed", listener=name),
+                )
+                server_settings = self._plan.server_settings(name, max_connections, self._buffers)
+                self._servers[name] = Server(listener.sockets, server_settings, ledger)
+
+    def _runnables(self) -> dict[str, _Runnable]:
+        """Return all servers by the names of their listeners."""
+        return {**self._servers, **self._udp_servers}
+
     async def _shut_down(self) -> None:
         """Stop all listeners side by side, and log the receipt and the totals."""
         self._notifier.stopping()
-        servers = self._servers.values()
-        clients = sum(server.begin_stop() for server in servers)
+        clients = sum(server.begin_stop() for server in self._servers.values())
+        flows = sum(server.begin_stop() for server in self._udp_servers.values())
+        servers = self._runnables()
         shutdown = self._plan.settings.shutdown
         seconds = shutdown.delay + shutdown.drain_timeout + shutdown.linger_timeout
         status = DrainStatus(self._log, self._count_clients, self._stop_signal)
@@ -185,14 +218,18 @@ class Daemon:
             "draining",
             signal=self._stop_signal,
             clients=clients,
+            **({"flows": flows} if self._udp_servers else {}),
             max_seconds=0.0 if self._exit_code > _SIGNALLED else seconds,
         )
-        outcomes = await asyncio.gather(*(server.shutdown() for server in servers), return_exceptions=True)
+        outcomes = await asyncio.gather(*(server.shutdown() for server in servers.values()), return_exceptions=True)
         status.clear()
         receipt = asdict(Receipt.total(outcome for outcome in outcomes if isinstance(outcome, Receipt)))
+        if self._udp_servers:
+            of_flows = asdict(FlowReceipt.total(outcome for outcome in outcomes if isinstance(outcome, FlowReceipt)))
+            receipt |= of_flows | {"seconds": max(receipt["seconds"], of_flows["seconds"])}
         self._logger.info("drained", **receipt)
         self._notifier.drained(receipt)
-        failures = dict(zip(self._servers, outcomes, strict=True))
+        failures = dict(zip(servers, outcomes, strict=True))
         if self._admin is not None:
             try:
                 async with asyncio.timeout(ADMIN_CLOSE):
@@ -203,7 +240,8 @@ class Daemon:
             if isinstance(outcome, BaseException):
                 self._logger.error("stop_failed", listener=name, exc_info=outcome)
                 self._exit_code = self._exit_code or 1
-        self._logger.info("stopped", **totals([server.ledger.counters for server in servers]))
+        counters = [server.ledger.counters for server in self._servers.values()]
+        self._logger.info("stopped", **totals(counters, list(self._udp_servers.values())))
 
     @property
     def _logger(self) -> FilteringBoundLogger:
@@ -221,10 +259,10 @@ class Daemon:
     def _force_stop(self, number: int) -> None:
         """Reset every client. The first signal that forces the stop decides the exit code."""
         self._exit_code = self._exit_code or _SIGNALLED + number
-        for server in self._servers.values():
+        for server in self._runnables().values():
             server.abort()
 
-    async def _watch(self, name: str, watched: Server | Admin) -> None:
+    async def _watch(self, name: str, watched: _Runnable | Admin) -> None:
         """Stop the daemon if a task of a server or of the admin listener fails. Log that during a stop too."""
         error = await watched.wait_failed()
         self._logger.error("crashed", listener=name, exc_info=error)
@@ -264,6 +302,10 @@ class Daemon:
             # A listener that was removed from the settings keeps its own until a restart.
             if name in plan.listeners:
                 server.reconfigure(plan.server_settings(name, max_connections, self._buffers))
+        for name, udp_server in self._udp_servers.items():
+            udp_server.ledger.reconfigure(self._logger.bind(listener=name), settings.connections)
+            if name in plan.listeners:
+                udp_server.reconfigure(plan.datagram_settings(name))
         changed = [".".join(key) for key in changes(before.settings, plan.settings)]
         self._logger.info("reloaded", changed=changed)
         self._warn()
@@ -276,6 +318,8 @@ class Daemon:
     def _warn(self) -> None:
         for listener, warning in self._plan.resources.warnings(datetime.now(UTC)):
             self._logger.warning(warning.event, listener=listener, **warning.fields)
+        for name in self._plan.open_reflectors():
+            self._logger.warning("udp_open_reflector", listener=name, address=self._plan.listeners[name].address)
 
     def _max_connections(self, listeners: int) -> int:
         """Return the maximum number of clients per listener, which the limit of descriptors may lower."""
@@ -300,13 +344,17 @@ class Daemon:
         clients = count(self._count_clients(), "client")
         connections = count(sum(server.ledger.counters.accepted for server in servers), "connection")
         received = count(sum(server.received for server in servers), "byte")
-        return f"{clients} now, {connections} so far, {received} received"
+        if not self._udp_servers:
+            return f"{clients} now, {connections} so far, {received} received"
+        flows = count(sum(server.flows for server in self._udp_servers.values()), "flow")
+        return f"{clients} and {flows} now, {connections} so far, {received} received"
 
     def _view(self, addresses_in_use: Mapping[str, Sequence[str]]) -> DaemonView:
         from echod.admin.snapshot import DaemonView  # noqa: PLC0415  (used by the admin listener only)
 
         return DaemonView(
             servers=self._servers,
+            udp_servers=self._udp_servers,
             addresses=addresses_in_use,
             resources=lambda: self._plan.resources,
             draining=self._stop.is_set,

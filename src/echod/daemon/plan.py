@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from echod.connection.tls import TlsEnd
+from echod.datagram.settings import DatagramSettings
 from echod.net import addresses
 from echod.net.listeners import ListenerSpec
 from echod.server.settings import ServerSettings
-from echod.settings.model import ListenerSettings, changes
+from echod.settings.model import ONE_PROCESS, ListenerSettings, changes
 from echod.settings.problems import Problem, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
     from echod.connection.tls import TlsBuffers
+    from echod.net.addresses import InheritedAddress
     from echod.settings.model import Config, Settings
     from echod.settings.resources import Resources
     from echod.settings.types import Key
@@ -34,11 +36,11 @@ class Plan(NamedTuple):
     """By name, without the admin listener."""
 
     @classmethod
-    def derive(cls, resources: Resources, inherited: Collection[str]) -> Self:
-        """Return the plan for settings and the names of the inherited sockets.
+    def derive(cls, resources: Resources, inherited: Collection[InheritedAddress]) -> Self:
+        """Return the plan for settings and the addresses of the inherited sockets.
 
         Raises:
-            SettingsError: an inherited socket has the name of the admin listener.
+            SettingsError: an inherited socket has the name of the admin listener, or is for UDP with several workers.
 
         """
         return cls(resources, _listeners(resources.config, inherited))
@@ -70,21 +72,33 @@ class Plan(NamedTuple):
         limits = settings.limits.model_copy(update={"max_connections": max_connections})
         return ServerSettings(listener, limits, settings.shutdown, settings.faults.get(listener.fault), end)
 
+    def datagram_settings(self, name: str) -> DatagramSettings:
+        """Return the settings of one UDP listener's server."""
+        settings, listener = self.settings, self.listeners[name]
+        return DatagramSettings(listener, settings.limits, settings.shutdown, settings.faults.get(listener.fault))
+
+    def open_reflectors(self) -> Iterator[str]:
+        """Yield the names of the UDP listeners that answer everyone, whatever host a datagram's source address belongs to."""
+        return (name for name, listener in self.listeners.items() if listener.is_open_reflector)
+
     def restart_needed(self, initial: Plan) -> list[str]:
         """Return the settings that differ from those of the start, and take effect only at a start."""
         return sorted({".".join(key) for key in _fixed_changes(initial.settings, self.settings)})
 
 
-def _listeners(config: Config, inherited: Collection[str]) -> Mapping[str, ListenerSettings]:
+def _listeners(config: Config, inherited: Collection[InheritedAddress]) -> Mapping[str, ListenerSettings]:
     """Return every listener by name. Inherited sockets are the listeners if the settings contain no address."""
     if inherited and ("listen",) not in config.origins and not config.settings.listeners:
-        if config.settings.admin.address and ADMIN in inherited:
+        names = {f"udp:{one.name}" if one.datagram else one.name: one for one in inherited}
+        if config.settings.admin.address and ADMIN in names:
             message = (
                 f"the admin listener is named {ADMIN!r}, and so is an inherited socket: give the socket another name "
                 "(FileDescriptorName=), or add an address to listen on"
             )
             raise SettingsError([Problem(config.origins["admin", "address"], "admin.address", message)])
-        return {name: ListenerSettings(address=f"systemd:{name}") for name in inherited}
+        if config.settings.workers != 1 and any(one.datagram for one in inherited):
+            raise SettingsError([Problem(config.origins["workers",], "workers", ONE_PROCESS)])
+        return {name: ListenerSettings(address=str(one)) for name, one in names.items()}
     return config.settings.all_listeners()
 
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from echod.daemon import systemd
 from echod.daemon.plan import Plan
 from echod.net import addresses, kernel
-from echod.net.inherited import inherit
+from echod.net.inherited import inherit, inherited_addresses
 from echod.net.listeners import open_listeners
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from socket import socket
 
     from echod.daemon.logs import Log
     from echod.daemon.signals import Signals
     from echod.daemon.systemd import Manager
+    from echod.net.addresses import InheritedAddress
     from echod.net.listeners import Listener
     from echod.settings.resources import Resources
 
@@ -27,6 +28,8 @@ class Startup(NamedTuple):
     plan: Plan
     inherited: Mapping[str, Sequence[socket]]
     """The inherited sockets by name."""
+    inherited_names: Collection[InheritedAddress]
+    """Their addresses."""
     listeners: list[Listener]
     """All open listeners, the admin listener last. Empty if a signal has stopped the start."""
     descriptors: int
@@ -57,7 +60,8 @@ def start_up(resources: Resources, log: Log, signals: Signals, *, share_ports: b
     manager = systemd.find_manager(log.logger.warning)
     descriptors = kernel.raise_descriptor_limit()
     inherited = inherit()
-    plan = Plan.derive(resources, inherited)
+    inherited_names = inherited_addresses(inherited)
+    plan = Plan.derive(resources, inherited_names)
     specs = plan.specs()
     if plan.settings.admin.address:
         # Before anything listens, because this import is slow.
@@ -68,13 +72,14 @@ def start_up(resources: Resources, log: Log, signals: Signals, *, share_ports: b
         )
     except InterruptedError:
         listeners = []  # the stop begins once there is a loop
-    used = {spec.address.name for spec in specs if isinstance(spec.address, addresses.InheritedAddress)}
-    for name in inherited.keys() - used:
-        log.logger.warning("inherited_socket_unused", name=name)
-    return Startup(plan, inherited, listeners, descriptors, manager)
+    used = {spec.address for spec in specs}
+    for address in inherited_names:
+        if address not in used:
+            log.logger.warning("inherited_socket_unused", name=address.name, address=str(address))
+    return Startup(plan, inherited, inherited_names, listeners, descriptors, manager)
 
 
 def socket_addresses(listener: Listener) -> list[str]:
     """Return the addresses of a listener's sockets."""
-    names = (listening.sock.getsockname() for listening in listener.sockets)
-    return [addresses.text(name) for name in names]
+    sockets = (listening.sock for listening in listener.sockets)
+    return [str(addresses.of_socket(sock) or sock.getsockname()) for sock in sockets]

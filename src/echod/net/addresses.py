@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FORMS = "HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME"
+FORMS = (
+    "HOST:PORT, [V6]:PORT, :PORT, unix:PATH, unix:@NAME or systemd:NAME; for UDP udp:HOST:PORT, udp:[V6]:PORT, udp::PORT "
+    "or udp:systemd:NAME"
+)
 HIGHEST_PORT = 65535
 
 # struct sockaddr_un holds 108 bytes: a path and its NUL, or the NUL that marks an abstract name and the name.
@@ -44,6 +47,18 @@ class TcpAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class UdpAddress:
+    """A UDP port of a host. An empty host means all addresses of both families, and port 0 a free port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads back."""
+        return f"udp:{join_host_port(self.host, self.port)}"
+
+
+@dataclass(frozen=True, slots=True)
 class UnixAddress:
     """A unix socket: a path, or "@" and a name in the abstract namespace of Linux (unix(7))."""
 
@@ -64,13 +79,15 @@ class InheritedAddress:
     """The sockets that the service manager has passed to the process under one name (sd_listen_fds(3))."""
 
     name: str
+    datagram: bool = False
+    """Whether the UDP sockets of that name are meant, instead of its stream sockets."""
 
     def __str__(self) -> str:
         """Return the text that `parse` reads back."""
-        return f"systemd:{self.name}"
+        return f"udp:systemd:{self.name}" if self.datagram else f"systemd:{self.name}"
 
 
-Address = TcpAddress | UnixAddress | InheritedAddress
+Address = TcpAddress | UdpAddress | UnixAddress | InheritedAddress
 
 
 def join_host_port(host: str, port: int) -> str:
@@ -114,6 +131,19 @@ def host(sockaddr: Any) -> str | None:
             return host
     address = from_sockaddr(sockaddr)
     return address.host if isinstance(address, TcpAddress) else None
+
+
+def of_socket(sock: socket.socket) -> TcpAddress | UdpAddress | UnixAddress | None:
+    """Return the address that a socket is bound to, or None if it has none.
+
+    Raises:
+        OSError: getsockname(2) failed.
+
+    """
+    address = from_sockaddr(sock.getsockname())
+    if isinstance(address, TcpAddress) and sock.type == socket.SOCK_DGRAM:
+        return UdpAddress(address.host, address.port)
+    return address
 
 
 def _zone(scope: int) -> str:
@@ -170,9 +200,14 @@ def parse(text: str) -> Address:
     """
     if text.startswith("unix:"):
         return _unix(text.removeprefix("unix:"), text)
-    if text.startswith("systemd:"):
-        return _inherited(text.removeprefix("systemd:"), text)
-    return _tcp(text)
+    datagram = text.startswith("udp:")
+    rest = text.removeprefix("udp:")
+    if rest.startswith("systemd:"):
+        return InheritedAddress(_inherited_name(rest.removeprefix("systemd:"), text), datagram)
+    if rest.startswith("unix:"):
+        msg = f"{text!r}: a unix socket has no UDP: write udp:HOST:PORT, or {rest} for a stream"
+        raise AddressError(msg)
+    return (UdpAddress if datagram else TcpAddress)(*_host_and_port(text))
 
 
 def parse_bindable(text: str) -> Address:
@@ -182,17 +217,19 @@ def parse_bindable(text: str) -> Address:
         AddressError: the text is not an address, or no socket can be bound to it.
 
     """
-    if text.startswith("*:"):
-        msg = f"{text!r}: '*' is not a host name: write {text[1:]} for all addresses"
+    if text.startswith(("*:", "udp:*:")):
+        msg = f"{text!r}: '*' is not a host name: write {text.replace('*', '', 1)} for all addresses"
         raise AddressError(msg)
     address = parse(text)
-    if isinstance(address, TcpAddress) and ":" in address.host:
+    if isinstance(address, TcpAddress | UdpAddress) and ":" in address.host:
         host = ipaddress.IPv6Address(address.host)
         if host.ipv4_mapped:
-            msg = f"{text!r}: an IPv6 socket accepts no IPv4 clients: write {host.ipv4_mapped}:{address.port}"
+            right = type(address)(str(host.ipv4_mapped), address.port)
+            msg = f"{text!r}: an IPv6 socket accepts no IPv4 clients: write {right}"
             raise AddressError(msg)
         if host.is_link_local and host.scope_id is None:
-            msg = f"{text!r}: a link-local address needs its interface: write [{host}%eth0]:{address.port}"
+            right = type(address)(f"{host}%eth0", address.port)
+            msg = f"{text!r}: a link-local address needs its interface: write {right}"
             raise AddressError(msg)
     return address
 
@@ -208,19 +245,21 @@ def _unix(path: str, text: str) -> UnixAddress:
     return UnixAddress(path)
 
 
-def _inherited(name: str, text: str) -> InheritedAddress:
+def _inherited_name(name: str, text: str) -> str:
     # The rules of systemd. LISTEN_FDNAMES separates names by colons.
     if not (name.isascii() and name.isprintable()) or not name or ":" in name:
         msg = f"{text!r} does not name an inherited socket: write systemd:NAME, as in FileDescriptorName= of the socket's unit"
         raise AddressError(msg)
-    return InheritedAddress(name)
+    return name
 
 
-def _tcp(text: str) -> TcpAddress:
-    host, colon, port = text.rpartition(":")
-    if text.isascii() and text.isdecimal():
-        number = _port(text, text)
-        msg = f"{text!r} is a port without a host: write 127.0.0.1:{number}, or :{number} for all addresses"
+def _host_and_port(text: str) -> tuple[str, int]:
+    udp = "udp:" if text.startswith("udp:") else ""
+    rest = text.removeprefix(udp)
+    host, colon, port = rest.rpartition(":")
+    if rest.isascii() and rest.isdecimal():
+        number = _port(rest, text)
+        msg = f"{text!r} is a port without a host: write {udp}127.0.0.1:{number}, or {udp}:{number} for all addresses"
         raise AddressError(msg)
     if not colon or text.endswith("]"):
         msg = f"{text!r} has no port: write {FORMS}"
@@ -228,7 +267,7 @@ def _tcp(text: str) -> TcpAddress:
     if host.startswith("[") and host.endswith("]"):
         host = _ipv6(host[1:-1], text)
     elif ":" in host and _IPV6_CHARACTERS.issuperset(host.partition("%")[0]):
-        msg = f"{text!r}: an IPv6 address needs brackets: write [V6]:PORT"
+        msg = f"{text!r}: an IPv6 address needs brackets: write {udp}[V6]:PORT"
         raise AddressError(msg)
     elif host and not is_name(host):
         msg = f"{text!r}: {host!r} is not a host name: write {FORMS}"
@@ -236,7 +275,7 @@ def _tcp(text: str) -> TcpAddress:
     else:
         _check_ipv4(host, text)
         host = host.lower()  # not for an IPv6 zone: interface names are case-sensitive
-    return TcpAddress(host, _port(port, text))
+    return host, _port(port, text)
 
 
 def _check_ipv4(host: str, text: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TYPE_CHECKING
 
-from echod.net.addresses import AddressError, parse
+from echod.net.addresses import AddressError, InheritedAddress, parse
 from echod.net.listeners import ListenError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 # SD_LISTEN_FDS_START of sd_listen_fds(3).
 _FIRST_DESCRIPTOR = 3
@@ -21,7 +25,8 @@ def inherit() -> dict[str, list[socket.socket]]:
     The variables LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES are removed, because they apply to this process only.
 
     Raises:
-        ListenError: a descriptor is not a listening stream socket, or the variables contradict each other.
+        ListenError: a descriptor is neither a listening stream socket nor a UDP socket, or the variables contradict each
+            other.
 
     """
     pid, count, names = (os.environ.pop(f"LISTEN_{name}", None) for name in ("PID", "FDS", "FDNAMES"))
@@ -47,11 +52,20 @@ def inherit() -> dict[str, list[socket.socket]]:
     return sockets
 
 
+def inherited_addresses(inherited: Mapping[str, Sequence[socket.socket]]) -> list[InheritedAddress]:
+    """Return the addresses that name inherited sockets. A name of stream and datagram sockets has two."""
+    return [
+        InheritedAddress(name, datagram)
+        for name, sockets in inherited.items()
+        for datagram in sorted({sock.type == socket.SOCK_DGRAM for sock in sockets})
+    ]
+
+
 def _take_over(descriptor: int, label: str) -> socket.socket:
     """Return one inherited socket.
 
     Raises:
-        ListenError: it is not a listening stream socket, or its name is invalid.
+        ListenError: it is neither a listening stream socket nor a UDP socket, or its name is invalid.
 
     """
     place = f"inherited descriptor {descriptor}"
@@ -65,8 +79,11 @@ def _take_over(descriptor: int, label: str) -> socket.socket:
         sock = socket.socket(fileno=descriptor)
     except OSError as error:
         raise ListenError([f"{place}, {label!r}: {error.strerror}"]) from error
+    if sock.type == socket.SOCK_DGRAM and sock.family in {socket.AF_INET, socket.AF_INET6}:
+        return sock
     if sock.type != socket.SOCK_STREAM:
-        raise ListenError([f"{place}, {label!r}, is a {sock.type.name} socket, not SOCK_STREAM"])
+        kind = f"{sock.family.name} socket of type {sock.type.name}"
+        raise ListenError([f"{place}, {label!r}, is an {kind}: use a stream socket or a UDP socket"])
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ListenError([f"{place}, {label!r}, does not listen"])
     return sock

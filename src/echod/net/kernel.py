@@ -48,6 +48,10 @@ _CREDENTIALS = struct.Struct("3i")
 
 _ON = struct.pack("ii", 1, 0)
 
+# An array of 32-bit numbers, the last of which are the drops: enum in linux/sock_diag.h. socket(7) calls it SO_MEMINFO.
+_SO_MEMINFO = 55
+_MEMINFO = struct.Struct("32xI")
+
 
 class TcpInfo(NamedTuple):
     """One connection's TCP_INFO."""
@@ -163,6 +167,20 @@ def readable(sock: socket.socket) -> bool:
         return bool(poll.poll(0))
     except OSError:  # ENOMEM
         return True
+
+
+def datagram_drops(sock: socket.socket) -> int:
+    """Return how many datagrams the kernel has dropped at a socket: its buffer was full, or a checksum was wrong.
+
+    The count wraps at 2**32. It is 0 outside Linux, and if the kernel refuses it.
+    """
+    if sys.platform != "linux":  # pragma: no cover (Linux only)
+        return 0
+    try:
+        (drops,) = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
+    except OSError:
+        return 0
+    return int(drops)
 
 
 def waiting_connections(listening: socket.socket) -> int:

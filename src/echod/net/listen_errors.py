@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echod.net.addresses import TcpAddress, UnixAddress, from_sockaddr
+from echod.net.addresses import TcpAddress, UdpAddress, UnixAddress, of_socket
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +22,7 @@ UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 _CAPABILITY = (
     "ports below {} need CAP_NET_BIND_SERVICE: set AmbientCapabilities= as the unit in packaging/systemd does, or "
-    "listen on port 8000 and map it, as in docker run -p {}:8000"
+    "listen on port 8000 and map it, as in docker run -p {}"
 )
 
 _FOLDER = {
@@ -54,20 +54,26 @@ def _occupied(address: Address, own: Iterable[tuple[str, socket.socket]]) -> str
         if _conflicts(address, sock):
             return f"{name} already uses it; choose another address"
     match address:
-        case TcpAddress(port=0):  # no port is free in both families
+        case TcpAddress(port=0) | UdpAddress(port=0):  # no port is free in both families
             return ""
         case TcpAddress(port=port):
             return f"find the process with: ss -ltnp 'sport = :{port}'"
+        case UdpAddress(port=port):
+            return f"find the process with: ss -lunp 'sport = :{port}'"
         case _:
             return f"find the process with: ss -lxp src {shlex.quote(str(address).removeprefix('unix:'))}"
 
 
 def _advice(error: OSError, address: Address) -> str:
     match address, error.errno:
-        case TcpAddress(port=port), errno.EACCES if port < (lowest := _lowest_unprivileged_port()):
-            return _CAPABILITY.format(lowest, port)
-        case TcpAddress(port=port), errno.EADDRNOTAVAIL:
-            return f"this host does not have the address; `ip address` lists its own, and :{port} means all"
+        case TcpAddress(port=port) | UdpAddress(port=port), errno.EACCES if port < (
+            lowest := _lowest_unprivileged_port()
+        ):
+            udp = "/udp" if isinstance(address, UdpAddress) else ""
+            return _CAPABILITY.format(lowest, f"{port}:8000{udp}")
+        case TcpAddress(port=port) | UdpAddress(port=port), errno.EADDRNOTAVAIL:
+            wildcard = type(address)("", port)
+            return f"this host does not have the address; `ip address` lists its own, and {wildcard} means all"
         case UnixAddress(path=path), number if number in _FOLDER:
             return _FOLDER[number].format(os.path.dirname(path) or ".")  # noqa: PTH120  (as it is written)
         case _:
@@ -76,8 +82,11 @@ def _advice(error: OSError, address: Address) -> str:
 
 def _conflicts(address: Address, sock: socket.socket) -> bool:
     """Tell whether a socket can be the reason that an address is in use. A name may stand for any IP address."""
-    match address, from_sockaddr(sock.getsockname()):
-        case TcpAddress(host, port), TcpAddress(bound, bound_port):
+    match address, of_socket(sock):
+        case (TcpAddress(host, port), TcpAddress(bound, bound_port)) | (
+            UdpAddress(host, port),
+            UdpAddress(bound, bound_port),
+        ):
             return port == bound_port and _overlap(host, bound)
         case UnixAddress(path), UnixAddress(bound):
             with contextlib.suppress(OSError):  # abstract names have no file

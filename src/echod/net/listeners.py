@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from echod.net import resolver
-from echod.net.addresses import Address, InheritedAddress, TcpAddress, UnixAddress
+from echod.net.addresses import Address, InheritedAddress, TcpAddress, UdpAddress, UnixAddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ReusePort = Literal["never", "before_bind", "after_bind"]
 
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+
+# Receive buffer of a UDP socket, bytes. The kernel caps it at net.core.rmem_max. It bridges pauses of the process.
+_DATAGRAM_BUFFER = 4 * 1024 * 1024
 
 # Tries to find a port that is free in both families.
 _PORT_TRIES = 20
@@ -56,10 +59,10 @@ class _Connection(socket.socket):
 
 
 class ListeningSocket:
-    """A listening socket and, for a unix socket, its file.
+    """A listening socket or a UDP socket. For a unix socket, also its file.
 
     Args:
-        sock: listening and non-blocking.
+        sock: listening and non-blocking, or a non-blocking UDP socket, which has nothing to accept.
         path: the file of a unix socket that was bound here.
         inherited: whether the service manager holds it too. Its queue is left to the next process then.
 
@@ -134,7 +137,7 @@ def open_listeners(
     *,
     share_ports: bool = False,
 ) -> list[Listener]:
-    """Bind and listen on every address.
+    """Bind every address, and listen on those of streams.
 
     The sockets are non-blocking. TCP sockets have SO_REUSEADDR, SO_KEEPALIVE, SO_OOBINLINE and TCP_NODELAY, which their
     connections inherit.
@@ -159,6 +162,8 @@ def open_listeners(
                 match address:
                     case TcpAddress():
                         sockets = _open(address, backlog, stopped, "after_bind" if share_ports else "never")
+                    case UdpAddress():
+                        sockets = _open(address, backlog, stopped, "never")
                     case UnixAddress():
                         sockets = [_open_unix(address, backlog, socket_mode)]
                     case _:
@@ -195,9 +200,16 @@ def _adopt(address: InheritedAddress, inherited: Mapping[str, Sequence[socket.so
         names = ", ".join(inherited) or "none"
         msg = f"no socket of that name was inherited; inherited names: {names}"
         raise OSError(msg)
-    for sock in inherited[address.name]:
+    kind = socket.SOCK_DGRAM if address.datagram else socket.SOCK_STREAM
+    sockets = [sock for sock in inherited[address.name] if sock.type == kind]
+    if not sockets:
+        other = InheritedAddress(address.name, not address.datagram)
+        wanted, found = ("UDP", "stream") if address.datagram else ("stream", "UDP")
+        msg = f"no {wanted} socket of that name was inherited, only {found} sockets: write {other} for these"
+        raise OSError(msg)
+    for sock in sockets:
         sock.setblocking(False)  # noqa: FBT003  (its only parameter)
-        if sock.family != socket.AF_UNIX:
+        if not address.datagram and sock.family != socket.AF_UNIX:
             _set_tcp_options(sock)
         yield ListeningSocket(sock, inherited=True)
 
@@ -218,7 +230,7 @@ def open_sibling(listening: ListeningSocket, backlog: int) -> ListeningSocket:
 
 
 def _open(
-    address: TcpAddress, backlog: int, stopped: Callable[[], bool], reuse_port: ReusePort
+    address: TcpAddress | UdpAddress, backlog: int, stopped: Callable[[], bool], reuse_port: ReusePort
 ) -> list[ListeningSocket]:
     resolved = resolver.resolve(address.host, address.port, flags=socket.AI_PASSIVE, stopped=stopped)
     # Some resolvers return an address twice. IPv4 goes first, so that the order is the same on every host.
@@ -226,7 +238,7 @@ def _open(
     tries = 1 if address.port else _PORT_TRIES
     while True:
         try:
-            return [ListeningSocket(sock) for sock in _open_once(infos, address.port, backlog, reuse_port)]
+            return [ListeningSocket(sock) for sock in _open_once(infos, address, backlog, reuse_port)]
         except OSError as error:
             # The port that the kernel chose for the first family may be taken in the second.
             tries -= 1
@@ -234,13 +246,20 @@ def _open(
                 raise
 
 
-def _open_once(infos: resolver.Found, port: int, backlog: int, reuse_port: ReusePort) -> list[socket.socket]:
+def _open_once(
+    infos: resolver.Found, address: TcpAddress | UdpAddress, backlog: int, reuse_port: ReusePort
+) -> list[socket.socket]:
     """Open one socket for each IP address of the host, all on one port."""
+    port = address.port
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
         for family, _, _, _, sockaddr in infos:
             try:
-                sock = _bind(family, (sockaddr[0], port, *sockaddr[2:]), backlog, reuse_port)
+                target = (sockaddr[0], port, *sockaddr[2:])
+                if isinstance(address, UdpAddress):
+                    sock = _bind_datagram(family, target)
+                else:
+                    sock = _bind(family, target, backlog, reuse_port)
             except OSError as error:
                 # On a host without IPv6, names such as localhost still have IPv6 addresses.
                 if not sockets or family != socket.AF_INET6 or error.errno not in _NO_IPV6:
@@ -276,6 +295,19 @@ def _bind(
             # bind(2) without the option fails if another process has the port, even one with the option.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.listen(backlog)
+        opened.pop_all()
+        return sock
+
+
+def _bind_datagram(family: int, sockaddr: tuple[str | int, ...]) -> socket.socket:
+    """Return a UDP socket. SO_REUSEADDR would let another process of this user take its datagrams: socket(7)."""
+    with contextlib.ExitStack() as opened:
+        sock = opened.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        sock.setblocking(False)  # noqa: FBT003  (its only parameter)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DATAGRAM_BUFFER)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(sockaddr)
         opened.pop_all()
         return sock
 

@@ -92,8 +92,8 @@ class Client:
             if not self._is_trusted(settings):
                 self._refuse("proxy_header", "the sender is not in proxy_trusted")
                 return
-        elif not self._acquire(quota):
-            self._refuse("client_limit", "")
+        elif (reason := self._refusal(settings, quota)) is not None:
+            self._refuse(reason, "")
             return
         try:
             try:
@@ -131,13 +131,20 @@ class Client:
                 session.abandon()
             await session.ended
 
-    def _acquire(self, quota: Quota | SharedQuota) -> bool:
-        """Have the client counted, unless it has no IP address; return False if its address has reached the limit."""
+    def _refusal(self, settings: ServerSettings, quota: Quota | SharedQuota) -> Reason | None:
+        """Return the reason to refuse the client. If there is none, it is counted from now on, unless it has no IP address."""
         host = self._host()
-        if host is not None and not quota.acquire(host):
-            return False
+        if host is None:
+            return None
+        # A header without a client is the proxy's own health check.
+        is_named = self.header is None or self.proxied_client is not None
+        networks = settings.listener.allowed_networks
+        if networks and is_named and not addresses.is_within(host, networks):
+            return "not_allowed"
+        if not quota.acquire(host):
+            return "client_limit"
         self._counted = host
-        return True
+        return None
 
     def _host(self) -> str | None:
         """Return the IP address of the client that the PROXY header names, or else of the peer; None if it has none."""
@@ -145,19 +152,19 @@ class Client:
             return source.host if isinstance(source, TcpAddress) else None
         return addresses.host(self._sockaddr)
 
-    def _identify(self, quota: Quota | SharedQuota, header: proxy_protocol.Header) -> bool:
-        """Take the PROXY header; return False and close the session if its address has reached the limit."""
+    def _identify(self, settings: ServerSettings, quota: Quota | SharedQuota, header: proxy_protocol.Header) -> bool:
+        """Take the PROXY header; return False and close the session if the client that it names is refused."""
         self.header = header
-        if self._acquire(quota):
-            return True
-        self.session.reject("client_limit")
-        return False
+        reason = self._refusal(settings, quota)
+        if reason is not None:
+            self.session.reject(reason)
+        return reason is None
 
     def _front(self, settings: ServerSettings, quota: Quota | SharedQuota) -> EchoSession | TlsLayer | HeaderReader:
         """Return the protocol that the client's first bytes go to."""
         following = self.session if settings.tls is None else TlsLayer(self.session, settings.tls)
         if settings.listener.proxy_protocol == "require":
-            return HeaderReader(self.session, following, partial(self._identify, quota))
+            return HeaderReader(self.session, following, partial(self._identify, settings, quota))
         return following
 
     def _is_trusted(self, settings: ServerSettings) -> bool:

@@ -85,7 +85,7 @@ def repeated(places: Iterable[tuple[Location, str]]) -> Iterator[Conflict]:
     seen: set[addresses.Address] = set()
     for key, text in places:
         address = addresses.parse(text)
-        free_port = isinstance(address, addresses.TcpAddress) and not address.port
+        free_port = isinstance(address, addresses.TcpAddress | addresses.UdpAddress) and not address.port
         if address in seen and (not free_port or key[0] == "listen"):
             yield Conflict(key, f"{text!r} is already listened on: choose another address")
         seen.add(address)

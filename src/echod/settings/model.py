@@ -20,6 +20,7 @@ from echod.settings.types import (
     Addresses,
     AdminAddress,
     AnyCase,
+    BurstLength,
     Count,
     FileName,
     Key,
@@ -27,6 +28,7 @@ from echod.settings.types import (
     Networks,
     Number,
     Permissions,
+    PortRanges,
     PositiveSeconds,
     Probability,
     Seconds,
@@ -35,6 +37,7 @@ from echod.settings.types import (
     Trigger,
     Workers,
     is_utf8,
+    port_range,
     split,
 )
 from echod.text import hint
@@ -44,6 +47,12 @@ if TYPE_CHECKING:
 
 _LOOPBACK = ("127.0.0.0/8", "::1/128")
 _SOCKET_MODE = "0660"
+
+# Ports of services that answer any datagram, such as echo, chargen, daytime, DNS and NFS: CVE-1999-0103, CVE-2024-2169.
+_REFUSED_PORTS = ("0-1023", "2049")
+
+# Actions of a fault that need a connection.
+_STREAM_ACTIONS = frozenset({"raise", "close", "reset", "half_close", "stall"})
 
 
 class _Section(BaseModel):
@@ -87,6 +96,26 @@ class LimitsSettings(_Section):
         ByteSize(64 * 1024),
         description="Maximum length of a line in mode line, including its line ending. A client that sends a longer "
         "line is closed.",
+    )
+    datagram_rate: Number = Field(
+        1000,
+        description="UDP: maximum rate in datagrams per second from one IPv4 address or one IPv6 /64 network, per listener. "
+        "Datagrams above it are refused, which ends every faster loop between two echo services. 0: no limit.",
+    )
+    datagram_burst: Count = Field(
+        200, description="UDP: burst allowance of datagram_rate: the datagrams that may arrive at once after a silence."
+    )
+    datagram_total_rate: Number = Field(
+        0,
+        description="UDP: maximum rate in datagrams per second from all addresses together, per listener. Its burst "
+        "allowance is a fifth of a second. 0: no limit.",
+    )
+    max_flows: Count = Field(
+        10_000,
+        description="UDP: maximum number of flows per listener. A further flow takes the place of one that has been silent.",
+    )
+    flow_timeout: PositiveSeconds = Field(
+        60.0, description="UDP: end a flow after this many seconds without a datagram, and write its line to the log."
     )
 
     @cached_property
@@ -160,12 +189,28 @@ class FaultSettings(_Section):
         description="Condition: this many seconds have passed since the connection opened, or since the end of its handshake.",
     )
     probability: Probability | None = Field(None, description="Condition: the probability that a message matches.")
+    burst: BurstLength | None = Field(
+        None,
+        description="Mean number of messages in a row that match, as in the model of Gilbert and Elliott. The share of all "
+        "messages that match stays probability. Without it, each message is independent of the others.",
+    )
     seed: Number | None = Field(
         None, description="Random seed. Set it to make runs repeatable. Without it, each run differs."
     )
     action: (
         Annotated[
-            Literal["raise", "close", "reset", "half_close", "stall", "blackhole", "corrupt", "duplicate", "truncate"],
+            Literal[
+                "raise",
+                "close",
+                "reset",
+                "half_close",
+                "stall",
+                "blackhole",
+                "corrupt",
+                "duplicate",
+                "truncate",
+                "drop",
+            ],
             AnyCase,
         ]
         | None
@@ -174,10 +219,14 @@ class FaultSettings(_Section):
         description="raise: raise an exception in the client's session, which closes it. close: close after the echo so "
         "far. reset: send RST. half_close: send FIN after the echo so far, and read on. stall: stop reading. "
         "blackhole: read on, and echo nothing. corrupt: flip one bit of the message. duplicate: echo the message twice. "
-        "truncate: echo only its first half.",
+        "truncate: echo only its first half. drop: do not echo the datagram; on UDP only.",
     )
     delay: Seconds = Field(0.0, description="Delay the echo of each message by this many seconds.")
     jitter: Seconds = Field(0.0, description="Vary the delay by up to this many seconds in either direction.")
+    reorder: bool = Field(
+        default=False,
+        description="On UDP only: let the jitter change the order of datagrams.",
+    )
     rate: Size | None = Field(None, description="Maximum rate of the echo in bytes per second.")
     slice: Size | None = Field(
         None, description="Maximum number of bytes that are sent at once. Longer echo is sent in pieces."
@@ -191,7 +240,7 @@ class FaultSettings(_Section):
     @property
     def ends_echo(self) -> bool:
         """Whether the client gets no more echo after the action."""
-        return self.action not in {None, "corrupt", "duplicate", "truncate"}
+        return self.action not in {None, "corrupt", "duplicate", "truncate", "drop"}
 
     @property
     def shapes(self) -> bool:
@@ -210,6 +259,17 @@ class FaultSettings(_Section):
             yield in_table("action", message, "delay", "rate", "slice")
         if self.jitter > self.delay:
             yield in_table("jitter", "varies the delay, so it cannot be greater than delay", "delay")
+        if self.reorder and not self.jitter:
+            yield in_table("reorder", "has no effect without jitter: equal delays keep the order", "jitter")
+        if self.burst is not None and self.probability in {None, 1}:
+            message = "has no effect without a probability below 1: every message matches"
+            yield in_table("burst", message, "probability")
+        elif self.burst is not None and self.probability is not None:
+            # Between two bursts there is at least one message that does not match.
+            shortest = self.probability / (1 - self.probability)
+            if self.burst < shortest:
+                message = f"is too short for probability = {self.probability:g}: set it to at least {shortest:.4g}"
+                yield in_table("burst", message, "probability")
         if self.seed is not None and self.probability is None and not self.jitter and self.action != "corrupt":
             message = "has no effect without probability, jitter or action = 'corrupt': nothing else is random"
             yield in_table("seed", message, "probability", "jitter", "action")
@@ -254,6 +314,16 @@ class ListenerSettings(_Section):
         "read. A unix socket is protected by the permissions of its file instead.",
     )
     socket_mode: Permissions = Field(_SOCKET_MODE, description="Permissions of a unix socket's file, in octal.")
+    allow: Networks = Field(
+        (),
+        description="Networks that may use the listener. A client from another network is closed before a byte is read, "
+        "and its datagrams are refused. With a PROXY header, the client that it names counts. Empty: everyone.",
+    )
+    refuse_ports: PortRanges = Field(
+        _REFUSED_PORTS,
+        description="UDP: source ports whose datagrams are refused, as numbers and ranges. Services on these ports would "
+        "answer the echo, which could loop. Empty: none.",
+    )
     fault: str = Field("", description="Name of the listener's fault. Empty: none.")
     tls: TlsSettings | None = Field(None, description="TLS: a table, [listeners.NAME.tls]. Without it, TLS is off.")
 
@@ -267,6 +337,32 @@ class ListenerSettings(_Section):
         """The networks that may send the PROXY header."""
         return tuple(map(addresses.network, self.proxy_trusted))
 
+    @cached_property
+    def allowed_networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """The networks that may use the listener. Empty: all."""
+        return tuple(map(addresses.network, self.allow))
+
+    @cached_property
+    def refused_ports(self) -> frozenset[int]:
+        """The source ports whose datagrams are refused."""
+        return frozenset(port for text in self.refuse_ports for port in port_range(text))
+
+    @property
+    def is_datagram(self) -> bool:
+        """Whether the listener is one of UDP."""
+        return self.address.startswith("udp:")
+
+    @property
+    def is_open_reflector(self) -> bool:
+        """Whether hosts elsewhere may send datagrams under another host's address, which then gets the echo.
+
+        An inherited socket counts, as its address is not known before the start.
+        """
+        if not self.is_datagram or self.allow:
+            return False
+        address = self.parsed_address
+        return not (isinstance(address, addresses.UdpAddress) and _is_loopback(address.host))
+
     @property
     def permissions(self) -> int:
         """The permissions of a unix socket's file."""
@@ -278,9 +374,33 @@ class ListenerSettings(_Section):
             yield in_table("proxy_trusted", "has no effect without proxy_protocol = 'require'", "proxy_protocol")
         if self.socket_mode != _SOCKET_MODE and not re.match("unix:[^@]", self.address):
             yield in_table("socket_mode", "has no effect on this address: only unix:PATH has a file", "address")
+        if self.allow and self.address.startswith("unix:") and self.proxy_protocol == "off":
+            message = "has no effect on a unix socket, whose clients have no IP address: set socket_mode"
+            yield in_table("allow", message, "address", "proxy_protocol")
+        if self.is_datagram:
+            if self.mode != "stream":
+                message = f"{self.mode!r} needs a stream: on UDP, each datagram is echoed as it is; remove it or listen on TCP"
+                yield in_table("mode", message, "address")
+            if self.proxy_protocol == "require":
+                message = "has no effect on UDP: datagrams have no PROXY header; remove it or listen on TCP"
+                yield in_table("proxy_protocol", message, "address")
+            if self.tls is not None:
+                yield in_table("tls", "needs a stream, and echod has no DTLS: remove it or listen on TCP", "address")
+        elif self.refuse_ports != _REFUSED_PORTS:
+            yield in_table("refuse_ports", "has no effect on this address: it is for datagrams, on udp:", "address")
 
     def conflicts_with_fault(self, fault: FaultSettings) -> Iterator[str]:
         """Yield the reasons why this listener cannot show the fault."""
+        if self.is_datagram:
+            if fault.action in _STREAM_ACTIONS:
+                yield f"has action = {fault.action!r}, which needs a connection: on UDP, choose drop or blackhole"
+            if fault.slice is not None:
+                yield "has slice, which divides a stream: on UDP, choose truncate or rate"
+            return
+        if fault.action == "drop":
+            yield "has action = 'drop', and a stream has no datagrams to lose: choose blackhole or truncate"
+        if fault.reorder:
+            yield "has reorder, and a stream keeps its order: use it on UDP"
         if self.mode == "info":
             yield "has no effect in mode info, which does not echo: choose stream or line"
             return
@@ -288,6 +408,16 @@ class ListenerSettings(_Section):
             yield "never fires: in mode line, its trigger must be one line with a line feed at its end"
         if fault.action == "reset" and self.address.startswith("unix:"):
             yield "has action = 'reset', and a unix socket cannot send RST: choose close"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or none for all addresses
+        return host in {"localhost", "localhost."}
+
+
+ONE_PROCESS = "a UDP listener needs a single process: set workers to 1, or run another daemon for UDP"
 
 
 class Settings(_Section):
@@ -347,6 +477,9 @@ class Settings(_Section):
             yield from (conflict.within("faults", name) for conflict in fault.conflicts())
         places: list[tuple[Location, str]] = [(("listen", index), text) for index, text in enumerate(self.listen)]
         places += [(("listeners", name, "address"), listener.address) for name, listener in self.listeners.items()]
+        if self.workers != 1:
+            udp = (key for key, text in places if text.startswith("udp:"))
+            yield from (Conflict(key, ONE_PROCESS, (("workers",), ("listen",), ("listeners",))) for key in udp)
         places.append((("admin", "address"), self.admin.address))
         yield from repeated((key, text) for key, text in places if text)
         taken = dict.fromkeys(self.listen, "this name belongs to an address in listen: choose another name")

@@ -168,6 +168,9 @@ def _admin_address(text: str) -> str:
     if isinstance(address, addresses.InheritedAddress):
         msg = f"{text!r}: the admin listener cannot use inherited sockets: write {ADMIN_FORMS}"
         raise addresses.AddressError(msg)
+    if isinstance(address, addresses.UdpAddress):
+        msg = f"{text!r}: the admin listener serves HTTP over TCP, not UDP: write {ADMIN_FORMS}"
+        raise addresses.AddressError(msg)
     return text
 
 
@@ -184,6 +187,34 @@ def split(value: object) -> object:
 
 def _network(text: str) -> str:
     addresses.network(text)
+    return text
+
+
+def port_range(text: str) -> range:
+    """Read a port, or the first and last port of a range: "7" or "0-1023".
+
+    Raises:
+        AddressError: the text is neither.
+
+    """
+    first, dash, last = text.partition("-")
+    if not dash:
+        last = first
+    ends = [part.strip() for part in (first, last)]
+    if not all(
+        end.isascii() and end.isdecimal() and len(end) <= 5 and int(end) <= addresses.HIGHEST_PORT for end in ends
+    ):
+        msg = f"{text!r} is not a port or a range of ports: write for example 2049 or 0-1023"
+        raise addresses.AddressError(msg)
+    lowest, highest = map(int, ends)
+    if lowest > highest:
+        msg = f"{text!r} is an empty range: write {highest}-{lowest}"
+        raise addresses.AddressError(msg)
+    return range(lowest, highest + 1)
+
+
+def _ports(text: str) -> str:
+    port_range(text)
     return text
 
 
@@ -204,11 +235,14 @@ Count = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(1, _HIGH
 Number = Annotated[int, BeforeValidator(_no_bool), AfterValidator(Bounds(0, _HIGHEST_COUNT))]
 Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
 Probability = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(0, 1, above=True))]
+BurstLength = Annotated[float, BeforeValidator(_no_bool), AfterValidator(Bounds(1, 1_000_000))]
 Trigger = Annotated[str, Field(min_length=1)]
 Address = Annotated[str, BeforeValidator(_port), AfterValidator(_address)]
 AdminAddress = Annotated[str, BeforeValidator(_port), AfterValidator(_admin_address)]
 Network = Annotated[str, AfterValidator(_network)]
 Networks = Annotated[tuple[Network, ...], BeforeValidator(split)]
+Ports = Annotated[str, BeforeValidator(_port), AfterValidator(_ports)]
+PortRanges = Annotated[tuple[Ports, ...], BeforeValidator(split)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(split)]
 Permissions = Annotated[str, AfterValidator(_mode)]
 Text = Annotated[str, AfterValidator(_text)]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from echod.admin.snapshot import Count
     from echod.daemon.plan import Plan
+    from echod.net.addresses import InheritedAddress
     from echod.server.ledger import Counters
     from echod.server.receipt import Receipt
     from echod.settings.model import Config
@@ -54,8 +55,8 @@ class Start(NamedTuple):
     """Of this worker, from 0 on."""
     workers: int
     loaded: Loaded
-    inherited: tuple[str, ...]
-    """The names of all inherited sockets."""
+    inherited: tuple[InheritedAddress, ...]
+    """The addresses of all inherited sockets."""
     listeners: tuple[ListenerPart, ...]
 
 

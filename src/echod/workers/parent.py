@@ -137,7 +137,7 @@ class Parent:
             self._workers,
             self._sockets,
             self._max_connections(),
-            list(self._startup.inherited),
+            list(self._startup.inherited_names),
             self._plan,
             self._log,
             self._on_failure,
@@ -191,6 +191,7 @@ class Parent:
                 name: ListenerState(name, partial(self._server_settings, name), source, lambda: self._deadlines)
                 for name in names
             },
+            udp_servers={},
             addresses={listener.name: socket_addresses(listener) for listener in self._startup.listeners},
             resources=lambda: self._plan.resources,
             draining=self._stop.is_set,
@@ -276,7 +277,7 @@ class Parent:
 
         """
         resources = self._load(self._plan.resources)
-        plan = Plan.derive(resources, self._startup.inherited)
+        plan = Plan.derive(resources, self._startup.inherited_names)
         prepared = asyncio.run_coroutine_threadsafe(self._supervisor.prepare(plan), self._loop)
         if problems := prepared.result(LOOKS):
             raise SettingsError(problems)
@@ -290,7 +291,7 @@ class Parent:
             ThreadError: as take_fallible_steps; nothing has changed.
 
         """
-        before, plan = self._plan, Plan.derive(resources, self._startup.inherited)
+        before, plan = self._plan, Plan.derive(resources, self._startup.inherited_names)
         take_fallible_steps(before, plan, {sockets.name: sockets for sockets in self._sockets}, self._log)
         self._plan = plan
         self._supervisor.commit(plan, self._max_connections())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from echod.daemon.logs import Log
     from echod.daemon.plan import Plan
+    from echod.net.addresses import InheritedAddress
     from echod.server.ledger import Counters
     from echod.workers.sockets import ListenerSockets
     from echod.workers.spawner import Report, Spawner
@@ -65,7 +66,7 @@ class Supervisor:
         workers: their number.
         listeners: their sockets, owned by this object from now on.
         limit: maximum number of clients per listener.
-        inherited: the names of the inherited sockets.
+        inherited: the addresses of the inherited sockets.
         plan: in force.
         log: of the parent.
         give_up: called with an event if there can be no more workers. The daemon then has to stop.
@@ -78,7 +79,7 @@ class Supervisor:
         workers: int,
         listeners: Sequence[ListenerSockets],
         limit: int,
-        inherited: Sequence[str],
+        inherited: Sequence[InheritedAddress],
         plan: Plan,
         log: Log,
         give_up: Callable[[str], None],

@@ -47,7 +47,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
     {{- with get $taken $number }}{{ fail (printf "listeners.%s.%s: %s is already the port of %s" $name $kind $number .) }}{{ end }}
     {{- $_ := set $taken $number $name }}
   {{- end }}
-  {{- $table := merge (dict "address" (printf ":%d" (int $listener.port))) (omit $listener "port" "servicePort" "tls") }}
+  {{- $table := merge (dict "address" (printf ":%d" (int $listener.port))) (omit $listener "port" "servicePort" "tls" "udp" "refuse_ports") }}
   {{- with $listener.tls }}
     {{- $folder := printf "/etc/echod/tls/%s" $name }}
     {{- $tls := dict "certificate" (printf "%s/tls.crt" $folder) "private_key" (printf "%s/tls.key" $folder) }}
@@ -56,6 +56,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
     {{- $_ := set $table "tls" $tls }}
   {{- end }}
   {{- $_ := set $listeners $name $table }}
+  {{- if $listener.udp }}
+    {{- $datagrams := merge (dict "address" (printf "udp::%d" (int $listener.port))) (pick $listener "allow" "refuse_ports") }}
+    {{- $_ := set $listeners (printf "%s-udp" $name) $datagrams }}
+  {{- end }}
 {{- end }}
 {{- merge (dict "listeners" $listeners) .Values.config | toToml }}
 {{- end }}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from echod.connection.faults.chance import new_chance
+
 if TYPE_CHECKING:
     from random import Random
 
@@ -16,6 +18,8 @@ class Echo(NamedTuple):
     data: bytes
     shaped: bool
     """Whether to delay, slow or slice it."""
+    copies: int = 1
+    """How often to send it: 0 for a dropped datagram."""
 
 
 class Injector:
@@ -29,6 +33,7 @@ class Injector:
 
     __slots__ = (
         "_bytes_seen",
+        "_chooses",
         "_fires_without_message",
         "_random",
         "_settings",
@@ -41,6 +46,7 @@ class Injector:
         self._settings = profile.settings
         self._fires_without_message = profile.fires_without_message
         self._random = random
+        self._chooses = new_chance(profile.settings, random)
         self._bytes_seen = 0
         self._time_reached = not profile.settings.after_seconds
         self.fired = False
@@ -58,14 +64,15 @@ class Injector:
         )
         self._bytes_seen += len(message)
         # Draw for every message. Then the n-th message gets the n-th number, whatever the other conditions are.
-        if settings.probability is not None and self._random.random() >= settings.probability:
-            matches = False
+        matches = self._chooses() and matches
         if matches and settings.ends_echo:
             return None
         # Beside an action, the conditions say when the action comes, and shaping applies to all messages.
         shaped = settings.shapes and (matches or settings.action is not None)
         self.fired = self.fired or matches or shaped
-        return Echo(self._modify(message) if matches else message, shaped)
+        if not matches:
+            return Echo(message, shaped)
+        return Echo(self._modify(message), shaped, {"duplicate": 2, "drop": 0}.get(settings.action or "", 1))
 
     def reach_time(self) -> None:
         """Record that `after_seconds` have passed."""
@@ -86,13 +93,11 @@ class Injector:
 
     def _modify(self, message: bytes) -> bytes:
         match self._settings.action:
-            case "corrupt":
+            case "corrupt" if message:
                 bit = self._random.randrange(8 * len(message))
                 corrupt = bytearray(message)
                 corrupt[bit // 8] ^= 1 << bit % 8
                 return bytes(corrupt)
-            case "duplicate":
-                return message * 2
             case "truncate":
                 return message[: len(message) // 2]
             case _:

@@ -189,7 +189,7 @@ class FaultSession(EchoSession):
         if echo is None:
             self._start_action()
         else:
-            self._echo(echo.data, shaped=echo.shaped)
+            self._echo(echo.data * echo.copies, shaped=echo.shaped)
             self._start_action_if_due()
 
     def _on_time(self) -> None:
