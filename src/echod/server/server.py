@@ -69,7 +69,7 @@ class Server:
                 self._log_pause,
                 self._log_resumed,
                 has_room=lambda: shared_limit.acquire(self._listener.resume),
-                give_back=shared_limit.release,
+                give_back=shared_limit.give_back,
                 is_ahead=shared_limit.is_ahead,
             )
         self._sweep = Sweep(self._clients.values(), settings.limits)
@@ -298,7 +298,7 @@ class Server:
             sock.close()
             self.ledger.turn_away(sockaddr, error)
             if self._shared_limit is not None:
-                self._shared_limit.release()
+                self._shared_limit.give_back()
             return
         self.ledger.accept()
         self._clients[task] = client

@@ -53,25 +53,34 @@ class SharedLimit:
         self._is_waiting = False
 
     def acquire(self, resume: Callable[[], None]) -> bool:
-        """Take a token, in the running loop.
+        """Reserve room for a client, in the running loop.
 
         Args:
             resume: called once there may be a token again, if there is none now.
 
         """
         try:
-            if sum(self._counts) >= self._limit[0]:
-                raise BlockingIOError  # noqa: TRY301  (as without a token)
             os.eventfd_read(self._semaphore)
         except BlockingIOError:
-            if not self._is_waiting:
-                self._is_waiting = True
-                asyncio.get_running_loop().add_reader(self._semaphore, self._wake, resume)
-            return False
-        return True
+            pass
+        else:
+            # Counted before the check: of several workers that take tokens at the same moment, none sees too low a sum.
+            self._counts[self._number] += 1
+            if sum(self._counts) <= self._limit[0]:
+                return True
+            self.give_back()
+        if not self._is_waiting:
+            self._is_waiting = True
+            asyncio.get_running_loop().add_reader(self._semaphore, self._wake, resume)
+        return False
+
+    def give_back(self) -> None:
+        """Give up the room that `acquire` has reserved."""
+        self._counts[self._number] -= 1
+        self.release()
 
     def release(self) -> None:
-        """Return a token."""
+        """Return the token of a client that has left."""
         os.eventfd_write(self._semaphore, 1)
 
     def count(self, clients: int) -> None:
