@@ -11,6 +11,7 @@ import signal
 import socket
 import ssl
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import pytest
 from pydantic import ByteSize
@@ -19,6 +20,7 @@ from echod.connection.faults.profile import FaultProfile
 from echod.connection.faults.session import FaultSession
 from echod.connection.line import LineSession
 from echod.net import kernel
+from echod.server.client import Client
 from echod.server.drain import Drain
 from echod.settings.model import FaultSettings, ShutdownSettings
 from harness import PATIENCE, UNHURRIED, receive, reset
@@ -162,9 +164,19 @@ def test_end_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, 
     in_loop(scene)
 
 
-@pytest.mark.parametrize("end", ["half-close", "half-close with echo on its way", "cut"])
-def test_client_is_served_without_counters(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    """Send all echo and FIN even if the kernel refuses the number of unacknowledged bytes."""
+@pytest.mark.parametrize(
+    ("end", "failing"),
+    [
+        ("half-close", "unacknowledged"),
+        ("half-close", "tcp_info"),
+        ("half-close with echo on its way", "unacknowledged"),
+        ("cut", "unacknowledged"),
+    ],
+)
+def test_client_is_served_without_counters(
+    in_loop: InLoop, monkeypatch: pytest.MonkeyPatch, end: str, failing: str
+) -> None:
+    """Send all echo and FIN even if the kernel refuses a counter."""
     size = 100_000 if "way" in end else 3
 
     async def scene(pair: Pair) -> None:
@@ -172,7 +184,7 @@ def test_client_is_served_without_counters(in_loop: InLoop, monkeypatch: pytest.
         pair.client.sendall(bytes(size))
         if size == 3:
             assert await asyncio.to_thread(pair.client.recv, 3) == bytes(3)
-        FailingKernel(monkeypatch, "unacknowledged", error=no_buffers())
+        FailingKernel(monkeypatch, failing, error=no_buffers())
         pair.session.reconfigure(LIMITS, ShutdownSettings(linger_timeout=0.1))
         lingering = asyncio.Event()
         pair.session.report_to(lambda state: lingering.set() if state == "lingering" else None)
@@ -190,7 +202,8 @@ def test_client_is_served_without_counters(in_loop: InLoop, monkeypatch: pytest.
         assert pair.session.reason == ("cut" if end == "cut" else "eof")
         assert pair.session.delivery == (size, size, size, 0)
         # At the half-close of a client that has everything, TCP_INFO alone gives exact figures.
-        assert pair.session.detail == ("" if end == "half-close" else f"sent and acked are estimates: {no_buffers()}")
+        exact = (end, failing) == ("half-close", "unacknowledged")
+        assert pair.session.detail == ("" if exact else f"sent and acked are estimates: {no_buffers()}")
 
     in_loop(scene, receive_buffer=4096)
 
@@ -240,6 +253,7 @@ def test_socket_without_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with theirs, Refusing(fileno=ours.detach()) as sock, Refusing() as tcp:
         assert kernel.peer_credentials(sock) is None
+        assert Client(sock, "", 0, MagicMock()).peer == ""
         assert kernel.tcp_members(tcp) is None
         assert not kernel.is_reset(tcp)
 
@@ -306,6 +320,24 @@ def test_linger_option_fails(in_loop: InLoop, monkeypatch: pytest.MonkeyPatch) -
 
 
 # Steps that are not called by a transport
+
+
+def test_failure_at_the_opening(in_loop: InLoop) -> None:
+    """Reset the client if its session cannot be opened. asyncio and uvloop would keep the connection unread."""
+
+    async def scene(pair: Pair) -> None:
+        def report(_: str) -> None:
+            raise a_bug()
+
+        pair.session.report_to(report)
+        await pair.connect()
+        with pytest.raises(ArithmeticError):
+            await pair.session.ended
+        assert pair.session.reason == "failed"
+        with pytest.raises(ConnectionResetError):
+            pair.client.recv(1)
+
+    in_loop(scene)
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:

@@ -63,7 +63,7 @@ def check_metadata(engine: Engine) -> None:
     assert config["Entrypoint"] == ["/opt/echod/bin/echod"]
     assert not config["Cmd"]
     assert config["StopSignal"] == "SIGTERM"
-    assert list(config["ExposedPorts"]) == ["8000/tcp"]
+    assert sorted(config["ExposedPorts"]) == ["8000/tcp", "8000/udp"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert config["Labels"] == {
         "org.opencontainers.image.authors": "The echod authors",

@@ -60,13 +60,6 @@ class InfoSession(EchoSession):
         """Discard input."""
         self.count_discarded(len(data))
 
-    def eof_received(self) -> bool:
-        """Ignore an early EOF: the client still gets its description, unless a handshake is missing."""
-        if self.phase is not Phase.OPEN:
-            return super().eof_received()
-        self.client_closed()
-        return True
-
     def connection_lost(self, exc: Exception | None) -> None:
         """Take the final counts, and break the reference cycle with the client."""
         self._describe = None
