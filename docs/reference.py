@@ -126,16 +126,17 @@ def bare(field: FieldInfo) -> tuple[object, Bounds | None]:
     return annotation, next((each for each in validators if isinstance(each, Bounds)), None)
 
 
+KINDS: dict[object, str] = {bool: "true or false", int | Literal["auto"]: "number from 1 on, or `auto`"}
+
+
 def kind(annotation: object, bounds: Bounds | None) -> str:
     """Describe a type, with the range of a number or a size."""
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list"
-    if annotation == int | Literal["auto"]:
-        return "number from 1 on, or `auto`"
-    if annotation is bool:
-        return "true or false"
+    if (text := KINDS.get(annotation)) is not None:
+        return text
     if bounds is None:
         return "text"
     if bounds.highest == LONGEST:

@@ -77,6 +77,23 @@ def test_shared_limit(loop_name: str) -> None:
     run_in_loop(loop_name, scene)
 
 
+def test_lower_limit(loop_name: str) -> None:
+    """After a reload has lowered the limit, tokens of the old one are no room."""
+
+    async def scene() -> None:
+        one, other = limits(2, 3)
+        one._limit[0] = 1
+        assert one.acquire(pytest.fail)
+        resumed = asyncio.Event()
+        assert not other.acquire(resumed.set)
+        one.give_back()
+        await resumed.wait()
+        assert other.acquire(pytest.fail)
+        one.close()
+
+    run_in_loop(loop_name, scene)
+
+
 def test_share() -> None:
     """A worker is ahead if it has clearly more clients of a shared queue than the one with the fewest."""
     one, other = limits(2, 1000)

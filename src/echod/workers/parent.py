@@ -257,8 +257,7 @@ class Parent:
         self._stop_signal = self._stop_signal or signal.Signals(number).name
         self._stop.set()
 
-    def _on_failure(self, event: str) -> None:
-        self._logger.error(event)
+    def _on_failure(self) -> None:
         self._exit_code = self._exit_code or 1
         self._stop.set()
 

@@ -69,7 +69,7 @@ class Supervisor:
         inherited: the addresses of the inherited sockets.
         plan: in force.
         log: of the parent.
-        give_up: called with an event if there can be no more workers. The daemon then has to stop.
+        give_up: called if there can be no more workers. The daemon then has to stop.
 
     """
 
@@ -82,7 +82,7 @@ class Supervisor:
         inherited: Sequence[InheritedAddress],
         plan: Plan,
         log: Log,
-        give_up: Callable[[str], None],
+        give_up: Callable[[], None],
     ) -> None:
         self._spawner = spawner
         self._listeners = listeners
@@ -256,7 +256,8 @@ class Supervisor:
                 delay = restarts.delay(now, now - began)
                 self._log.logger.error("worker_failed", worker=number, **failure, deaths=restarts.count)
                 if delay is None:
-                    self._give_up("workers_failing")
+                    self._log.logger.error("workers_failing")
+                    self._give_up()
                     return
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
@@ -349,7 +350,8 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(self._spawner.sock)
         for reports in self._reports:
             reports.put_nowait(None)
-        self._give_up("spawner_lost")
+        self._log.logger.error("spawner_lost")
+        self._give_up()
 
     async def _watch(self) -> None:
         """Kill each worker whose loop is stuck."""
