@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from echod.net import addresses
-from echod.net.addresses import TcpAddress, UnixAddress
+from echod.net.addresses import TcpAddress, UdpAddress, UnixAddress
 from echod.probe.connect import Route
 from echod.probe.model import ProbeOptions
-from echod.probe.targets import UdpAddress, parse_udp
 from echod.text import closest, printable
 
 if TYPE_CHECKING:
@@ -209,8 +208,8 @@ def _target(parser: argparse.ArgumentParser, words: Sequence[str]) -> TcpAddress
     match words:
         case []:
             parser.error("TARGET is missing: write the server's address, such as 127.0.0.1:8000")
-        case [port] if _is_number(port):
-            text = f":{port}"
+        case [port] if _is_number(port.removeprefix("udp:")):
+            text = f"udp:{port[3:]}" if port.startswith("udp:") else f":{port}"
         case [host, port] if _is_number(port) and (":" not in host or _family(_unbracketed(host)) is not None):
             text = f"[{_unbracketed(host)}]:{port}" if ":" in host else f"{host}:{port}"
         case [text]:
@@ -235,7 +234,7 @@ def _server(text: str) -> TcpAddress | UnixAddress | UdpAddress:
         msg = f"{text!r} has no port: for a unix socket, write unix:{text}"
         raise addresses.AddressError(msg)
     try:
-        address = parse_udp(text) or addresses.parse(text)
+        address = addresses.parse(text)
     except addresses.AddressError as error:
         raise addresses.AddressError(str(error).replace(addresses.FORMS, _FORMS)) from None
     if not isinstance(address, TcpAddress | UnixAddress | UdpAddress):

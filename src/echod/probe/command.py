@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from echod.net.addresses import UdpAddress
 from echod.probe import check
 from echod.probe.model import Outcome, ProbeResult
-from echod.probe.targets import UdpAddress
 
 if TYPE_CHECKING:
     from echod.probe.model import ProbeOptions

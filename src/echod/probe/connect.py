@@ -13,12 +13,11 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from echod.net import resolver
-from echod.net.addresses import TcpAddress, UnixAddress
+from echod.net.addresses import TcpAddress, UdpAddress, UnixAddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echod.probe.targets import UdpAddress
     from echod.probe.timing import Deadline
     from echod.probe.tls import ClientTls, TlsChannel
 

@@ -9,9 +9,8 @@ if TYPE_CHECKING:
     from fractions import Fraction
     from pathlib import Path
 
-    from echod.net.addresses import TcpAddress, UnixAddress
+    from echod.net.addresses import TcpAddress, UdpAddress, UnixAddress
     from echod.probe.connect import Route
-    from echod.probe.targets import UdpAddress
 
 
 class ProbeOptions(NamedTuple):
