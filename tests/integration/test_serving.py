@@ -208,10 +208,10 @@ Server.start = broken
 def test_unexpected_failure(loop_name: str) -> None:
     """An unexpected failure is logged with its traceback, and the exit code is 1."""
     patch = """
-from echod.daemon.daemon import Daemon
-def totals(self):
+from echod.daemon import daemon
+def totals(*_):
     raise RuntimeError("unforeseen")
-Daemon._totals = totals
+daemon.totals = totals
 """
     with patched_daemon(patch, loop_name) as daemon:
         assert daemon.stop() == 1

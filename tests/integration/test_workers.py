@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crowd import Crowd
+from echod.workers import cpus
 from harness import PATIENCE, UNHURRIED, receive, until
 from workers import freeze, is_alive, pids, spawner
 
@@ -152,6 +153,13 @@ def test_abort(daemon: Daemon, first: str, second: str, code: int) -> None:
         client.close()
     assert daemon.wait() == code
     assert daemon.receipt()["aborted"] == 20
+
+
+def test_auto(start: Start) -> None:
+    """There is a worker for each CPU, or a single process if there is only one."""
+    daemon = start("--workers", "auto")
+    daemon.echo(b"served")
+    assert daemon.wait_for("started").get("workers", 1) == cpus.usable()
 
 
 def test_delay(start: Start) -> None:

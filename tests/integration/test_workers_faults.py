@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from workers import is_alive, pids
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from harness import Daemon, Start
+    from harness import Command, Daemon, Start
 
 pytestmark = pytest.mark.once
 
@@ -27,6 +28,17 @@ def start_with(start: Start, defect: str, *arguments: str, **options: Any) -> Da
     """Start a daemon with two workers after running some code."""
     code = f"{defect}\nfrom echod.cli import main\nimport sys\nsys.exit(main())"
     return start("--workers", "2", *UNHURRIED, *arguments, module=("-c", code), **options)
+
+
+def test_no_process_for_the_spawner(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start fails if the system refuses the process that starts the workers."""
+
+    def refuse() -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    result = command("--workers", "2", "--listen", "127.0.0.1:0")
+    assert (result.returncode, result.stderr) == (1, "echod: the workers: Resource temporarily unavailable\n")
 
 
 def test_refused_process(start: Start) -> None:

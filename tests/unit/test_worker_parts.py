@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from echod.daemon.log_writer import LogWriter
-from echod.net.addresses import TcpAddress
+from echod.daemon.plan import Plan
+from echod.net.addresses import InheritedAddress, TcpAddress
 from echod.net.listeners import ListenError, ListenerSpec, ListeningSocket, open_listeners
 from echod.settings.problems import SettingsError
 from echod.settings.resources import acquire
@@ -256,6 +257,32 @@ def test_answers(loop_name: str) -> None:
         process.send(messages.Drain())
 
     run_in_loop(loop_name, scene)
+
+
+def test_last_message(loop_name: str) -> None:
+    """The last message of a worker arrives, although the parent has sent one that the worker did not read before it ended."""
+
+    async def scene() -> None:
+        ours, theirs = socket.socketpair()
+        parent, worker = await Channel.open(ours), await Channel.open(theirs)
+        parent.send(messages.Abort())
+        worker.send(messages.Ready())
+        worker.end()
+        assert isinstance(await parent.receive(), messages.Ready)
+        assert await parent.receive() is None
+        await parent.close()
+        assert isinstance(await worker.receive(), messages.Abort)
+        assert await worker.receive() is None
+        await worker.close()
+
+    run_in_loop(loop_name, scene)
+
+
+def test_udp_needs_a_single_process() -> None:
+    """Inherited UDP sockets that become listeners without settings are an error with several workers."""
+    resources = acquire(loaded("--workers", "2"))
+    with pytest.raises(SettingsError, match="workers: a UDP listener needs a single process"):
+        Plan.derive(resources, [InheritedAddress("echo", datagram=True)])
 
 
 def test_spawner_that_has_ended() -> None:

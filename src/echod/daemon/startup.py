@@ -36,10 +36,6 @@ class Startup(NamedTuple):
     """The limit of descriptors."""
     manager: Manager | None
 
-    def addresses_in_use(self) -> dict[str, list[str]]:
-        """Return the addresses of each listener's sockets, by its name."""
-        return {listener.name: socket_addresses(listener) for listener in self.listeners}
-
 
 def start_up(resources: Resources, log: Log, signals: Signals, *, share_ports: bool = False) -> Startup:
     """Open the listeners.

@@ -89,6 +89,14 @@ class Channel:
         except (asyncio.IncompleteReadError, OSError):
             return None
 
+    def end(self) -> None:
+        """Send the queued messages, and no more. The other process then closes its end.
+
+        Wait for that before `close`. Otherwise an unread message could destroy the last one: at the close, the kernel reports
+        ECONNRESET to the other process.
+        """
+        self._writer.write_eof()
+
     async def close(self) -> None:
         """Send the queued messages, and close the socket."""
         self._writer.close()

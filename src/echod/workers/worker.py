@@ -138,17 +138,20 @@ class Worker:
         self._snapshot = Snapshot(self._servers)
         self._notable = Notable(loop.time())
         self._beat(loop)
-        tasks = [loop.create_task(self._obey())]
+        obeying = loop.create_task(self._obey())
+        watchers: list[asyncio.Task[None]] = []
         for name, server in self._servers.items():
             server.start()
-            tasks.append(loop.create_task(self._watch(name, server)))
+            watchers.append(loop.create_task(self._watch(name, server)))
         self._channel.send(messages.Ready())
         gc.freeze()
         gc.enable()
         await self._stop.wait()
         await self._drain()
-        for task in tasks:
-            task.cancel()
+        self._channel.end()
+        await obeying
+        for watcher in watchers:
+            watcher.cancel()
         self._timer.cancel()
         await self._channel.close()
         return self._exit_code
