@@ -11,13 +11,11 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
+from connects import Connects
 from crowd import Crowd, Stuck
 from echod.net.inherited import inherit
 from echod.net.listeners import ListenError
@@ -27,7 +25,6 @@ from inheriting import hand_over, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from harness import Start
 
@@ -439,58 +436,6 @@ def test_restarts_under_load(loop_name: str, parents: list[socket.socket]) -> No
 RESTARTS = int(os.environ.get("SOAK_RESTARTS", "4"))
 
 
-class Connects:
-    """Connect clients at a fixed rate, each from a thread of a pool, and check their echo."""
-
-    def __init__(self, address: tuple[str, int], rate: float) -> None:
-        self._address = address
-        self._pause = 1 / rate
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(2000)
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run)
-        self.begun = 0
-        self.served = 0
-        self.failures: list[str] = []
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Start no more clients, and wait for the others."""
-        self._stop.set()
-        self._thread.join()
-        self._pool.shutdown()
-
-    def _run(self) -> None:
-        due = time.monotonic()
-        while not self._stop.wait(max(0.0, due - time.monotonic())):
-            due += self._pause
-            self.begun += 1
-            self._pool.submit(self._echo, self.begun)
-
-    def _echo(self, number: int) -> None:
-        message = b"%d" % number * 100
-        try:
-            with socket.create_connection(self._address, PATIENCE) as client:
-                client.sendall(message)
-                client.shutdown(socket.SHUT_WR)
-                right = receive(client, len(message) + 1) == message
-        except OSError as error:
-            self.failures.append(repr(error))
-            return
-        with self._lock:
-            self.served += right
-        if not right:
-            self.failures.append("wrong echo")
-
-
 def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
     """systemd-socket-activate starts the daemon when the first client connects."""
     if not shutil.which("systemd-socket-activate"):
@@ -500,8 +445,10 @@ def test_socket_activation(loop_name: str, tmp_path: Path) -> None:
     command += [sys.executable, "-m", "echod", "--loop", loop_name]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=clean_environment()) as process:
         try:
-            until(path.is_socket)
-            with connect(str(path)) as client:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(PATIENCE)
+                # The socket has its file before it listens.
+                until(lambda: client.connect_ex(str(path)) == 0)
                 client.sendall(b"x")
                 assert client.recv(1) == b"x"
             process.terminate()

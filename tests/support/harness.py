@@ -84,7 +84,6 @@ class Daemon:
         prepare: called in the child process before it executes the interpreter.
         listen: an address, or None if the arguments contain one.
         pass_fds: descriptors that the process inherits.
-        forked: whether a fork replaces the start of the interpreter. Options for the interpreter prevent that.
         read_log: whether to read the log. If not, read it from `log_pipe`.
 
     """
@@ -98,7 +97,6 @@ class Daemon:
         prepare: Callable[[], None] | None = None,
         listen: str | None = "127.0.0.1:0",
         pass_fds: Sequence[int] = (),
-        forked: bool = True,
         read_log: bool = True,
     ) -> None:
         self._news = threading.Condition()
@@ -114,7 +112,7 @@ class Daemon:
         reading, writing = os.pipe()
         self.log_pipe = os.fdopen(reading, "rb")
         try:
-            if forked and can_fork(env) and not python and module == COMMAND and prepare is None:
+            if can_fork(env) and not python and module == COMMAND and prepare is None:
                 self.process = ForkedProcess([*listening, *arguments], environment, (1, writing), pass_fds)
             else:
                 self.process = subprocess.Popen(
